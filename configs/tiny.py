@@ -1,0 +1,24 @@
+"""Compress, evaluate or generate with the small model that the project carries (see experiments/tiny_model).
+
+    python experiments/compress.py --config=configs/tiny.py --output=out/tiny
+    python experiments/evaluate.py --config=configs/tiny.py --checkpoint=out/tiny
+    python experiments/generate.py --config=configs/tiny.py --checkpoint=out/tiny
+
+Half a minute on two CPU cores. This is the default of all three, and the carried model is their default checkpoint.
+"""
+
+import pathlib
+
+from qmoe_jax import experiment
+
+MODEL = pathlib.Path(__file__).resolve().parents[1] / "experiments/tiny_model"
+
+
+def get_config():
+    config = experiment.default_config()
+    config.data.vocabulary = str(MODEL / "spm.model")
+    config.data.calibration = str(MODEL / "train.jsonl.gz")
+    config.data.validation = str(MODEL / "validation.jsonl.gz")
+    config.data.num_calibration = 2_000
+    config.data.num_validation = 500
+    return config

@@ -1,0 +1,47 @@
+"""The carried model: a small Switch Transformer, trained on the Python documentation of a Python installation.
+
+    python experiments/train.py --config=configs/train_tiny.py --workdir=out/train_tiny
+
+5.6 M parameters: 3 + 3 layers, every MLP sparse with 8 experts. The text is made by experiments/make_text.py.
+About 20 minutes on two CPU cores.
+
+Every layer is sparse, the router starts wide and the balance loss is small: with the usual 0.01 a short training
+leaves the router's probabilities near 1 / experts, and then the experts hardly matter.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(
+        seed=0,
+        data=dict(
+            vocabulary="experiments/tiny_model/spm.model",
+            train="experiments/tiny_model/train.jsonl.gz",
+            validation="experiments/tiny_model/validation.jsonl.gz",
+            num_validation=500,
+        ),
+        model=dict(
+            d_model=128,
+            d_ff=384,
+            num_heads=8,
+            head_dim=16,
+            num_encoder_layers=3,
+            num_decoder_layers=3,
+            num_experts=8,
+            encoder_sparse_layers=(0, 1, 2),
+            decoder_sparse_layers=(0, 1, 2),
+        ),
+        train=dict(
+            steps=7_000,
+            batch_size=32,
+            window=120,  # tokens before corruption
+            learning_rate=3e-3,
+            warmup_steps=300,
+            weight_decay=0.01,
+            capacity_factor=2.0,
+            balance_loss=0.003,
+            router_z_loss=1e-4,
+            log_every=100,
+        ),
+    )

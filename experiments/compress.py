@@ -1,0 +1,109 @@
+"""Compresses the experts of a Switch Transformer to ternary (or measures 2 bits), and reports loss and size.
+
+    python experiments/compress.py --config=configs/tiny.py --checkpoint=DIR --output=OUT
+
+DIR is a native T5X checkpoint (step directory or its parent, local or gs://). OUT gets the compressed checkpoint,
+report.json and report.png. Every field of the config can be set, e.g. --config.quantization.method=rtn.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from qmoe_jax import experiment, reporting
+from qmoe_jax.figures import plot_compression
+from qmoe_jax.models import streaming
+from qmoe_jax.quantization.pipeline import TERNARY, compress
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
+OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
+
+
+def main(_):
+    config = CONFIG.value
+    quantization = experiment.quantization_settings(config)
+    memory = experiment.memory_settings(config)
+    storable = quantization.bits == TERNARY and quantization.group_size is None
+    save = storable if config.save is None else config.save
+    if save and not storable:
+        raise ValueError(
+            f"config.save: experts of {quantization.bits:g} bits with group_size {quantization.group_size} can't be saved "
+            "yet: no codec holds them. Measure them with --config.save=false, or save ternary ones with a grid per row."
+        )
+
+    # --- Input -------------------------------------------------------------------------------------------------------
+    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+    output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value, CHECKPOINT.value)
+    calibration = experiment.examples(config, "calibration", vocabulary)
+    validation = experiment.examples(config, "validation", vocabulary)
+    reporting.say(
+        f"{checkpoint.path}: {len(checkpoint.config.sparse_layers)} sparse layers of "
+        f"{checkpoint.config.num_experts} experts"
+    )
+    for name, documents in (("calibration", calibration), ("validation", validation)):
+        reporting.say(
+            f"{name}: {len(documents)} documents; {documents.num_too_long} longer than "
+            f"{config.data.max_length} tokens and {documents.num_too_short} empty ones were skipped"
+        )
+
+    # --- Compress ----------------------------------------------------------------------------------------------------
+    report = compress(
+        checkpoint,
+        vocabulary,
+        calibration,
+        validation,
+        quantization,
+        memory,
+        codec=config.codec.name,
+        output=str(output) if save else None,
+        provenance=checkpoint.provenance,
+    )
+
+    # --- Compare and report ------------------------------------------------------------------------------------------
+    name = f"{'GPTQ' if quantization.method == 'gptq' else 'round to nearest'}, {quantization.bits:g} bits"
+    rows = [reporting.compression_row(name, report)]
+    if config.compare:
+        stages = reporting.Stages()
+        rounded = memory._replace(round_weights=True)
+        with stages("comparison"):
+            bfloat16 = streaming.run(checkpoint, validation.pairs, rounded, what="bfloat16").summary()
+            report["baselines"] = {"bfloat16": bfloat16}
+            rows.insert(0, reporting.compression_row("bfloat16", bfloat16 | {"bytes_model": report["bytes_bfloat16"]}))
+            if quantization.method != "rtn":
+                rtn = experiment.replace(quantization, method="rtn")
+                rtn = compress(checkpoint, vocabulary, calibration, validation, rtn, memory, codec=config.codec.name)
+                report["baselines"]["rtn"] = {k: v for k, v in rtn.items() if k not in ("layers", "seconds")}
+                rows.insert(1, reporting.compression_row(f"round to nearest, {quantization.bits:g} bits", rtn))
+        report["seconds"] |= stages.seconds
+        report["peak_rss_bytes"] = reporting.peak_rss_bytes()
+    report["checkpoint"] = checkpoint.provenance
+    report["config"] = config.to_dict()
+    reporting.write_json(output / "report.json", report)
+    plot_compression(report, output / "report.png")
+    reporting.say("\n" + reporting.table(reporting.COMPRESSION_HEADER, rows) + "\n")
+    reporting.say(
+        f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "
+        f"{report['experts_fallback']} rounded to nearest instead"
+    )
+    seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items())
+    reporting.say(f"seconds: {seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")
+    reporting.say(
+        f"{output}: "
+        + (
+            "compressed checkpoint, report.json, report.png"
+            if save
+            else "report.json, report.png; the experts were measured, not saved"
+        )
+    )
+
+
+if __name__ == "__main__":
+    app.run(experiment.without_traceback(main))

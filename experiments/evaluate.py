@@ -1,0 +1,44 @@
+"""Loss of a checkpoint, native T5X or compressed, on held-out documents; one layer in memory at a time.
+
+python experiments/evaluate.py --config=configs/tiny.py --checkpoint=DIR --report=FILE
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from qmoe_jax import experiment, reporting
+from qmoe_jax.models import streaming
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
+REPORT = flags.DEFINE_string("report", None, "JSON file for the report; none is written by default.")
+
+
+def main(_):
+    config = CONFIG.value
+    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+    validation = experiment.examples(config, "validation", vocabulary)
+    stages = reporting.Stages()
+    losses = streaming.run(checkpoint, validation.pairs, experiment.memory_settings(config), stages=stages)
+    report = {
+        **losses.summary(),
+        "checkpoint": checkpoint.provenance,
+        "seconds": stages.report(),
+        "peak_rss_bytes": reporting.peak_rss_bytes(),
+        "config": config.to_dict(),
+    }
+    if REPORT.value:
+        reporting.write_json(REPORT.value, report)
+    fields = ("loss", "loss_paper", "num_documents", "num_tokens")
+    reporting.say("\n" + reporting.table(["checkpoint", *fields], [[checkpoint.path, *(report[f] for f in fields)]]))
+
+
+if __name__ == "__main__":
+    app.run(experiment.without_traceback(main))

@@ -1,0 +1,123 @@
+"""Trains a small Switch Transformer by span corruption and saves it as a native T5X checkpoint.
+
+    python experiments/train.py --config=configs/train_tiny.py --workdir=DIR
+
+DIR gets checkpoint_N/ (legacy T5X layout, bfloat16), report.json and training.png.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from ml_collections import config_flags
+
+from qmoe_jax import reporting
+from qmoe_jax.checkpoints.t5x import write_t5x
+from qmoe_jax.config import ModelConfig
+from qmoe_jax.data import Vocabulary, read_documents, token_stream, training_batches
+from qmoe_jax.figures import plot_training
+from qmoe_jax.models.switch import SwitchTransformer
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", str(pathlib.Path(__file__).parents[1] / "configs/train_tiny.py"), "What to train and how."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoint, report and figure go.", required=True)
+
+
+def balance_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """experts * sum_e f_e P_e, with f_e the share of real tokens routed to e and P_e its mean probability.
+
+    (Fedus et al. 2021, equation 4.) `logits` are [batch, length, experts], `mask` is bool [batch, length].
+    """
+    experts = logits.shape[-1]
+    probabilities = jax.nn.softmax(logits)
+    chosen = jax.nn.one_hot(jnp.argmax(logits, -1), experts)
+    weight = (mask / jnp.sum(mask))[..., None]
+    return experts * jnp.sum(jnp.sum(chosen * weight, (0, 1)) * jnp.sum(probabilities * weight, (0, 1)))
+
+
+def make_train_step(model, optimizer, settings):
+    """A jitted step: (params, optimizer state, batch) -> (params, optimizer state, metrics)."""
+
+    def loss_fn(params, batch):
+        """Cross-entropy per predicted token, plus the weighted balance and z losses, means over sparse layers."""
+        encoder_input, decoder_input, targets = batch
+        logits, state = model.apply(
+            {"params": params}, *batch, capacity_factor=settings.capacity_factor, mutable=["intermediates"]
+        )
+        real = {"encoder": encoder_input > 0, "decoder": targets > 0}
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        loss = jnp.mean(cross_entropy, where=real["decoder"])
+        routers = [
+            (layer["mlp"]["router_logits"][0], real[stack])
+            for stack in real
+            for layer in state["intermediates"][stack].values()
+            if "mlp" in layer
+        ]
+        balance = jnp.mean(jnp.stack([balance_loss(r, mask) for r, mask in routers]))
+        z = jnp.stack([jnp.mean(jax.nn.logsumexp(r, -1) ** 2, where=mask) for r, mask in routers]).mean()
+        total = loss + settings.balance_loss * balance + settings.router_z_loss * z
+        return total, {"loss": loss, "balance": balance}
+
+    def train_step(params, state, batch):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, metrics
+
+    return jax.jit(train_step, donate_argnums=(0, 1))
+
+
+def main(_):
+    config = CONFIG.value
+    workdir = pathlib.Path(WORKDIR.value)
+    stages = reporting.Stages()
+    vocabulary = Vocabulary.load(config.data.vocabulary)
+    stream = token_stream(read_documents(config.data.train), vocabulary)
+
+    # --- Model -------------------------------------------------------------------------------------------------------
+    model = SwitchTransformer(ModelConfig.from_dict({**config.model, "vocab_size": vocabulary.size}))
+    tokens = jnp.ones((1, 8), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(config.seed), tokens, tokens)["params"]
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.train.learning_rate, min(config.train.warmup_steps, config.train.steps // 2), config.train.steps
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=config.train.weight_decay),
+    )
+    train_step = make_train_step(model, optimizer, config.train)
+    state = optimizer.init(params)
+    parameters = sum(p.size for p in jax.tree.leaves(params))
+    reporting.say(f"{parameters / 1e6:.2f} M parameters, {len(stream) / 1e6:.2f} M tokens of text")
+
+    # --- Train -------------------------------------------------------------------------------------------------------
+    rng = np.random.RandomState(config.seed)
+    batches = training_batches(stream, vocabulary, config.train.batch_size, config.train.window, rng)
+    history = []
+    with stages("training"), reporting.progress(config.train.steps, "training", "step") as bar:
+        for step in range(config.train.steps):
+            params, state, metrics = train_step(params, state, next(batches)[1:])
+            if step % config.train.log_every == 0 or step == config.train.steps - 1:
+                history.append({"step": step, **{k: float(v) for k, v in metrics.items()}})
+                bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", balance=f"{history[-1]['balance']:.2f}")
+            bar.update()
+
+    # --- Save --------------------------------------------------------------------------------------------------------
+    with stages("saving"):
+        write_t5x(workdir, params, step=config.train.steps, dtype="bfloat16", overwrite=True)
+        plot_training(history, workdir / "training.png")
+    report = {"parameters": parameters, "tokens": len(stream), "seconds": stages.report(), "history": history}
+    reporting.write_json(workdir / "report.json", report)
+    reporting.say(f"{workdir}: saved; the last batch's loss was {history[-1]['loss']:.4f}.")
+    reporting.say("Validation loss: python experiments/evaluate.py --checkpoint=" + str(workdir))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,81 @@
+"""QMoE in JAX: mixture-of-experts models below one bit per parameter, from native T5X checkpoints.
+
+model, params = qmoe_jax.load("checkpoint")     # T5X or compressed
+logits = qmoe_jax.forward(model, params, encoder_input_tokens, decoder_input_tokens)
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
+from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.config import PRESETS, ModelConfig
+from qmoe_jax.models.decoding import generate
+from qmoe_jax.models.switch import SwitchTransformer
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "CompressedExperts",
+    "ModelConfig",
+    "SwitchTransformer",
+    "forward",
+    "generate",
+    "load",
+    "open_checkpoint",
+]
+
+
+def load(path: str | os.PathLike, *, dtype: Any = jnp.float32, **overrides: Any) -> tuple[SwitchTransformer, Any]:
+    """The model and its whole parameter tree from a checkpoint of any layout.
+
+    Args:
+      path: a compressed checkpoint; or a T5X checkpoint: step directory, its parent (newest complete step), or file.
+      dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
+      **overrides: fields of `ModelConfig` that the checkpoint doesn't tell, such as top_k=2.
+
+    Returns:
+      The Flax model, and its parameters by T5X's names. Experts of a compressed checkpoint are `CompressedExperts`.
+
+    Raises:
+      CheckpointError: nothing readable there; says what was found and what was expected.
+    """
+    checkpoint = open_checkpoint(path, **overrides)
+    return SwitchTransformer(checkpoint.config, dtype), jax.device_put(checkpoint.load())
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity_factor"))
+def _forward(model, params, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, capacity_factor):
+    tokens = (encoder_input_tokens, decoder_input_tokens, decoder_target_tokens)
+    return model.apply({"params": params}, *tokens, capacity_factor=capacity_factor)
+
+
+def forward(
+    model: SwitchTransformer,
+    params: Any,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array | None = None,
+    capacity_factor: float | None = None,
+) -> jax.Array:
+    """Logits, float32 [batch, decoder length, vocabulary].
+
+    Args:
+      model: from `load`.
+      params: from `load`.
+      encoder_input_tokens: int32 [batch, length]; 0 is padding in all three.
+      decoder_input_tokens: int32 [batch, decoder length], targets shifted right by one.
+      decoder_target_tokens: int32 [batch, decoder length], which T5X makes its masks from; None: positions with a
+        decoder input, and the first, are real.
+      capacity_factor: T5X's evaluation capacity factor; None: no token is dropped.
+    """
+    tokens = [jnp.asarray(t, jnp.int32) for t in (encoder_input_tokens, decoder_input_tokens)]
+    targets = None if decoder_target_tokens is None else jnp.asarray(decoder_target_tokens, jnp.int32)
+    return _forward(model, params, *tokens, targets, capacity_factor)

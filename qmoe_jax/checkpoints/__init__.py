@@ -1,0 +1,54 @@
+"""Checkpoints of every layout, opened by one function.
+
+A layout is one file with a subclass of `Checkpoint`, and one line in `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from qmoe_jax.checkpoints.architecture import check_preset, infer_config, param_shapes
+from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, CompressedWriter, is_compressed
+from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.native import NativeCheckpoint
+from qmoe_jax.checkpoints.t5x import is_t5x, open_t5x, write_t5x
+
+# Name, whether a path has it, and how it is opened; the first that fits is taken.
+LAYOUTS: list[tuple[str, Callable[..., bool], Callable[..., Checkpoint]]] = [
+    ("compressed", is_compressed, CompressedCheckpoint),
+    ("t5x", is_t5x, NativeCheckpoint),
+]
+
+
+def open_checkpoint(path: str | os.PathLike, **overrides: Any) -> Checkpoint:
+    """Opens a checkpoint of any layout; only its index is read.
+
+    Args:
+      path: a compressed checkpoint, or a T5X checkpoint (step directory, its parent, or a single file; gs:// too).
+      **overrides: fields of `ModelConfig` that the checkpoint can't tell, such as top_k=2.
+
+    Raises:
+      CheckpointError: there is none, or it is broken; says what was found.
+    """
+    for _, fits, open_layout in LAYOUTS:
+        if fits(path):
+            return open_layout(path, **overrides)
+    return NativeCheckpoint(path, **overrides)  # Says best what is wrong with the path.
+
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CompressedCheckpoint",
+    "CompressedWriter",
+    "NativeCheckpoint",
+    "check_preset",
+    "infer_config",
+    "open_checkpoint",
+    "open_t5x",
+    "param_shapes",
+    "write_t5x",
+]

@@ -1,0 +1,61 @@
+"""What every checkpoint layout offers: the architecture, and parameters by name, read only when asked for."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from qmoe_jax.config import ModelConfig
+
+
+def is_expert_kernel(name: str) -> bool:
+    """Whether a '/'-joined parameter name is a matrix of all experts of a layer."""
+    return "/mlp/expert/" in name
+
+
+class Checkpoint(abc.ABC):
+    """A model on disk.
+
+    Attributes:
+      path: where it is.
+      config: its architecture.
+      specs: shape and dtype by '/'-joined parameter name, experts' kernels left out where they are compressed.
+      provenance: what is known of its origin, as JSON values.
+    """
+
+    path: str
+    config: ModelConfig
+    specs: Mapping[str, jax.ShapeDtypeStruct]
+    provenance: dict[str, Any]
+
+    @abc.abstractmethod
+    def read(self, name: str, index: tuple = ()) -> np.ndarray:
+        """The slice `index` of parameter `name`, as stored; nothing else is read."""
+
+    @abc.abstractmethod
+    def experts(self, layer: str, group_size: int | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """The experts of a sparse layer such as 'encoder/layers_1', in groups of about `group_size` (None: one group).
+
+        Yields (start, stop, kernels) with the matrices of experts start:stop by name (wi, wo, ...): either arrays
+        [experts, in, out] or `CompressedExperts`.
+        """
+
+    def params(self, prefix: str = "") -> dict[str, Any]:
+        """Nested dict of all parameters below `prefix` (such as 'encoder/layers_1/'), experts' kernels left out."""
+        names = [n for n in self.specs if n.startswith(prefix) and not is_expert_kernel(n)]
+        flat = {n[len(prefix) :]: self.read(n) for n in names}
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    def load(self) -> dict[str, Any]:
+        """The whole parameter tree: T5X's names; an experts' kernel may be `CompressedExperts`."""
+        flat = traverse_util.flatten_dict(self.params(), sep="/")
+        for layer in self.config.sparse_layers:
+            ((_, _, kernels),) = self.experts(layer)
+            for matrix, kernel in kernels.items():
+                flat[f"{layer}/mlp/expert/{matrix}/kernel"] = kernel
+        return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,0 +1,121 @@
+"""What the experiments share: the configuration's fields and defaults, and how they become the library's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags, logging
+from ml_collections import config_dict
+
+from qmoe_jax.checkpoints import Checkpoint, check_preset, open_checkpoint
+from qmoe_jax.data import Examples, Vocabulary, load_examples
+from qmoe_jax.models import streaming
+from qmoe_jax.quantization.pipeline import QuantizationSettings
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def default_config() -> config_dict.ConfigDict:
+    """Every field of a compression experiment, with the paper's settings where the paper has them."""
+    quantization = dataclasses.asdict(QuantizationSettings())
+    quantization["group_size"] = config_dict.placeholder(int)
+    return config_dict.create(
+        data=dict(
+            vocabulary=config_dict.placeholder(str),  # SentencePiece model, without the 100 sentinels
+            calibration=config_dict.placeholder(str),  # JSON lines or plain text; globs and comma lists too
+            validation=config_dict.placeholder(str),
+            num_calibration=10_000,
+            num_validation=128,
+            max_length=568,  # tokens; longer documents are skipped (512 encoder tokens after corruption)
+            append_eos=True,  # documents end with EOS before they are corrupted
+            seed=0,
+        ),
+        model=dict(
+            preset="",  # published size to check the checkpoint against, such as switch_base_128
+            top_k=1,  # the parameter tree doesn't tell
+            dtype="float32",  # of activations
+        ),
+        quantization=quantization,
+        codec=dict(name="dictionary"),
+        save=config_dict.placeholder(bool),  # None: ternary experts are saved, 2-bit ones only measured
+        compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
+        memory=dict(tokens_per_batch=8_192, tokens_per_expert_call=16_384, experts_per_group=16),
+        generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
+    )
+
+
+def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Vocabulary]:
+    """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
+    if config.model.dtype not in DTYPES:
+        raise ValueError(f"config.model.dtype: found {config.model.dtype!r}, expected float32 or bfloat16.")
+    checkpoint = open_checkpoint(path, top_k=config.model.top_k)
+    if config.model.preset:
+        check_preset(checkpoint.config, config.model.preset)
+    vocabulary = Vocabulary.load(_given(config, "vocabulary"))
+    vocabulary.check(checkpoint.config.vocab_size)
+    return checkpoint, vocabulary
+
+
+def examples(config: config_dict.ConfigDict, which: str, vocabulary: Vocabulary) -> Examples:
+    """The 'calibration' or 'validation' documents, corrupted."""
+    return load_examples(
+        _given(config, which),
+        vocabulary,
+        config.data[f"num_{which}"],
+        max_length=config.data.max_length,
+        seed=config.data.seed,
+        append_eos=config.data.append_eos,
+    )
+
+
+def _given(config: config_dict.ConfigDict, field: str) -> str:
+    if not config.data[field]:
+        raise ValueError(f"config.data.{field} is not set: give --config.data.{field}=FILE.")
+    return config.data[field]
+
+
+def replace(settings: QuantizationSettings, **changes: Any) -> QuantizationSettings:
+    return dataclasses.replace(settings, **changes)
+
+
+def quantization_settings(config: config_dict.ConfigDict) -> QuantizationSettings:
+    return QuantizationSettings(**config.quantization)
+
+
+def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
+    return streaming.Settings(dtype=DTYPES[config.model.dtype], **config.memory)
+
+
+def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
+    """The directory to write to, not made yet; refused where writing would destroy something.
+
+    Raises:
+      FileExistsError: it isn't empty and `overwrite` is not set; or it is, or holds, or lies in one of `inputs`.
+    """
+    output = pathlib.Path(path)
+    for source in inputs:
+        a, b = output.resolve(), pathlib.Path(source).resolve()
+        if a == b or b in a.parents or a in b.parents:
+            raise FileExistsError(f"--output={path} and the checkpoint {source} overlap; write somewhere else.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise FileExistsError(f"--output={path} exists and is not empty. Choose another, or give --overwrite.")
+    return output
+
+
+def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Turns what a user can mend (bad input, no space, no permission) into one line on standard error and exit 1."""
+
+    def run(argv):
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells at length what it does.
+        try:
+            main(argv)
+        except (ValueError, OSError) as e:
+            sys.exit(f"error: {e}")
+
+    return run

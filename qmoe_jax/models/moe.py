@@ -1,0 +1,176 @@
+"""The mixture-of-experts MLP: router, capacity, and one interface for dense and compressed experts.
+
+The experts' matrices are either arrays [experts, in, out], as T5X stores them, or `CompressedExperts` ([out, in] per
+expert). What differs is which ragged dot multiplies them; everything else is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.config import ModelConfig
+from qmoe_jax.kernels import compressed_ragged_dot, ragged_dot
+from qmoe_jax.models.layers import Kernel, MlpKernels, activate
+
+
+class Routing(NamedTuple):
+    """Where tokens go. `gate` is the router's raw probability, 0 for a choice that was dropped."""
+
+    expert: jax.Array  # int32 [tokens, top_k]
+    gate: jax.Array  # float32 [tokens, top_k]
+
+
+def route(probabilities: jax.Array, top_k: int) -> Routing:
+    """The `top_k` most probable experts of each token; ties go to the lowest index, gates aren't renormalised."""
+    gate, expert = jax.lax.top_k(probabilities, top_k)
+    return Routing(expert.astype(jnp.int32), gate)
+
+
+# --- capacity -------------------------------------------------------------------------------------------------------
+
+
+def padded_shape(batch: int, length: int, multiple: int) -> tuple[int, int]:
+    """Smallest enlargement of one axis that makes batch * length a multiple (T5X; a tie goes to the length)."""
+    new_length = next(n for n in range(length, length + multiple) if batch * n % multiple == 0)
+    new_batch = next(n for n in range(batch, batch + multiple) if n * length % multiple == 0)
+    if (new_batch - batch) * length < batch * (new_length - length):
+        return new_batch, length
+    return batch, new_length
+
+
+def num_groups(tokens: int, group_size: int, experts: int) -> int:
+    """Smallest number of routing groups that divides the tokens, is a multiple of the experts, and is large enough."""
+    least = max(tokens // group_size, experts)
+    return next(g for g in range(least, tokens + 1) if tokens % g == 0 and g % experts == 0)
+
+
+def expert_capacity(factor: float, tokens_per_group: int, experts: int, least: int) -> int:
+    """Slots of an expert in one group."""
+    return max(round(factor * tokens_per_group / experts), least)
+
+
+def kept(routing: Routing, experts: int, groups: int, capacity: int, prioritized: bool) -> jax.Array:
+    """Which choices find a free slot: bool [tokens, top_k].
+
+    In each group of consecutive tokens slots are given in token order, or by falling first-choice probability when
+    `prioritized`; all first choices come before any second choice.
+    """
+    top_k = routing.expert.shape[-1]
+    expert = routing.expert.reshape(groups, -1, top_k)  # [groups, tokens, top_k]
+    if prioritized:
+        order = jnp.argsort(-routing.gate.reshape(groups, -1, top_k)[..., 0], axis=-1, stable=True)
+    else:
+        order = jnp.broadcast_to(jnp.arange(expert.shape[1]), expert.shape[:2])
+    expert = jnp.take_along_axis(expert, order[..., None], axis=1)
+    queue = expert.swapaxes(1, 2).reshape(groups, -1)  # [groups, top_k * tokens]: first choices, then second ones
+    one_hot = jax.nn.one_hot(queue, experts, dtype=jnp.int32)
+    position = jnp.sum((jnp.cumsum(one_hot, axis=1) - 1) * one_hot, axis=-1)
+    free = (position < capacity).reshape(groups, top_k, -1).swapaxes(1, 2)  # [groups, tokens, top_k], in `order`
+    back = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(free, back[..., None], axis=1).reshape(-1, top_k)
+
+
+# --- experts --------------------------------------------------------------------------------------------------------
+
+
+def expert_mlp(x: jax.Array, kernels: list, dot: Callable) -> jax.Array:
+    """wo(activation(wi x)) of every expert on its own rows; `dot(x, kernel)` knows which rows are whose."""
+    *wi, wo = kernels
+    return dot(activate([dot(x, w) for w in wi]), wo)
+
+
+def grouped(group_sizes: jax.Array) -> Callable:
+    """A `dot` for `expert_mlp`: rows are sorted by expert, `group_sizes` int32 [experts] says how many each has."""
+
+    def dot(rows, kernel):
+        if isinstance(kernel, CompressedExperts):
+            return compressed_ragged_dot(rows, kernel, group_sizes)
+        return ragged_dot(rows, kernel.astype(rows.dtype), group_sizes)
+
+    return dot
+
+
+def apply_experts(x: jax.Array, routing: Routing, kernels: list) -> jax.Array:
+    """Sum over a token's choices of gate * expert(token): [tokens, d_model].
+
+    The tokens are sorted by expert once; each matrix is then one ragged dot. A dropped choice has gate 0.
+    """
+    tokens, top_k = routing.expert.shape
+    expert = routing.expert.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    group_sizes = jnp.bincount(expert, length=kernels[0].shape[0]).astype(jnp.int32)
+    y = expert_mlp(x[order // top_k], kernels, grouped(group_sizes))  # [tokens * top_k, d_model], sorted by expert
+    y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(tokens, top_k, -1)
+    return jnp.sum(y * routing.gate[..., None].astype(y.dtype), axis=1)
+
+
+class RouterWeights(nn.Module):
+    """Holds router_weights/w/kernel [d_model, experts]."""
+
+    config: ModelConfig
+
+    def setup(self):
+        self.w = Kernel((self.config.d_model, self.config.num_experts), self.config.d_model)
+
+
+class Router(nn.Module):
+    """Router probabilities, always computed in float32."""
+
+    config: ModelConfig
+
+    def setup(self):
+        self.router_weights = RouterWeights(self.config)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits [..., experts] of x [..., d_model]."""
+        return x.astype(jnp.float32) @ self.router_weights.w().astype(jnp.float32)
+
+
+class MoeMlp(nn.Module):
+    """Mixture of experts (Fedus et al. 2021, section 2), evaluated as T5X does."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    prioritized: bool  # Batch-prioritised slots at finite capacity.
+
+    def setup(self):
+        self.router = Router(self.config)
+        self.expert = MlpKernels(self.config, (self.config.num_experts,))
+
+    def route(self, x: jax.Array) -> Routing:
+        """Routing of x [tokens, d_model] without capacity."""
+        return route(jax.nn.softmax(self.router(x)), self.config.top_k)
+
+    def __call__(self, x: jax.Array, capacity_factor: float | None) -> jax.Array:
+        """x [batch, length, d_model] -> the same shape; no token is dropped when `capacity_factor` is None."""
+        c = self.config
+        batch, length, width = x.shape
+        if capacity_factor is None:
+            padded = x
+        else:  # Padding tokens are zero vectors that compete for slots like any other.
+            new_batch, new_length = padded_shape(batch, length, c.num_experts)
+            padded = jnp.pad(x, ((0, new_batch - batch), (0, new_length - length), (0, 0)))
+        tokens = padded.reshape(-1, width)
+        logits = self.router(tokens)
+        routing = route(jax.nn.softmax(logits), c.top_k)
+        kernels = self.expert.kernels()
+        if capacity_factor is not None:
+            groups = num_groups(len(tokens), c.router_group_size, c.num_experts)
+            capacity = expert_capacity(capacity_factor, len(tokens) // groups, c.num_experts, c.min_expert_capacity)
+            free = kept(routing, c.num_experts, groups, capacity, self.prioritized)
+            routing = Routing(routing.expert, jnp.where(free, routing.gate, 0.0))
+        y = apply_experts(tokens, routing, kernels)
+
+        def unpad(t):
+            return t.reshape(*padded.shape[:2], -1)[:batch, :length]
+
+        self.sow("intermediates", "router_logits", unpad(logits))
+        self.sow("intermediates", "expert_index", unpad(routing.expert))
+        self.sow("intermediates", "combine_weight", unpad(routing.gate))
+        return unpad(y)

@@ -1,0 +1,393 @@
+"""A forward pass over all documents at once, layer by layer, so that one layer's weights are in memory at a time.
+
+The activations of all documents lie end to end in one host array (the paper's list buffer, section 3.2). A layer's
+attention runs batch by batch; its experts then run group by group, each on all tokens routed to it:
+
+    for each layer:   x = attend(x), batch by batch;   route;   for each group of experts: x += gate * expert(norm(x))
+
+Compression is this pass with a hook that replaces each group of experts by its quantized version.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+
+from qmoe_jax import reporting
+from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.checks import check_finite
+from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.config import ModelConfig
+from qmoe_jax.data import Batch, make_batches
+from qmoe_jax.models.layers import RelativePositionBias, RMSNorm
+from qmoe_jax.models.moe import expert_mlp, grouped
+from qmoe_jax.models.switch import (
+    DecoderLayer,
+    EncoderLayer,
+    SwitchTransformer,
+    decoder_masks,
+    encoder_masks,
+)
+
+
+class ListBuffer:
+    """Vectors of all tokens of all documents, end to end: `data` [tokens, width]; one document's are consecutive."""
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype):
+        self.lengths = np.asarray(lengths)
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        # One more row, always zero: padding is read from there.
+        self._rows = np.zeros((self.offsets[-1] + 1, width), dtype)
+        self.data = self._rows[:-1]
+
+    def positions(self, documents: np.ndarray, length: int) -> np.ndarray:
+        """Row of each token of padded documents: [batch, length]; padding is the last row (documents -1: only that)."""
+        steps = np.arange(length)
+        lengths = np.where(documents >= 0, self.lengths[documents], 0)
+        rows = self.offsets[documents][:, None] + steps
+        return np.where(steps < lengths[:, None], rows, len(self.data))
+
+    def get(self, positions: np.ndarray) -> np.ndarray:
+        return self._rows[positions]
+
+    def put(self, positions: np.ndarray, values) -> None:
+        real = positions < len(self.data)
+        self._rows[positions[real]] = np.asarray(values)[real]
+
+
+class Documents:
+    """Corrupted documents, in batches of a few fixed shapes, with each batch's rows in the list buffers."""
+
+    def __init__(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], tokens_per_batch: int):
+        self.pairs = pairs
+        self.batches: list[Batch] = make_batches(pairs, tokens_per_batch)
+        self.lengths = {"encoder": [len(e) for e, _ in pairs], "decoder": [len(d) - 1 for _, d in pairs]}
+
+    def buffer(self, stack: str, width: int, dtype) -> ListBuffer:
+        return ListBuffer(self.lengths[stack], width, dtype)
+
+    def tokens(self, stack: str) -> np.ndarray:
+        """Encoder tokens, or decoder targets, in the list buffers' order: int32 [tokens]."""
+        return np.concatenate([e if stack == "encoder" else d[1:] for e, d in self.pairs])
+
+
+class ExpertGroup(NamedTuple):
+    """Experts start:stop of a layer, and what arrives at them.
+
+    Attributes:
+      layer: such as 'encoder/layers_1'.
+      stack: 'encoder' or 'decoder'.
+      start: first expert.
+      stop: one past the last expert.
+      kernels: by name (wi, wo, ...), [experts, in, out] or `CompressedExperts`.
+      inputs: normed inputs of all tokens [tokens, d_model], in the list buffers' order.
+      tokens: per expert of the group, the tokens routed to it as any of their choices (rows of `inputs`), in order.
+    """
+
+    layer: str
+    stack: str
+    start: int
+    stop: int
+    kernels: dict[str, Any]
+    inputs: np.ndarray
+    tokens: list[np.ndarray]
+
+
+class Settings(NamedTuple):
+    """How a streamed pass uses memory and devices.
+
+    Attributes:
+      dtype: of activations, float32 or bfloat16.
+      round_weights: round weights to bfloat16 first, as a compressed checkpoint stores those it doesn't quantize.
+      tokens_per_batch: most tokens, padding included, that go through a layer's attention at once.
+      tokens_per_expert_call: most tokens that go through a group of experts at once.
+      experts_per_group: experts that are read, and quantized, together.
+    """
+
+    dtype: Any = jnp.float32
+    round_weights: bool = False
+    tokens_per_batch: int = 8_192
+    tokens_per_expert_call: int = 16_384
+    experts_per_group: int = 16
+
+
+class DocumentLosses(NamedTuple):
+    """Cross-entropy in nats, per document."""
+
+    total: np.ndarray  # float64 [documents], summed over predicted tokens
+    tokens: np.ndarray  # int64 [documents], predicted tokens
+
+    def summary(self) -> dict[str, Any]:
+        """`loss`, the mean per predicted token, and `loss_paper`.
+
+        The paper weights each document's mean over its L - 1 predicted tokens by its decoder length L.
+        """
+        weight = self.tokens + 1
+        return {
+            "loss": float(self.total.sum() / self.tokens.sum()),
+            "loss_paper": float(np.sum(weight * self.total / self.tokens) / weight.sum()),
+            "num_documents": len(self.tokens),
+            "num_tokens": int(self.tokens.sum()),
+        }
+
+
+Hook = Callable[[ExpertGroup], dict[str, Any]]
+
+
+def run(
+    checkpoint: Checkpoint,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    settings: Settings,
+    *,
+    hook: Hook | None = None,
+    stages: reporting.Stages | None = None,
+    what: str = "evaluating",
+) -> DocumentLosses:
+    """Losses of corrupted documents, one layer in memory at a time.
+
+    Args:
+      checkpoint: the model, read once from front to back.
+      pairs: (encoder int32 [Le], decoder int32 [Ld]) per document; decoder[:-1] is fed, decoder[1:] predicted.
+      settings: memory and precision.
+      hook: called for each group of experts; returns the kernels that are used in its place.
+      stages: where seconds are counted.
+      what: the progress bar's label.
+
+    Raises:
+      CheckpointError: something could not be read, or is NaN or Inf.
+    """
+    config = checkpoint.config
+    stages = stages or reporting.Stages()
+    documents = Documents(pairs, settings.tokens_per_batch)
+    units = sum(_units(config, settings, len(documents.batches)).values())
+    with reporting.progress(units, what, "step") as bar:
+        forward = _Pass(checkpoint, config, documents, settings, hook, stages, bar)
+        encoded = forward.encoder()
+        return forward.losses(forward.decoder(encoded))
+
+
+def _units(config: ModelConfig, settings: Settings, batches: int) -> dict[str, int]:
+    """Steps of the progress bar: batches through attention, groups through experts, batches through the loss."""
+    groups = -(-config.num_experts // settings.experts_per_group)
+    return {
+        "attention": (config.num_encoder_layers + config.num_decoder_layers) * batches,
+        "experts": len(config.sparse_layers) * groups,
+        "loss": batches,
+    }
+
+
+class _Pass:
+    """One streamed forward pass; the state that its steps share."""
+
+    def __init__(self, checkpoint, config, documents, settings, hook, stages, bar):
+        self.checkpoint, self.config, self.documents = checkpoint, config, documents
+        self.settings, self.hook, self.stages, self.bar = settings, hook, stages, bar
+        self.embedder = self.params("token_embedder/")
+
+    def weights(self, name: str, value: np.ndarray, first_expert: int = 0) -> np.ndarray:
+        """Checked, and rounded to bfloat16 where that is asked for."""
+        check_finite(name, value, first_expert)
+        return value.astype(ml_dtypes.bfloat16) if self.settings.round_weights else value
+
+    def params(self, prefix: str) -> dict[str, Any]:
+        with self.stages("reading"):
+            tree = self.checkpoint.params(prefix)
+            return jax.tree_util.tree_map_with_path(
+                lambda path, v: self.weights(prefix + "/".join(k.key for k in path), v), tree
+            )
+
+    def embed(self, stack: str) -> ListBuffer:
+        x = self.documents.buffer(stack, self.config.d_model, self.settings.dtype)
+        embedding = self.embedder["embedding"]
+        for i, (encoder, decoder) in enumerate(self.documents.pairs):
+            tokens = encoder if stack == "encoder" else decoder[:-1]
+            x.data[x.offsets[i] : x.offsets[i + 1]] = embedding[tokens]
+        return x
+
+    def shared_bias(self, stack: str, params, length: int) -> jax.Array | None:
+        if self.config.relpos_per_layer:
+            return None
+        bias = RelativePositionBias(self.config, stack == "encoder", self.settings.dtype)
+        positions = jnp.arange(length)
+        return bias.apply({"params": params}, positions, positions)
+
+    # --- layers ------------------------------------------------------------------------------------------------------
+
+    def encoder(self) -> ListBuffer:
+        x = self.embed("encoder")
+        relpos = self.params("encoder/relpos_bias/")
+
+        def attend(layer, params, batch):
+            positions = x.positions(batch.indices, batch.encoder_input_tokens.shape[1])
+            bias = self.shared_bias("encoder", relpos, positions.shape[1])
+            tokens = batch.encoder_input_tokens
+            return positions, _encoder_layer(layer, params, x.get(positions), tokens, bias)
+
+        self.layers("encoder", EncoderLayer, x, attend)
+        norm = self.params("encoder/encoder_norm/")
+        for batch in self.documents.batches:
+            positions = x.positions(batch.indices, batch.encoder_input_tokens.shape[1])
+            x.put(positions, _norm(self.config, self.settings.dtype, norm, x.get(positions)))
+        return x
+
+    def decoder(self, encoded: ListBuffer) -> ListBuffer:
+        x = self.embed("decoder")
+        relpos = self.params("decoder/relpos_bias/")
+
+        def attend(layer, params, batch):
+            positions = x.positions(batch.indices, batch.decoder_input_tokens.shape[1])
+            bias = self.shared_bias("decoder", relpos, positions.shape[1])
+            memory = encoded.get(encoded.positions(batch.indices, batch.encoder_input_tokens.shape[1]))
+            return positions, _decoder_layer(layer, params, x.get(positions), memory, tuple(batch[1:]), bias)
+
+        self.layers("decoder", DecoderLayer, x, attend)
+        return x
+
+    def layers(self, stack: str, kind, x: ListBuffer, attend) -> None:
+        c, dtype = self.config, self.settings.dtype
+        sparse_layers = c.encoder_sparse_layers if stack == "encoder" else c.decoder_sparse_layers
+        for i in range(c.num_encoder_layers if stack == "encoder" else c.num_decoder_layers):
+            sparse = i in sparse_layers
+            layer = kind(c, sparse, stack == "decoder", dtype)
+            params = jax.device_put(self.params(f"{stack}/layers_{i}/"))
+            h = self.documents.buffer(stack, c.d_model, dtype) if sparse else None
+            expert = self.documents.buffer(stack, c.top_k, np.int32) if sparse else None
+            gate = self.documents.buffer(stack, c.top_k, np.float32) if sparse else None
+            for batch in self.documents.batches:
+                with self.stages("attention"):
+                    positions, (new_x, new_h, routing) = attend(layer, params, batch)
+                    x.put(positions, new_x)
+                    if sparse:
+                        h.put(positions, new_h)
+                        expert.put(positions, routing.expert)
+                        gate.put(positions, routing.gate)
+                self.bar.update()
+            if sparse:
+                self.experts(f"{stack}/layers_{i}", stack, x.data, h.data, expert.data, gate.data)
+
+    def experts(self, layer: str, stack: str, x, h, expert, gate) -> None:
+        """x += gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k]."""
+        names = self.config.expert_matrices
+        for start, stop, kernels in self.read_experts(layer):
+            if self.hook is not None:
+                tokens = [np.flatnonzero((expert == e).any(axis=1)) for e in range(start, stop)]
+                kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, tokens))
+            with self.stages("experts"):
+                kernels = jax.device_put([kernels[n] for n in names])
+                for choice in range(expert.shape[1]):  # In one choice no token occurs twice.
+                    order = np.argsort(expert[:, choice], kind="stable")
+                    first, last = np.searchsorted(expert[order, choice], [start, stop])
+                    for rows in _chunks(order[first:last], self.settings.tokens_per_expert_call):
+                        sizes = np.bincount(expert[rows, choice] - start, minlength=stop - start)
+                        padded = _pad(rows, len(x))
+                        new = _add_experts(
+                            np.take(x, padded, axis=0, mode="clip"),
+                            np.take(h, padded, axis=0, mode="clip"),
+                            np.take(gate[:, choice], padded, mode="clip"),
+                            kernels,
+                            sizes.astype(np.int32),
+                        )
+                        x[rows] = np.asarray(new)[: len(rows)]
+            self.bar.update()
+
+    def read_experts(self, layer: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        groups = self.checkpoint.experts(layer, self.settings.experts_per_group)
+        while True:
+            with self.stages("reading"):
+                group = next(groups, None)
+                if group is None:
+                    return
+                start, stop, kernels = group
+                for name, kernel in kernels.items():
+                    if not isinstance(kernel, CompressedExperts):
+                        kernels[name] = self.weights(f"{layer}/mlp/expert/{name}/kernel", kernel, start)
+            yield start, stop, kernels
+
+    # --- loss --------------------------------------------------------------------------------------------------------
+
+    def losses(self, x: ListBuffer) -> DocumentLosses:
+        names = ("decoder_norm",) if self.config.tied else ("decoder_norm", "logits_dense")
+        params = {"decoder": {n: self.params(f"decoder/{n}/") for n in names}, "token_embedder": self.embedder}
+        params = jax.device_put(params)
+        total = np.zeros(len(self.documents.pairs))
+        for batch in self.documents.batches:
+            with self.stages("loss"):
+                positions = x.positions(batch.indices, batch.decoder_input_tokens.shape[1])
+                model = SwitchTransformer(self.config, self.settings.dtype)
+                loss = _loss(model, params, x.get(positions), batch.decoder_target_tokens, batch.decoder_input_tokens)
+                real = batch.indices >= 0
+                total[batch.indices[real]] = np.asarray(loss, np.float64)[real]
+            self.bar.update()
+        return DocumentLosses(total, np.asarray(self.documents.lengths["decoder"]))
+
+
+def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for i in range(0, len(rows), size):
+        yield rows[i : i + size]
+
+
+def _pad(rows: np.ndarray, fill: int) -> np.ndarray:
+    """Rows, and `fill` up to a power of two, so that few shapes are compiled."""
+    padded = np.full(max(16, 1 << (len(rows) - 1).bit_length()), fill)
+    padded[: len(rows)] = rows
+    return padded
+
+
+# --- jitted steps ----------------------------------------------------------------------------------------------------
+
+
+def _mlp_or_route(layer, params, x, token_mask):
+    """A dense layer's MLP is applied; a sparse layer's input and routing are returned instead."""
+    if not layer.sparse:
+        return layer.apply(params, x, token_mask, None, method="mlp_half"), None, None
+    h = layer.apply(params, x, token_mask, method="mlp_input")
+    return x, h, layer.apply(params, h, method="route")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encoder_layer(layer: EncoderLayer, params, x, tokens, shared_bias):
+    params = {"params": params}
+    token_mask, bias = encoder_masks(tokens, layer.dtype)
+    x = layer.apply(params, x, token_mask, bias, shared_bias, method="attend")
+    return _mlp_or_route(layer, params, x, token_mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decoder_layer(layer: DecoderLayer, params, x, encoded, tokens, shared_bias):
+    params = {"params": params}
+    masks = decoder_masks(*tokens, layer.dtype)
+    x = layer.apply(params, x, encoded, masks, shared_bias, method="attend")
+    return _mlp_or_route(layer, params, x, masks.token)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _norm(config: ModelConfig, dtype, params, x):
+    return RMSNorm(config.d_model, dtype).apply({"params": params}, x)
+
+
+@jax.jit
+def _add_experts(x, h, gate, kernels, group_sizes):
+    """x + gate * expert(h) for rows sorted by expert."""
+    return x + gate[:, None].astype(x.dtype) * expert_mlp(h, kernels, grouped(group_sizes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(model: SwitchTransformer, params, x, targets, inputs):
+    """Summed cross-entropy of each document [batch], one document's logits in memory at a time."""
+    token_mask = decoder_masks(inputs, inputs, targets, model.dtype).token
+    y = model.apply({"params": params}, x, token_mask, method=lambda m, x, mask: m.decoder.finish(x, mask))
+
+    def document(args):
+        y, targets = args
+        logits = model.apply({"params": params}, y[None], method="logits")[0]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(jnp.where(targets > 0, loss, 0.0))
+
+    return jax.lax.map(document, (y, targets))

@@ -1,0 +1,44 @@
+"""The Hessian of a layer's squared output error: H = 2/n X'X over the tokens that an expert sees."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.jit
+def accumulate(H: jax.Array, n: jax.Array, X: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds tokens to running Hessians, so that long token lists can be streamed in chunks.
+
+    Args:
+      H: float32 [experts, columns, columns], Hessian of the tokens so far (zeros at first).
+      n: int32 [experts], how many they were (zeros at first).
+      X: [experts, tokens, columns], inputs of each expert's matrix.
+      mask: bool [experts, tokens], which of them count; the others may hold anything.
+
+    Returns:
+      H and n with the new tokens. An expert without tokens keeps H = 0, which `gptq` takes as starved.
+    """
+    X = jnp.where(mask[..., None], X.astype(jnp.float32), 0.0)
+    total = n + mask.sum(-1, dtype=jnp.int32)  # [experts]
+    per_token = 1.0 / jnp.maximum(total, 1).astype(jnp.float32)
+    XX = jnp.einsum("etc,etd->ecd", X, X, precision=jax.lax.Precision.HIGHEST)
+    H = H * (n * per_token)[:, None, None] + (2.0 * per_token)[:, None, None] * XX
+    return H, total
+
+
+def hessian(X: jax.Array, mask: jax.Array) -> jax.Array:
+    """H = 2/n X'X over the n tokens that count; zero where there are none (GPTQ, section 3).
+
+    The scale is immaterial to `gptq` but for its least damping of 1e-6.
+
+    Args:
+      X: [experts, tokens, columns], inputs of each expert's matrix.
+      mask: bool [experts, tokens], which tokens count.
+
+    Returns:
+      float32 [experts, columns, columns].
+    """
+    experts, _, columns = X.shape
+    H = jnp.zeros((experts, columns, columns), jnp.float32)
+    return accumulate(H, jnp.zeros(experts, jnp.int32), X, mask)[0]

@@ -1,0 +1,41 @@
+"""Set-up shared by all tests: threads, eight virtual CPU devices, fixtures."""
+
+import os
+
+# LAPACK on CPU is OpenBLAS, whose threads fight XLA's: set before jax is imported.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import pathlib
+import tarfile
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+FIXTURES = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def fixture_path(tmp_path_factory):
+    """fixture_path(name) -> path of a fixture; `name.tar.gz` is unpacked once per session.
+
+    Fixtures were written by independent implementations and lie beside the project, not in it.
+    """
+    unpacked = {}
+
+    def get(name: str) -> pathlib.Path:
+        path = FIXTURES / name
+        if path.exists():
+            return path
+        archive = FIXTURES / f"{name}.tar.gz"
+        if not archive.exists():
+            pytest.skip(f"fixture {name} is not here (looked in ../shared/fixtures beside the checkout)")
+        if name not in unpacked:
+            target = tmp_path_factory.mktemp(name)
+            with tarfile.open(archive) as tar:
+                tar.extractall(target, filter="data")
+            unpacked[name] = target / name
+        return unpacked[name]
+
+    return get
