@@ -33,9 +33,8 @@ def get_config() -> config_dict.ConfigDict:
             decoder_sparse_layers=(0, 1, 2),
         ),
         train=dict(
-            steps=7_000,
-            batch_size=32,
-            window=120,  # tokens before corruption
+            steps=6_000,
+            tokens_per_batch=5_120,  # padding included
             learning_rate=3e-3,
             warmup_steps=300,
             weight_decay=0.01,

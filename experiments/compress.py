@@ -35,7 +35,7 @@ def main(_):
     save = storable if config.save is None else config.save
     if save and not storable:
         raise ValueError(
-            f"config.save: experts of {quantization.bits:g} bits with group_size {quantization.group_size} can't be saved "
+            f"config.save: {quantization.bits:g}-bit experts with group_size {quantization.group_size} can't be saved "
             "yet: no codec holds them. Measure them with --config.save=false, or save ternary ones with a grid per row."
         )
 

@@ -9,16 +9,25 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA
 
 import pathlib
 
+import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
+from qmoe_jax.data import Examples
 from qmoe_jax.models import streaming
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
 REPORT = flags.DEFINE_string("report", None, "JSON file for the report; none is written by default.")
+
+
+def unigram_entropy(examples: Examples) -> float:
+    """Loss in nats of the best guess that sees no context: entropy of the predicted tokens' own frequencies."""
+    counts = np.bincount(np.concatenate([decoder[1:] for _, decoder in examples.pairs]))
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
 
 
 def main(_):
@@ -29,6 +38,7 @@ def main(_):
     losses = streaming.run(checkpoint, validation.pairs, experiment.memory_settings(config), stages=stages)
     report = {
         **losses.summary(),
+        "unigram_entropy": unigram_entropy(validation),
         "checkpoint": checkpoint.provenance,
         "seconds": stages.report(),
         "peak_rss_bytes": reporting.peak_rss_bytes(),
@@ -36,7 +46,7 @@ def main(_):
     }
     if REPORT.value:
         reporting.write_json(REPORT.value, report)
-    fields = ("loss", "loss_paper", "num_documents", "num_tokens")
+    fields = ("loss", "loss_paper", "unigram_entropy", "num_documents", "num_tokens")
     reporting.say("\n" + reporting.table(["checkpoint", *fields], [[checkpoint.path, *(report[f] for f in fields)]]))
 
 

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from qmoe_jax import reporting
 from qmoe_jax.checkpoints.t5x import write_t5x
 from qmoe_jax.config import ModelConfig
-from qmoe_jax.data import Vocabulary, read_documents, token_stream, training_batches
+from qmoe_jax.data import EOS, Vocabulary, read_documents, training_batches
 from qmoe_jax.figures import plot_training
 from qmoe_jax.models.switch import SwitchTransformer
 
@@ -79,12 +79,14 @@ def main(_):
     workdir = pathlib.Path(WORKDIR.value)
     stages = reporting.Stages()
     vocabulary = Vocabulary.load(config.data.vocabulary)
-    stream = token_stream(read_documents(config.data.train), vocabulary)
+    documents = vocabulary.encode_batch(list(read_documents(config.data.train)))
+    documents = [np.array([*ids, EOS], np.int32) for ids in documents if ids]
+    tokens = sum(map(len, documents))
 
     # --- Model -------------------------------------------------------------------------------------------------------
     model = SwitchTransformer(ModelConfig.from_dict({**config.model, "vocab_size": vocabulary.size}))
-    tokens = jnp.ones((1, 8), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(config.seed), tokens, tokens)["params"]
+    example = jnp.ones((1, 8), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(config.seed), example, example)["params"]
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.train.learning_rate, min(config.train.warmup_steps, config.train.steps // 2), config.train.steps
     )
@@ -95,11 +97,11 @@ def main(_):
     train_step = make_train_step(model, optimizer, config.train)
     state = optimizer.init(params)
     parameters = sum(p.size for p in jax.tree.leaves(params))
-    reporting.say(f"{parameters / 1e6:.2f} M parameters, {len(stream) / 1e6:.2f} M tokens of text")
+    reporting.say(f"{parameters / 1e6:.2f} M parameters, {tokens / 1e6:.2f} M tokens of text")
 
     # --- Train -------------------------------------------------------------------------------------------------------
     rng = np.random.RandomState(config.seed)
-    batches = training_batches(stream, vocabulary, config.train.batch_size, config.train.window, rng)
+    batches = training_batches(documents, vocabulary, config.train.tokens_per_batch, rng)
     history = []
     with stages("training"), reporting.progress(config.train.steps, "training", "step") as bar:
         for step in range(config.train.steps):
@@ -113,7 +115,7 @@ def main(_):
     with stages("saving"):
         write_t5x(workdir, params, step=config.train.steps, dtype="bfloat16", overwrite=True)
         plot_training(history, workdir / "training.png")
-    report = {"parameters": parameters, "tokens": len(stream), "seconds": stages.report(), "history": history}
+    report = {"parameters": parameters, "tokens": tokens, "seconds": stages.report(), "history": history}
     reporting.write_json(workdir / "report.json", report)
     reporting.say(f"{workdir}: saved; the last batch's loss was {history[-1]['loss']:.4f}.")
     reporting.say("Validation loss: python experiments/evaluate.py --checkpoint=" + str(workdir))

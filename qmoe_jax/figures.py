@@ -50,3 +50,17 @@ def plot_training(history: list[Mapping[str, float]], path: str | os.PathLike) -
     ax.set(xlabel="step", ylabel="training loss (nats per predicted token)")
     fig.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(fig)
+
+
+def plot_losses(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Loss by name, as bars above the first report's loss (bfloat16)."""
+    base, *others = reports
+    losses = [reports[name]["loss"] for name in others]
+    fig, ax = plt.subplots(figsize=(7, 3.4))
+    bars = ax.barh(others[::-1], [loss - reports[base]["loss"] for loss in losses][::-1], color="#4878a8")
+    ax.bar_label(bars, [f"{loss:.3f}" for loss in losses[::-1]], padding=3)
+    ax.set_xlabel(f"validation loss above {base} ({reports[base]['loss']:.3f} nats per token)")
+    ax.margins(x=0.12)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)

@@ -1,6 +1,6 @@
 """Text to batches: files -> documents -> token ids -> corrupted examples -> padded arrays."""
 
-from qmoe_jax.data.batches import Batch, make_batches, token_stream, training_batches
+from qmoe_jax.data.batches import Batch, make_batches, training_batches
 from qmoe_jax.data.errors import DataError
 from qmoe_jax.data.examples import Examples, load_examples
 from qmoe_jax.data.span_corruption import corrupt
@@ -18,6 +18,5 @@ __all__ = [
     "load_examples",
     "make_batches",
     "read_documents",
-    "token_stream",
     "training_batches",
 ]

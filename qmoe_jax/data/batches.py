@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from qmoe_jax.data.span_corruption import corrupt
-from qmoe_jax.data.vocabulary import EOS, PAD, Vocabulary
+from qmoe_jax.data.vocabulary import PAD, Vocabulary
 
 
 class Batch(NamedTuple):
@@ -98,63 +98,41 @@ def _power_of_two_below(n: int) -> int:
     return 1 << (max(n, 1).bit_length() - 1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------
-
-
-def token_stream(documents: Iterable[str], vocabulary: Vocabulary) -> np.ndarray:
-    """All documents one after the other, each ended by `EOS`: int32 [tokens]."""
-    encoded = vocabulary.encode_batch(list(documents))
-    return np.concatenate([np.zeros(0, np.int32), *(np.array([*ids, EOS], np.int32) for ids in encoded)])
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 def training_batches(
-    stream: np.ndarray,
+    ids: Sequence[np.ndarray],
     vocabulary: Vocabulary,
-    batch_size: int,
-    length: int,
+    tokens_per_batch: int,
     rng: np.random.RandomState,
     *,
-    noise_density: float = 0.15,
-    mean_span: float = 3.0,
+    encoder_multiple: int = 64,
 ) -> Iterator[Batch]:
-    """Endless batches of corrupted windows of a token stream, all of one shape and without padding.
+    """Endless batches of corrupted documents: every document once an epoch, its corruption new each time.
 
-    A window is `length - 1` consecutive tokens from anywhere in the stream and `EOS`, so that it ends as the
-    paper's documents do. `Batch.indices` is where it begins.
+    Documents keep their own lengths, as in evaluation. A model trained on windows of one length learns where each
+    sentinel stands in them, and does markedly worse on documents.
 
     Args:
-      stream: int32 [tokens], from `token_stream`.
+      ids: tokens of each document, at least 2, end of sequence included.
       vocabulary: gives the sentinels.
-      batch_size: windows per batch.
-      length: tokens of a window before corruption.
-      rng: decides windows and corruption.
-      noise_density: see `corrupt`.
-      mean_span: see `corrupt`.
+      tokens_per_batch: see `make_batches`, as is encoder_multiple.
+      rng: decides corruption and order.
+      encoder_multiple: large, for few shapes.
 
     Raises:
-      ValueError: the stream is shorter than a window.
+      ValueError: there are no documents.
     """
-    if length < 2 or len(stream) < length - 1:
-        raise ValueError(f"Windows of {length} tokens from {len(stream)} tokens of text: too short.")
-    return _training_batches(stream, vocabulary, batch_size, length, rng, noise_density, mean_span)
+    if not ids:
+        raise ValueError("No documents to train on.")
+    return _training_batches(ids, vocabulary, tokens_per_batch, rng, encoder_multiple)
 
 
-def _training_batches(stream, vocabulary, batch_size, length, rng, noise_density, mean_span) -> Iterator[Batch]:
+def _training_batches(ids, vocabulary, tokens_per_batch, rng, encoder_multiple) -> Iterator[Batch]:
     while True:
-        begins = rng.randint(0, len(stream) - (length - 1) + 1, size=batch_size)
-        pairs = [
-            corrupt(
-                np.append(stream[i : i + length - 1], EOS),
-                rng,
-                sentinel=vocabulary.sentinel(0),
-                noise_density=noise_density,
-                mean_span=mean_span,
-                eos=EOS,
-                start=PAD,
-            )
-            for i in begins
-        ]
-        encoder, decoder = (np.stack(side) for side in zip(*pairs, strict=True))  # [b, Le], [b, Ld + 1]
-        yield Batch(begins.astype(np.int32), encoder, decoder[:, :-1], decoder[:, 1:])
+        pairs = [corrupt(document, rng, sentinel=vocabulary.sentinel(0)) for document in ids]
+        rng.shuffle(pairs)  # Documents of like length meet others in each epoch.
+        batches = make_batches(pairs, tokens_per_batch, encoder_multiple=encoder_multiple, decoder_multiple=16)
+        for i in rng.permutation(len(batches)):
+            yield batches[i]

@@ -275,6 +275,7 @@ def compress(
     codec: str | None = "dictionary",
     output: str | None = None,
     provenance: dict[str, Any] | None = None,
+    what: str = "compressing",
 ) -> dict[str, Any]:
     """Quantizes all experts and measures the loss of the result on the validation documents.
 
@@ -288,6 +289,7 @@ def compress(
       codec: how ternary experts are stored; None: sizes aren't measured. 2-bit experts have no codec yet.
       output: directory of the compressed checkpoint; None: nothing is written.
       provenance: kept in the manifest.
+      what: the progress bar's label.
 
     Returns:
       The report, as JSON values.
@@ -314,7 +316,7 @@ def compress(
 
     def run(writer):
         hook = Quantizer(quantization, masks, config.num_experts, codec, writer, stages)
-        losses = streaming.run(checkpoint, pairs, memory, hook=hook, stages=stages, what="compressing")
+        losses = streaming.run(checkpoint, pairs, memory, hook=hook, stages=stages, what=what)
         missing = set(config.sparse_layers) - set(hook.accounts)
         if missing:
             raise RuntimeError(f"Sparse layers {sorted(missing)} were not quantized.")

@@ -1,12 +1,10 @@
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_vocabulary import SENTENCES
 
-from qmoe_jax.data import make_batches, token_stream, training_batches
+from qmoe_jax.data import make_batches, training_batches
 
 
 def examples(lengths):
@@ -61,39 +59,41 @@ def test_parameters_out_of_range(options):
         make_batches(examples([(3, 2)]), **options)
 
 
-def test_token_stream_ends_every_document(vocabulary):
-    stream = token_stream(iter(SENTENCES), vocabulary)
-    documents = np.split(stream, np.flatnonzero(stream == 1) + 1)
-    assert [vocabulary.decode(ids) for ids in documents[:-1]] == SENTENCES and len(documents[-1]) == 0
-    assert stream.dtype == np.int32
+@pytest.fixture(scope="module")
+def documents(vocabulary):
+    return [np.array([*vocabulary.encode(text), 1], np.int32) for text in SENTENCES]
 
 
-def test_training_batches_are_windows_of_the_text(vocabulary):
-    stream = token_stream(SENTENCES, vocabulary)
-    first = None
-    for batch in itertools.islice(training_batches(stream, vocabulary, 5, 40, np.random.RandomState(0)), 20):
-        # 40 tokens, of which 6 corrupted in 2 spans.
-        assert batch.encoder_input_tokens.shape == (5, 40 - 6 + 2 + 1)
-        assert batch.decoder_input_tokens.shape == batch.decoder_target_tokens.shape == (5, 6 + 2 + 1)
-        np.testing.assert_array_equal(batch.decoder_input_tokens[:, 1:], batch.decoder_target_tokens[:, :-1])
-        for begin, encoder, targets in zip(
-            batch.indices, batch.encoder_input_tokens, batch.decoder_target_tokens, strict=True
-        ):
-            kept = encoder[~vocabulary.is_sentinel(encoder)][:-1]
-            hidden = targets[~vocabulary.is_sentinel(targets)]
-            window = np.append(stream[begin : begin + 39], 1)
-            assert sorted([*kept, *hidden]) == sorted(window)
-        first = batch if first is None else first
-    again = next(training_batches(stream, vocabulary, 5, 40, np.random.RandomState(0)))
+def words(vocabulary, encoder, targets):
+    """What corruption hid and what it left, in any order."""
+    both = np.concatenate([encoder[encoder > 0][:-1], targets[targets > 0]])
+    return tuple(sorted(both[~vocabulary.is_sentinel(both)]))
+
+
+def test_training_sees_every_document_once_an_epoch_with_new_corruption(vocabulary, documents):
+    batches = training_batches(documents, vocabulary, 200, np.random.RandomState(0))
+    epochs = []
+    for _ in range(2):
+        rows = []
+        while len(rows) < len(documents):
+            batch = next(batches)
+            np.testing.assert_array_equal(
+                batch.decoder_input_tokens[:, 1:] * (batch.decoder_target_tokens[:, 1:] > 0),
+                batch.decoder_target_tokens[:, :-1] * (batch.decoder_target_tokens[:, 1:] > 0),
+            )
+            for i, encoder, _, targets in zip(*batch, strict=True):
+                if i >= 0:
+                    rows.append((words(vocabulary, encoder, targets), tuple(encoder)))
+        assert sorted(w for w, _ in rows) == sorted(tuple(sorted(d)) for d in documents)
+        epochs.append(sorted(rows))
+    assert epochs[0] != epochs[1]
+
+
+def test_training_batches_are_the_same_for_the_same_seed(vocabulary, documents):
+    first, again = (next(training_batches(documents, vocabulary, 200, np.random.RandomState(3))) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_training_reaches_the_first_and_the_last_token(vocabulary):
-    stream = token_stream(SENTENCES[:1], vocabulary)
-    batches = training_batches(stream, vocabulary, 16, len(stream), np.random.RandomState(0))
-    assert set(next(batches).indices) == {0, 1}
-
-
-def test_text_shorter_than_a_window(vocabulary):
-    with pytest.raises(ValueError, match="too short"):
-        training_batches(np.ones(10, np.int32), vocabulary, 4, 12, np.random.RandomState(0))
+def test_training_without_documents(vocabulary):
+    with pytest.raises(ValueError, match="No documents"):
+        training_batches([], vocabulary, 200, np.random.RandomState(0))
