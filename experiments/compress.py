@@ -15,7 +15,7 @@ import pathlib
 from absl import app, flags
 from ml_collections import config_flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import codecs, experiment, reporting
 from qmoe_jax.figures import plot_compression
 from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import TERNARY, compress
@@ -31,6 +31,7 @@ def main(_):
     config = CONFIG.value
     quantization = experiment.quantization_settings(config)
     memory = experiment.memory_settings(config)
+    codecs.get(config.codec.name)  # Refuses an unknown one now, not after hours.
     storable = quantization.bits == TERNARY and quantization.group_size is None
     save = storable if config.save is None else config.save
     if save and not storable:
@@ -42,17 +43,18 @@ def main(_):
     # --- Input -------------------------------------------------------------------------------------------------------
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value, CHECKPOINT.value)
-    calibration = experiment.examples(config, "calibration", vocabulary)
-    validation = experiment.examples(config, "validation", vocabulary)
+    which = ("calibration", "validation") if quantization.method == "gptq" else ("validation",)
+    documents = {name: experiment.examples(config, name, vocabulary) for name in which}
     reporting.say(
         f"{checkpoint.path}: {len(checkpoint.config.sparse_layers)} sparse layers of "
         f"{checkpoint.config.num_experts} experts"
     )
-    for name, documents in (("calibration", calibration), ("validation", validation)):
+    for name, read in documents.items():
         reporting.say(
-            f"{name}: {len(documents)} documents; {documents.num_too_long} longer than "
-            f"{config.data.max_length} tokens and {documents.num_too_short} empty ones were skipped"
+            f"{name}: {len(read)} documents; {read.num_too_long} longer than "
+            f"{config.data.max_length} tokens and {read.num_too_short} empty ones were skipped"
         )
+    calibration, validation = documents.get("calibration"), documents["validation"]
 
     # --- Compress ----------------------------------------------------------------------------------------------------
     report = compress(

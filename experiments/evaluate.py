@@ -32,10 +32,11 @@ def unigram_entropy(examples: Examples) -> float:
 
 def main(_):
     config = CONFIG.value
+    memory = experiment.memory_settings(config)
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     validation = experiment.examples(config, "validation", vocabulary)
     stages = reporting.Stages()
-    losses = streaming.run(checkpoint, validation.pairs, experiment.memory_settings(config), stages=stages)
+    losses = streaming.run(checkpoint, validation.pairs, memory, stages=stages)
     report = {
         **losses.summary(),
         "unigram_entropy": unigram_entropy(validation),

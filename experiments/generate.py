@@ -67,7 +67,7 @@ def write(model, params, vocabulary: Vocabulary, prompt: str, settings) -> str:
 def main(_):
     config = CONFIG.value
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    model = qmoe_jax.SwitchTransformer(checkpoint.config, experiment.DTYPES[config.model.dtype])
+    model = qmoe_jax.SwitchTransformer(checkpoint.config, experiment.activation_dtype(config))
     params = jax.device_put(checkpoint.load())
     started = time.perf_counter()
     text = write(model, params, vocabulary, PROMPT.value, config.generation)

@@ -18,7 +18,7 @@ import optax
 from absl import app, flags
 from ml_collections import config_flags
 
-from qmoe_jax import reporting
+from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints.t5x import write_t5x
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.data import EOS, Vocabulary, read_documents, training_batches
@@ -90,10 +90,8 @@ def main(_):
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.train.learning_rate, min(config.train.warmup_steps, config.train.steps // 2), config.train.steps
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=config.train.weight_decay),
-    )
+    # As T5X: steps relative to a parameter's own scale, since embeddings start at 1 and queries at 1 / 45.
+    optimizer = optax.adafactor(schedule, multiply_by_parameter_scale=True)
     train_step = make_train_step(model, optimizer, config.train)
     state = optimizer.init(params)
     parameters = sum(p.size for p in jax.tree.leaves(params))
@@ -122,4 +120,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(experiment.without_traceback(main))

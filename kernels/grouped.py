@@ -42,7 +42,7 @@ def grouped_dot(
 
         return _for_blocks(start, end, block, multiply, out)
 
-    out = jnp.zeros((tokens + block, out_features), lhs.dtype)
+    out = varying_as(jnp.zeros((tokens + block, out_features), lhs.dtype), padded, group_sizes)
     return _for_active_experts(tokens, group_sizes, expert, out)[:tokens]
 
 
@@ -127,6 +127,14 @@ def _block(tokens: int, experts: int) -> int:
     """
     half = -(-tokens // max(1, 2 * experts))
     return min(128, max(8, 1 << (half - 1).bit_length()))
+
+
+def varying_as(out: jax.Array, lhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """`out`, [tokens, out], taken by `shard_map` for different on each device if lhs or group_sizes are.
+
+    Loops and branches want types to agree in that. XLA drops the selection, as nothing is ever selected.
+    """
+    return jnp.where(0 * group_sizes.sum() > 0, lhs[:, :1], out)
 
 
 def _for_active_experts(tokens, group_sizes, body, state):

@@ -17,7 +17,7 @@ from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import PRESETS, ModelConfig
 from qmoe_jax.models.decoding import generate
-from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.models.switch import SwitchTransformer, as_tokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,7 +46,10 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32, **overrides: Any)
 
     Raises:
       CheckpointError: nothing readable there; says what was found and what was expected.
+      ValueError: another dtype, or fields that `ModelConfig` doesn't have.
     """
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype {dtype!r}: expected float32 or bfloat16.")
     checkpoint = open_checkpoint(path, **overrides)
     return SwitchTransformer(checkpoint.config, dtype), jax.device_put(checkpoint.load())
 
@@ -75,7 +78,18 @@ def forward(
       decoder_target_tokens: int32 [batch, decoder length], which T5X makes its masks from; None: positions with a
         decoder input, and the first, are real.
       capacity_factor: T5X's evaluation capacity factor; None: no token is dropped.
+
+    Raises:
+      ValueError: token arrays don't fit each other, or hold ids that the model doesn't have.
     """
-    tokens = [jnp.asarray(t, jnp.int32) for t in (encoder_input_tokens, decoder_input_tokens)]
-    targets = None if decoder_target_tokens is None else jnp.asarray(decoder_target_tokens, jnp.int32)
-    return _forward(model, params, *tokens, targets, capacity_factor)
+    given = {
+        "encoder_input_tokens": encoder_input_tokens,
+        "decoder_input_tokens": decoder_input_tokens,
+        "decoder_target_tokens": decoder_target_tokens,
+    }
+    tokens = {n: as_tokens(n, t, model.config.vocab_size) for n, t in given.items() if t is not None}
+    encoder, inputs, *targets = tokens.values()
+    if len(encoder) != len(inputs) or any(t.shape != inputs.shape for t in targets):
+        shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in tokens.items())
+        raise ValueError(f"{shapes}: expected one batch size, and targets as long as the decoder's inputs.")
+    return _forward(model, params, encoder, inputs, *(targets or [None]), capacity_factor)

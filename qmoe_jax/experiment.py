@@ -37,7 +37,7 @@ def default_config() -> config_dict.ConfigDict:
         ),
         model=dict(
             preset="",  # published size to check the checkpoint against, such as switch_base_128
-            top_k=1,  # the parameter tree doesn't tell
+            top_k=config_dict.placeholder(int),  # T5X checkpoints don't tell: 1 unless given
             dtype="float32",  # of activations
         ),
         quantization=quantization,
@@ -51,9 +51,11 @@ def default_config() -> config_dict.ConfigDict:
 
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Vocabulary]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
-    if config.model.dtype not in DTYPES:
-        raise ValueError(f"config.model.dtype: found {config.model.dtype!r}, expected float32 or bfloat16.")
-    checkpoint = open_checkpoint(path, top_k=config.model.top_k)
+    overrides = {} if config.model.top_k is None else {"top_k": config.model.top_k}
+    checkpoint = open_checkpoint(path, **overrides)
+    top_k, num_experts = checkpoint.config.top_k, checkpoint.config.num_experts
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"config.model.top_k: found {top_k}, expected 1 to {num_experts} experts.")
     if config.model.preset:
         check_preset(checkpoint.config, config.model.preset)
     vocabulary = Vocabulary.load(_given(config, "vocabulary"))
@@ -87,22 +89,36 @@ def quantization_settings(config: config_dict.ConfigDict) -> QuantizationSetting
     return QuantizationSettings(**config.quantization)
 
 
+def activation_dtype(config: config_dict.ConfigDict) -> Any:
+    if config.model.dtype not in DTYPES:
+        raise ValueError(f"config.model.dtype: found {config.model.dtype!r}, expected one of {', '.join(DTYPES)}.")
+    return DTYPES[config.model.dtype]
+
+
 def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
-    return streaming.Settings(dtype=DTYPES[config.model.dtype], **config.memory)
+    for field, value in config.memory.items():
+        if value < 1:
+            raise ValueError(f"config.memory.{field}: found {value}, expected at least 1.")
+    return streaming.Settings(dtype=activation_dtype(config), **config.memory)
 
 
 def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
     """The directory to write to, not made yet; refused where writing would destroy something.
 
     Raises:
-      FileExistsError: it isn't empty and `overwrite` is not set; or it is, or holds, or lies in one of `inputs`.
+      FileExistsError: it is a file, or isn't empty and `overwrite` is not set; or it is, or holds, or lies in one of
+        `inputs`.
     """
     output = pathlib.Path(path)
     for source in inputs:
+        if "://" in source:
+            continue
         a, b = output.resolve(), pathlib.Path(source).resolve()
         if a == b or b in a.parents or a in b.parents:
             raise FileExistsError(f"--output={path} and the checkpoint {source} overlap; write somewhere else.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"--output={path} is a file, expected a directory. Choose another.")
+    if output.exists() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(f"--output={path} exists and is not empty. Choose another, or give --overwrite.")
     return output
 
@@ -112,7 +128,7 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def run(argv):
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells at length what it does.
+            logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it does, and traces of what it raises.
         try:
             main(argv)
         except (ValueError, OSError) as e:

@@ -10,6 +10,7 @@ import tarfile
 
 import jax
 import pytest
+import tiny_model
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -39,3 +40,9 @@ def fixture_path(tmp_path_factory):
         return unpacked[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny model with random weights, its vocabulary and text."""
+    return tiny_model.make(tmp_path_factory.mktemp("tiny"))

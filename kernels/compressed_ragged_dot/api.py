@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+from absl import logging
 
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import base, xla
+from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, pallas, triton, xla
 
 # Best first.
 IMPLEMENTATIONS = {
+    "cpu": cpu.compressed_ragged_dot,
+    "triton": triton.compressed_ragged_dot,
+    "pallas": pallas.compressed_ragged_dot,
     "xla": xla.compressed_ragged_dot,
 }
 
@@ -29,7 +35,8 @@ def compressed_ragged_dot(
       lhs: float32 or bfloat16 [tokens, in].
       rhs: experts of shape (experts, out, in).
       group_sizes: int32 [experts], tokens of each expert.
-      implementation: name of one of `IMPLEMENTATIONS`; None takes the best that works here.
+      implementation: name of one of `IMPLEMENTATIONS`; None takes the best that works on the platform the
+        program is lowered for.
 
     Returns:
       [tokens, out] in lhs's dtype, accumulated in float32. Rows beyond sum(group_sizes) are zero.
@@ -37,10 +44,30 @@ def compressed_ragged_dot(
     Raises:
       ValueError or TypeError for arguments of the wrong kind, shape or dtype, and for an unknown
       implementation.
+      NotImplementedError with the reason where the implementation named cannot run.
     """
     base.check_arguments(lhs, rhs, group_sizes)
     if implementation is None:
-        implementation = next(iter(IMPLEMENTATIONS))
+        return _best(lhs, rhs, group_sizes)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation {implementation!r}. Known: {', '.join(IMPLEMENTATIONS)}.")
     return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
+
+
+def _best(lhs, rhs, group_sizes):
+    branches = {"default": xla.compressed_ragged_dot}
+    if reason := cpu.why_not(rhs):
+        _say_once(f"On CPU compressed_ragged_dot runs as plain XLA, many times slower than in C++: {reason}.")
+    else:
+        branches["cpu"] = cpu.multiply
+    for gpu_implementation in (triton, pallas):
+        if gpu_implementation.why_not(rhs) is None:
+            branches["cuda"] = gpu_implementation.multiply
+            break
+    return jax.lax.platform_dependent(lhs, rhs, group_sizes, **branches)
+
+
+@functools.cache
+def _say_once(text):
+    if jax.default_backend() == "cpu":
+        logging.warning(text)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import ModelConfig
 
 
@@ -59,3 +61,22 @@ class Checkpoint(abc.ABC):
             for matrix, kernel in kernels.items():
                 flat[f"{layer}/mlp/expert/{matrix}/kernel"] = kernel
         return traverse_util.unflatten_dict(flat, sep="/")
+
+    def dense_leaves(self) -> dict[str, Callable[[], np.ndarray]]:
+        """Every parameter of a native checkpoint, as a function that reads it; compressed experts are dequantized.
+
+        `write_t5x(directory, checkpoint.dense_leaves())` gives a compressed model back to T5X, one array at a time.
+        """
+
+        def experts(layer, matrix):
+            ((_, _, kernels),) = self.experts(layer)
+            kernel = kernels[matrix]
+            if isinstance(kernel, CompressedExperts):
+                return np.asarray(kernel.to_dense()).swapaxes(1, 2)  # [experts, in, out]
+            return kernel
+
+        leaves = {n: functools.partial(self.read, n) for n in self.specs if not is_expert_kernel(n)}
+        for layer in self.config.sparse_layers:
+            for matrix in self.config.expert_matrices:
+                leaves[f"{layer}/mlp/expert/{matrix}/kernel"] = functools.partial(experts, layer, matrix)
+        return leaves

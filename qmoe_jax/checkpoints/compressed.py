@@ -4,7 +4,8 @@
     OUT/dense/                     one Orbax checkpoint for everything else, bfloat16
     OUT/manifest.json              format version, model, quantization, codec, bytes and SHA-256 of each part; last
 
-A part is verified against its SHA-256 when it is read, so a model can be read layer by layer.
+A part is verified against its SHA-256 when it is read, so a model can be read layer by layer; the manifest, against
+its own, when it is opened.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from flax import traverse_util
 
 from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.t5x_files import reason
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.reporting import write_json
@@ -54,14 +56,23 @@ def sha256(directory: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's values, its own 'sha256' left out."""
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _directory_bytes(directory: pathlib.Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
 def _save(directory: pathlib.Path, tree: dict[str, Any]) -> None:
     # Without OCDBT every array is a plain zarr directory, which any reader of zarr can open.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
+    except ValueError as e:  # TensorStore's error, for instance of a full disk.
+        raise CheckpointError(f"{directory}: cannot be written: {reason(e)}.") from e
 
 
 def _restore(directory: pathlib.Path) -> dict[str, Any]:
@@ -115,7 +126,9 @@ class CompressedWriter:
     def _remove(self) -> None:
         (self.directory / MANIFEST).unlink(missing_ok=True)  # First: from here on it is no checkpoint.
         for part in PARTS[1:]:
-            shutil.rmtree(self.directory / part, ignore_errors=True)
+            # Orbax leaves its temporary directory behind when saving fails.
+            for directory in (self.directory / part, *self.directory.glob(f"{part}.orbax-checkpoint-tmp*")):
+                shutil.rmtree(directory, ignore_errors=True)
 
     def _part(self, name: str, tree: dict[str, Any]) -> dict[str, Any]:
         directory = self.directory / name
@@ -141,7 +154,7 @@ class CompressedWriter:
             **self._part("dense", traverse_util.unflatten_dict(flat, sep="/")),
             "bytes": sum(v.nbytes for v in flat.values()),
         }
-        write_json(self.directory / MANIFEST, self._manifest)
+        write_json(self.directory / MANIFEST, self._manifest | {"sha256": manifest_sha256(self._manifest)})
 
     def _manifest_config(self) -> ModelConfig:
         return ModelConfig.from_dict(self._manifest["model"])
@@ -157,7 +170,7 @@ class CompressedCheckpoint(Checkpoint):
       **overrides: fields of `ModelConfig` to change.
 
     Raises:
-      CheckpointError: no or broken manifest, a foreign format or version, a missing layer.
+      CheckpointError: no or broken manifest, a foreign format or version, a missing part.
     """
 
     def __init__(self, path: str | os.PathLike, **overrides: Any):
@@ -175,6 +188,10 @@ class CompressedCheckpoint(Checkpoint):
         if found != (FORMAT, VERSION):
             raise CheckpointError(
                 f"{file}: format {found[0]!r}, version {found[1]!r}; this reads {FORMAT!r}, {VERSION}."
+            )
+        if manifest.get("sha256") != manifest_sha256(manifest):
+            raise CheckpointError(
+                f"{file} has changed since it was written (its SHA-256 is not that of its contents); copy it again."
             )
         try:
             self.config = ModelConfig.from_dict({**manifest["model"], **overrides})
@@ -218,10 +235,12 @@ class CompressedCheckpoint(Checkpoint):
         tree = self._read_part(part)
         experts = {}
         for matrix, described in part["matrices"].items():
-            data = dict(tree[matrix])
-            levels = data.pop("levels")
             try:
+                data = dict(tree[matrix])
+                levels = data.pop("levels")
                 experts[matrix] = CompressedExperts.from_data(data, levels, self.codec, tuple(described["shape"]))
+            except KeyError as e:
+                raise CheckpointError(f"{self.path}: {layer}/mlp/expert/{matrix} lacks {e}.") from e
             except ValueError as e:
                 raise CheckpointError(f"{self.path}: {layer}/mlp/expert/{matrix}: {e}") from e
         yield 0, self.config.num_experts, experts

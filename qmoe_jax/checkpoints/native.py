@@ -35,7 +35,9 @@ class NativeCheckpoint(Checkpoint):
         return self._t5x.read(name, index)
 
     def experts(self, layer: str, group_size: int | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        size = group_size or self.config.num_experts
+        size = self.config.num_experts if group_size is None else group_size
+        if size < 1:
+            raise ValueError(f"group_size: found {size}, expected at least 1 expert.")
         for start in range(0, self.config.num_experts, size):
             stop = min(start + size, self.config.num_experts)
             names = {m: f"{layer}/mlp/expert/{m}/kernel" for m in self.config.expert_matrices}

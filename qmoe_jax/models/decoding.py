@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qmoe_jax.models.layers import MASKED
-from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.models.switch import SwitchTransformer, as_tokens
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
@@ -55,23 +55,27 @@ def generate(
       encoder_input_tokens: int32 [batch, length], 0 is padding.
       max_length: most tokens written, prefix included.
       prefix: tokens that every row has to begin with.
-      stop: a row ends with the first of these that it writes.
+      stop: a row ends with the first of these that it writes after the prefix.
       banned: tokens that are never written.
       temperature: see `sample`.
       top_p: see `sample`.
       key: PRNG key, needed when temperature > 0.
 
     Raises:
-      ValueError: settings out of range, or no key to sample with.
+      ValueError: settings or token ids out of range, or no key to sample with.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1.")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature {temperature} samples, which needs a PRNG key.")
-    if max_length < max(len(prefix), 1):
+    if max_length <= len(prefix):
         raise ValueError(f"max_length {max_length} leaves no room for {len(prefix)} prefix tokens and one more.")
+    vocab_size = model.config.vocab_size
+    for name, ids in (("prefix", prefix), ("stop", stop), ("banned", banned)):
+        if any(not 0 <= i < vocab_size for i in ids):
+            raise ValueError(f"{name} {tuple(ids)}: expected token ids from 0 to {vocab_size - 1}.")
     key = jax.random.key(0) if key is None else key
-    tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
+    tokens = as_tokens("encoder_input_tokens", encoder_input_tokens, vocab_size)
     settings = (max_length, tuple(prefix), tuple(stop), tuple(banned), float(temperature), float(top_p))
     return _generate(model, settings, params, tokens, key)
 
@@ -97,7 +101,7 @@ def _generate(model, settings, params, encoder_input_tokens, key):
         token = jnp.where(forced[index] >= 0, forced[index], token)
         token = jnp.where(ended, 0, token)
         written = written.at[:, index].set(token)
-        ended = ended | jnp.isin(token, jnp.asarray(stop, jnp.int32))
+        ended = ended | (jnp.isin(token, jnp.asarray(stop, jnp.int32)) & (forced[index] < 0))
         return index + 1, token, ended, written, caches, key
 
     start = jnp.zeros(batch, jnp.int32)  # The decoder's first input is the padding token.

@@ -110,6 +110,27 @@ def apply_experts(x: jax.Array, routing: Routing, kernels: list) -> jax.Array:
     return jnp.sum(y * routing.gate[..., None].astype(y.dtype), axis=1)
 
 
+def apply_experts_in_slots(x: jax.Array, routing: Routing, kernels: list, slots: int) -> jax.Array:
+    """`apply_experts` for at most `slots` kept choices per expert, as batched dense products.
+
+    Choices with gate 0 take no slot. Finite capacity bounds the work, and these products have fast gradients: this is
+    what training uses.
+    """
+    experts, top_k = kernels[0].shape[0], routing.expert.shape[1]
+    expert, gate = routing.expert.reshape(-1), routing.gate.reshape(-1)
+    one_hot = jax.nn.one_hot(expert, experts, dtype=jnp.int32) * (gate > 0)[:, None]
+    position = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=-1)
+    slot = jnp.where(gate > 0, expert * slots + position, experts * slots)  # One past the last: nowhere.
+    rows = jnp.zeros((experts * slots, x.shape[-1]), x.dtype).at[slot].set(jnp.repeat(x, top_k, axis=0), mode="drop")
+
+    def dot(rows, kernel):
+        return jnp.einsum("eci,eio->eco", rows, kernel.astype(rows.dtype))
+
+    y = expert_mlp(rows.reshape(experts, slots, -1), kernels, dot).reshape(experts * slots, -1)
+    y = y.at[slot].get(mode="fill", fill_value=0) * gate[:, None].astype(y.dtype)
+    return y.reshape(-1, top_k, y.shape[-1]).sum(axis=1)
+
+
 class RouterWeights(nn.Module):
     """Holds router_weights/w/kernel [d_model, experts]."""
 
@@ -165,7 +186,10 @@ class MoeMlp(nn.Module):
             capacity = expert_capacity(capacity_factor, len(tokens) // groups, c.num_experts, c.min_expert_capacity)
             free = kept(routing, c.num_experts, groups, capacity, self.prioritized)
             routing = Routing(routing.expert, jnp.where(free, routing.gate, 0.0))
-        y = apply_experts(tokens, routing, kernels)
+        if capacity_factor is None or any(isinstance(k, CompressedExperts) for k in kernels):
+            y = apply_experts(tokens, routing, kernels)
+        else:
+            y = apply_experts_in_slots(tokens, routing, kernels, min(groups * capacity, len(tokens)))
 
         def unpad(t):
             return t.reshape(*padded.shape[:2], -1)[:batch, :length]

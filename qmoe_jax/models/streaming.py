@@ -162,8 +162,13 @@ def run(
 
     Raises:
       CheckpointError: something could not be read, or is NaN or Inf.
+      ValueError: settings below one; no documents, an empty one, or ids that the embedding doesn't have.
     """
     config = checkpoint.config
+    for name in ("tokens_per_batch", "tokens_per_expert_call", "experts_per_group"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: found {getattr(settings, name)}, expected at least 1.")
+    _check_documents(pairs, config.vocab_size)
     stages = stages or reporting.Stages()
     documents = Documents(pairs, settings.tokens_per_batch)
     units = sum(_units(config, settings, len(documents.batches)).values())
@@ -171,6 +176,22 @@ def run(
         forward = _Pass(checkpoint, config, documents, settings, hook, stages, bar)
         encoded = forward.encoder()
         return forward.losses(forward.decoder(encoded))
+
+
+def _check_documents(pairs: Sequence[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> None:
+    if not pairs:
+        raise ValueError("There are no documents.")
+    for i, (encoder, decoder) in enumerate(pairs):
+        if len(encoder) < 1 or len(decoder) < 2:
+            raise ValueError(
+                f"Document {i} has {len(encoder)} encoder and {len(decoder)} decoder tokens; expected at least 1 and 2."
+            )
+        low, high = min(encoder.min(), decoder.min()), max(encoder.max(), decoder.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"Document {i} has token ids from {low} to {high}; the model's embedding has 0 to {vocab_size - 1}. "
+                "Is this the model's vocabulary?"
+            )
 
 
 def _units(config: ModelConfig, settings: Settings, batches: int) -> dict[str, int]:

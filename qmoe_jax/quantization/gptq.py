@@ -117,8 +117,12 @@ def _gptq_expert(W, H, *, damping, bits, block_size, group_size, activation_orde
         W, H = W[:, order], H[order][:, order]
     else:
         order = jnp.arange(columns)
-    L, fallback = _inverse_factor(H, damping)
-    L = jax.scipy.linalg.block_diag(L, jnp.eye(padding))
+    trace = _sum(jnp.diag(H))
+    H = H + jnp.maximum(damping * (1 / columns) * trace, LEAST_DAMPING) * jnp.eye(columns)
+    H = jax.scipy.linalg.block_diag(H, jnp.eye(padding))
+    L = _inverse_factor(H, block)
+    fallback = (trace == 0) | ~jnp.all(jnp.isfinite(L))
+    L = jnp.where(fallback, jnp.eye(len(L)), L)
     Wt = jnp.pad(W.T, ((0, padding), (0, 0)))  # [padded columns, rows], so that one column is contiguous
 
     def quantize_group(Wt, start):
@@ -144,7 +148,7 @@ def _quantize_block(Wt, start, *, L, grid: Grid, bits, block):
     def quantize_column(W_block, i):
         w, l = W_block[i], L_block[:, i]  # [rows], [block]
         q, symbols = grids.quantize(w, grid, bits)
-        error = (w - q) / l[i]
+        error = (w - q) * (1 / l[i])
         # l is zero above i: finished columns stay as they are.
         return W_block - l[:, None] * error, (q, symbols, error)
 
@@ -152,23 +156,55 @@ def _quantize_block(Wt, start, *, L, grid: Grid, bits, block):
     _, (Q, symbols, errors) = jax.lax.scan(quantize_column, W_block, jnp.arange(block))  # [block, rows]
     # Likewise for L's columns. (W - Q)' is L errors, hence tr (W - Q) H (W - Q)' is the sum of squared errors.
     # The product's left side isn't transposed on the fly: XLA would do that differently for one expert and for many.
-    Wt = Wt - jnp.matmul(L_columns, errors, precision=jax.lax.Precision.HIGHEST)
+    Wt = Wt - _matmul(L_columns, errors)
     return Wt, (Q, symbols, _sum(errors**2))
 
 
-def _inverse_factor(H: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
-    """Lower triangular L with LL' = (H + damping)^-1, and whether H is of no use: then L is the identity.
+def _inverse_factor(H: jax.Array, block: int) -> jax.Array:
+    """Lower triangular L with LL' = H^-1, by bordering from the last block to the first; not finite if there is none.
 
-    H = RR' with R upper triangular is an ordinary Cholesky factorisation from the last row up, and L = R'^-1. This
-    needs one factorisation, and no inverse of H.
+    Where L covers the columns to the right of a block and h are the block's rows of H, Y = h L is known, the block's
+    own factor is that of its Schur complement S = H_bb - YY', u'u = S^-1, and the new columns of L are -L Y' u'.
+
+    jax.numpy.linalg.cholesky isn't used: on CPU, jaxlib's batched LAPACK calls wait inside the thread pool for other
+    threads of the same pool, and all of them may be waiting when several devices factorise at once (jaxlib 0.10.2).
     """
-    identity = jnp.eye(len(H), dtype=H.dtype)
-    trace = _sum(jnp.diag(H))
-    H = H + jnp.maximum(damping * trace / len(H), LEAST_DAMPING) * identity
-    R = jax.lax.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
-    L = jax.lax.linalg.triangular_solve(R, identity, left_side=True, lower=False, transpose_a=True)
-    unusable = (trace == 0) | ~jnp.all(jnp.isfinite(L))
-    return jnp.where(unusable, identity, L), unusable
+    columns = len(H)
+
+    def border(U, start):  # U = L' [columns, columns], rows from start + block on are finished, the others zero
+        h = jax.lax.dynamic_slice_in_dim(H, start, block)  # [block, columns]
+        h_block = jax.lax.dynamic_slice_in_dim(h, start, block, axis=1)  # [block, block]
+        Y = _matmul(h, _transpose(U))  # [block, columns]
+        u = _inverse_factor_of_block(h_block - _matmul(Y, _transpose(Y)))
+        U_rows = jax.lax.dynamic_update_slice_in_dim(-_matmul(_matmul(u, Y), U), u, start, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(U, U_rows, start, axis=0), None
+
+    starts = block * jnp.arange(columns // block)
+    U, _ = jax.lax.scan(border, jnp.zeros_like(H), starts, reverse=True)
+    return U.T
+
+
+def _inverse_factor_of_block(S: jax.Array) -> jax.Array:
+    """Upper triangular u with u'u = S^-1, S [block, block]: (S | 1), S = rr', becomes (r' | u) from below up."""
+    block = len(S)
+
+    def eliminate(M, i):
+        scale = 1 / jnp.sqrt(M[i, i])  # not finite unless S is positive definite
+        row = M[i] * scale  # [2 block]
+        above = jnp.where(jnp.arange(block) < i, M[:, i], 0.0) * scale  # [block]
+        return (M - above[:, None] * row).at[i].set(row), None
+
+    M = jnp.concatenate([S, jnp.eye(block)], axis=1)
+    M, _ = jax.lax.scan(eliminate, M, jnp.arange(block), reverse=True)
+    return M[:, block:]
+
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _transpose(A: jax.Array) -> jax.Array:
+    """A' as an array of its own: XLA folds a transpose into a product differently for one expert and for many."""
+    return jax.lax.optimization_barrier(A.T)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qmoe_jax import codecs, reporting
 from qmoe_jax.checkpoints import Checkpoint, CompressedWriter
+from qmoe_jax.checkpoints.base import is_expert_kernel
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.data import Examples, Vocabulary
 from qmoe_jax.models import streaming
@@ -63,6 +64,14 @@ class QuantizationSettings:
             raise ValueError(f"quantization.method: found {self.method!r}, expected one of {', '.join(METHODS)}.")
         if self.bits not in (1.5, 2):
             raise ValueError(f"quantization.bits: found {self.bits!r}, expected 1.5 (ternary) or 2.")
+        for name in ("block_size", "group_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"quantization.{name}: found {size!r}, expected at least 1 column.")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"quantization.damping: found {self.damping!r}, expected a finite number, at least 0.")
+        if not 0 < self.token_cap < math.inf:
+            raise ValueError(f"quantization.token_cap: found {self.token_cap!r}, expected a finite number above 0.")
 
 
 class LayerAccount(NamedTuple):
@@ -116,7 +125,7 @@ class Quantizer:
         self.settings, self.calibration, self.num_experts = settings, calibration, num_experts
         self.codec, self.writer, self.stages = codec, writer, stages
         self.accounts: dict[str, LayerAccount] = {}
-        self._groups: list[_Group] = []
+        self._groups: dict[str, list[_Group]] = {}  # by layer
 
     def __call__(self, group: streaming.ExpertGroup) -> dict[str, Any]:
         sharding = expert_sharding(group.stop - group.start)
@@ -140,7 +149,8 @@ class Quantizer:
                     )
             jax.block_until_ready(quantized)
         with self.stages("encoding"):
-            self._groups.append(self._finish_group(group, quantized, [len(t) for t in tokens]))
+            finished = self._finish_group(group, quantized, [len(t) for t in tokens])
+            self._groups.setdefault(group.layer, []).append(finished)
             if group.stop == self.num_experts:
                 self._finish_layer(group.layer)
         return {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
@@ -162,13 +172,13 @@ class Quantizer:
         experts = {}
         if self.codec is not None:
             for matrix, q in quantized.items():
-                experts[matrix] = CompressedExperts.from_trits(symbols[matrix], q.levels, self.codec)
+                experts[matrix] = CompressedExperts.from_trits(symbols[matrix], np.asarray(q.levels), self.codec)
         fallback = {}
         for i in range(group.stop - group.start):
             failed = [m for m, q in quantized.items() if bool(q.fallback[i])]
             if failed:
-                why = "no calibration tokens" if tokens[i] == 0 else f"Cholesky failed ({', '.join(failed)})"
-                fallback[group.start + i] = why
+                unusable = f"the Hessian of {', '.join(failed)} is zero or its Cholesky factorisation failed"
+                fallback[group.start + i] = "no calibration tokens" if tokens[i] == 0 else unusable
         return _Group(
             tokens=dict(zip(range(group.start, group.stop), tokens, strict=True)),
             fallback=fallback,
@@ -179,11 +189,12 @@ class Quantizer:
         )
 
     def _finish_layer(self, layer: str) -> None:
-        groups, self._groups = self._groups, []
+        groups = self._groups.pop(layer)
+        seen = [e for g in groups for e in g.tokens]
+        if seen != list(range(self.num_experts)):
+            raise RuntimeError(f"{layer}: experts came as {seen}, expected each of {self.num_experts} once, in order.")
         experts = {m: concatenate([g.experts[m] for g in groups]) for m in groups[0].experts}
         tokens = {e: n for g in groups for e, n in g.tokens.items()}
-        if sorted(tokens) != list(range(self.num_experts)):
-            raise RuntimeError(f"{layer}: experts {sorted(set(range(self.num_experts)) - set(tokens))} were skipped.")
         if self.writer is not None:
             self.writer.write_layer(layer, experts)
         weights = sum(g.weights for g in groups)
@@ -267,7 +278,7 @@ def _accumulate_both(state, kernels, X, mask):
 def compress(
     checkpoint: Checkpoint,
     vocabulary: Vocabulary,
-    calibration: Examples,
+    calibration: Examples | None,
     validation: Examples,
     quantization: QuantizationSettings,
     memory: streaming.Settings,
@@ -282,7 +293,7 @@ def compress(
     Args:
       checkpoint: the model; its weights are rounded to bfloat16 first, as the paper's are.
       vocabulary: tells sentinels.
-      calibration: documents whose tokens make the Hessians; unused by 'rtn'.
+      calibration: documents whose tokens make the Hessians; None will do for 'rtn'.
       validation: documents whose loss is measured.
       quantization: how.
       memory: how the streamed pass uses memory and devices.
@@ -295,7 +306,7 @@ def compress(
       The report, as JSON values.
 
     Raises:
-      ValueError: 2-bit or grouped experts are to be stored.
+      ValueError: 2-bit or grouped experts are to be stored; no calibration for 'gptq'; experts are compressed already.
       CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind.
     """
     config = checkpoint.config
@@ -308,6 +319,12 @@ def compress(
         codec = None
     if codec is not None:
         codecs.get(codec)
+    if not any(map(is_expert_kernel, checkpoint.specs)):
+        raise ValueError(
+            f"{checkpoint.path}: its experts are compressed already. Give the checkpoint it was made from."
+        )
+    if quantization.method == "gptq" and calibration is None:
+        raise ValueError("GPTQ needs calibration documents.")
     stages = reporting.Stages()
     memory = memory._replace(round_weights=True)
     pairs = [*calibration.pairs, *validation.pairs] if quantization.method == "gptq" else validation.pairs
@@ -322,7 +339,7 @@ def compress(
             raise RuntimeError(f"Sparse layers {sorted(missing)} were not quantized.")
         if writer is not None:
             with stages("writing"):
-                writer.finish({n: checkpoint.read(n) for n in checkpoint.specs if "/mlp/expert/" not in n})
+                writer.finish({n: checkpoint.read(n) for n in checkpoint.specs if not is_expert_kernel(n)})
         return hook.accounts, losses
 
     if output is None:
@@ -331,7 +348,7 @@ def compress(
         with CompressedWriter(output, config, dataclasses.asdict(quantization), codec, provenance or {}) as writer:
             accounts, losses = run(writer)
     validation_losses = streaming.DocumentLosses(*(a[num_calibration:] for a in losses))
-    dense_weights = sum(math.prod(s.shape) for n, s in checkpoint.specs.items() if "/mlp/expert/" not in n)
+    dense_weights = sum(math.prod(s.shape) for n, s in checkpoint.specs.items() if not is_expert_kernel(n))
     return {
         **validation_losses.summary(),
         "method": quantization.method,

@@ -1,14 +1,20 @@
 """Every implementation of compressed_ragged_dot, against float64 NumPy."""
 
+import dataclasses
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels import compressed_ragged_dot, ragged_dot
+from qmoe_jax.kernels.compressed_ragged_dot import arg_specs, cpu
 from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS
 
 CASES = {
@@ -44,9 +50,26 @@ def reference(lhs, weights, group_sizes):
     return out
 
 
-@pytest.fixture(params=[None, *IMPLEMENTATIONS])
-def implementation(request):
-    return request.param
+# None, all names, and the C++ code for each instruction set.
+@pytest.fixture(params=["default", *IMPLEMENTATIONS, *(f"cpu with {isa}" for isa in cpu.ISAS)])
+def implementation(request, monkeypatch):
+    name, _, isa = request.param.partition(" with ")
+    if isa:
+        monkeypatch.setenv("QMOE_JAX_ISA", isa)
+    lhs, rhs, _ = example(1, 1, out=1, width=1)
+    name = None if name == "default" else name
+    try:
+        compressed_ragged_dot(lhs, rhs, jnp.array([1]), implementation=name)
+    except NotImplementedError as e:
+        pytest.skip(str(e))
+    return name
+
+
+@pytest.fixture
+def needs_cpu():
+    lhs, rhs, _ = example(1, 1, out=1, width=1)
+    if reason := cpu.why_not(rhs):
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("tokens, group_sizes", CASES.values(), ids=CASES.keys())
@@ -57,18 +80,17 @@ def test_equals_the_reference(implementation, tokens, group_sizes):
     np.testing.assert_allclose(found, reference(lhs, weights, group_sizes), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     group_sizes=st.lists(st.integers(0, 12), min_size=1, max_size=4),
     unassigned=st.integers(0, 5),
     out=st.sampled_from([1, 2, 7, 32]),
-    width=st.sampled_from([1, 2, 15, 64]),
+    width=st.sampled_from([1, 2, 15, 31, 64, 97]),
     zeros=st.sampled_from([0.0, 0.885, 1.0]),
 )
-def test_any_shape_and_density(name, group_sizes, unassigned, out, width, zeros):
+def test_any_shape_and_density(implementation, group_sizes, unassigned, out, width, zeros):
     lhs, rhs, weights = example(sum(group_sizes) + unassigned, len(group_sizes), out, width, zeros)
-    found = compressed_ragged_dot(lhs, rhs, jnp.array(group_sizes), implementation=name)
+    found = compressed_ragged_dot(lhs, rhs, jnp.array(group_sizes), implementation=implementation)
     np.testing.assert_allclose(found, reference(lhs, weights, group_sizes), rtol=1e-5, atol=1e-4)
 
 
@@ -103,6 +125,121 @@ def test_inside_jit_and_scan(implementation):
 
     expected = np.stack([reference(lhs, weights, s) for s in sizes])
     np.testing.assert_allclose(run(rhs, sizes), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inside_while_loop(implementation):
+    lhs, rhs, weights = example(4, 2, out=6, width=6)
+    group_sizes = jnp.array([1, 3])
+
+    @jax.jit
+    def twice(x):
+        def step(state):
+            i, x = state
+            return i + 1, compressed_ragged_dot(x, rhs, group_sizes, implementation=implementation)
+
+        return jax.lax.while_loop(lambda state: state[0] < 2, step, (0, x))[1]
+
+    expected = reference(reference(lhs, weights, [1, 3]), weights, [1, 3])
+    np.testing.assert_allclose(twice(lhs), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_under_shard_map_each_device_has_experts_of_its_own(implementation):
+    devices, experts, tokens = 4, 2, 6
+    mesh = jax.make_mesh((devices,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    examples = [example(tokens, experts, out=9, width=33, seed=i) for i in range(devices)]
+    lhs = np.concatenate([lhs for lhs, _, _ in examples])
+    group_sizes = np.array([[tokens, 0], [2, 3], [0, 0], [1, 5]], np.int32)
+    # Streams differ in length: zeros at the end make them equal, and are no one's codewords.
+    longest = max(rhs.data["codewords"].size for _, rhs, _ in examples)
+    parts = [
+        dataclasses.replace(
+            rhs,
+            data={**rhs.data, "codewords": jnp.resize(rhs.data["codewords"], longest)},
+            bound=max(rhs.bound for _, rhs, _ in examples),
+        )
+        for _, rhs, _ in examples
+    ]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *parts)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    def run(lhs, rhs, group_sizes):
+        own = jax.tree.map(lambda a: a[0], rhs)
+        return compressed_ragged_dot(lhs, own, group_sizes[0], implementation=implementation)
+
+    expected = [reference(lhs, w, s) for (lhs, _, w), s in zip(examples, group_sizes, strict=True)]
+    np.testing.assert_allclose(run(lhs, stacked, group_sizes), np.concatenate(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_more_tokens_promised_than_there_are_is_cut_off(implementation):
+    lhs, rhs, weights = example(10, 3, out=6, width=20)
+    found = compressed_ragged_dot(lhs, rhs, jnp.array([4, 50, 3]), implementation=implementation)
+    np.testing.assert_allclose(found, reference(lhs, weights, [4, 6, 0]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", arg_specs.SHAPES)
+def test_default_at_the_published_shapes(shape):
+    out, width = arg_specs.SHAPES[shape]
+    rng = np.random.default_rng(0)
+    trits = arg_specs.random_trits(1, out, width)
+    rhs = CompressedExperts.from_trits(trits, np.tile([-1.5, 2.0], (1, out, 1)))
+    lhs = rng.standard_normal((11, width)).astype(np.float32)
+    found = compressed_ragged_dot(lhs, rhs, jnp.array([11]))
+    expected = lhs.astype(np.float64) @ np.array([0, -1.5, 2.0])[trits[0]].T
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-3)
+
+
+def test_negative_group_sizes_count_as_none(needs_cpu):
+    lhs, rhs, weights = example(10, 3, out=6, width=20)
+    found = compressed_ragged_dot(lhs, rhs, jnp.array([-7, 4, -(2**31)]), implementation="cpu")
+    np.testing.assert_allclose(found, reference(lhs, weights, [0, 4, 0]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("array", ["codewords", "row_offsets"])
+@pytest.mark.parametrize("isa", cpu.ISAS)
+def test_cpu_survives_malformed_streams_that_nobody_checked(needs_cpu, monkeypatch, array, isa):
+    monkeypatch.setenv("QMOE_JAX_ISA", isa)
+    lhs, rhs, _ = example(8, 3, out=40, width=333)
+    if reason := cpu.why_not(rhs):
+        pytest.skip(reason)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        bits = rng.integers(0, 256, rhs.data[array].nbytes, np.uint8).view(rhs.data[array].dtype)
+        broken = dataclasses.replace(rhs, data={**rhs.data, array: jnp.asarray(bits.reshape(rhs.data[array].shape))})
+        found = compressed_ragged_dot(lhs, broken, jnp.array([3, 1, 4]), implementation="cpu")
+        assert np.isfinite(found).all()
+
+
+def test_cpu_on_another_platform_is_refused_and_default_uses_xla(needs_cpu):
+    lhs, rhs, _ = example(6, 3, out=5, width=8)
+    operands = (lhs, rhs, jnp.array([6, 0, 0]))
+
+    def lowered(implementation):
+        run = jax.jit(lambda *operands: compressed_ragged_dot(*operands, implementation=implementation))
+        return run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+    with pytest.raises(NotImplementedError, match="cuda"):
+        lowered("cpu")
+    assert cpu.TARGET not in lowered(None)
+
+
+def test_without_the_library_cpu_is_refused_and_default_warns_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "_load", lambda: (None, "its library was not built"))
+    lhs, rhs, weights = example(6, 3, out=5, width=8)
+    with pytest.raises(NotImplementedError, match="'cpu' cannot run here: its library was not built"):
+        compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="cpu")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            found = compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]))
+    np.testing.assert_allclose(found, reference(lhs, weights, [6, 0, 0]), rtol=1e-5, atol=1e-4)
+    assert sum("its library was not built" in message for message in caplog.messages) == 1
+
+
+def test_unknown_instruction_set_is_refused_with_the_known_ones(monkeypatch):
+    monkeypatch.setenv("QMOE_JAX_ISA", "sse9")
+    lhs, rhs, _ = example(6, 3, out=5, width=8)
+    with pytest.raises(ValueError, match="QMOE_JAX_ISA: found 'sse9', expected one of avx512, avx2, portable"):
+        compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="cpu")
 
 
 def test_unknown_implementation_is_refused_with_the_known_ones():

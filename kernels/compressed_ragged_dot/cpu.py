@@ -1,0 +1,103 @@
+"""C++ on CPU: one custom call multiplies tokens straight from the codewords of all active experts.
+
+The library is built by `pip install` from csrc/ where there is a C++ compiler. It has code for AVX-512, AVX2 and
+any other processor, and takes the best at run time; the environment variable QMOE_JAX_ISA (avx512, avx2 or
+portable) forces one for whatever is traced afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qmoe_jax.codecs import dictionary
+from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.kernels.grouped import varying_as
+
+ISAS = ("avx512", "avx2", "portable")
+TARGET = "qmoe_compressed_ragged_dot"
+
+# Sizes that csrc/dictionary_cpu.cc has: a block of a token, and a record of an active expert.
+BLOCK, ACTIVE_BYTES, ALIGNMENT = 32, 32, 64
+
+
+def why_not(rhs: CompressedExperts) -> str | None:
+    """Why this implementation cannot multiply by `rhs` here; None where it can."""
+    if rhs.codec != "dictionary":
+        return f"it decodes the codec 'dictionary', not {rhs.codec!r}"
+    isa = _isa()
+    library, reason = _load()
+    if library is not None and isa != "auto" and not library.QmoeHasInstructionSet(isa.encode()):
+        return f"QMOE_JAX_ISA={isa}, but this machine lacks that instruction set"
+    return reason
+
+
+def compressed_ragged_dot(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
+    """See `api.compressed_ragged_dot`. The streams of `rhs` have to be valid, or results are arbitrary.
+
+    Raises:
+      NotImplementedError: no library, another codec, or (when lowered) another platform than CPU.
+    """
+    if reason := why_not(rhs):
+        raise NotImplementedError(f"implementation 'cpu' cannot run here: {reason}.")
+    # Without a default, lowering for another platform raises NotImplementedError.
+    return jax.lax.platform_dependent(lhs, rhs, group_sizes, cpu=multiply)
+
+
+def multiply(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
+    """`compressed_ragged_dot` where `why_not` says None and lowering is for CPU."""
+    return _multiply(lhs, rhs, group_sizes, isa=_isa())
+
+
+@functools.partial(jax.jit, static_argnames="isa")
+def _multiply(lhs, rhs, group_sizes, *, isa):
+    tokens, width = lhs.shape
+    experts, out = rhs.levels.shape[:2]
+    if tokens == 0 or out == 0 or experts == 0:
+        return jnp.zeros((tokens, out), lhs.dtype)
+    padded = -(-width // BLOCK) * BLOCK
+    scratch = 4 * tokens * padded + ACTIVE_BYTES * min(experts, tokens) + ALIGNMENT
+    results = jax.ShapeDtypeStruct((tokens, out), lhs.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
+    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
+    result, _ = call(lhs, rhs.data["codewords"], rhs.data["row_offsets"], rhs.levels, group_sizes, isa=isa)
+    return varying_as(result, lhs, group_sizes)
+
+
+def _isa() -> str:
+    isa = os.environ.get("QMOE_JAX_ISA") or "auto"
+    if isa not in (*ISAS, "auto"):
+        raise ValueError(f"QMOE_JAX_ISA: found {isa!r}, expected one of {', '.join(ISAS)}, or nothing.")
+    return isa
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, registered with XLA; or None and the reason."""
+    found = importlib.util.find_spec("qmoe_jax.kernels.compressed_ragged_dot._dictionary_cpu")
+    if found is None:
+        return None, "its library was not built; install qmoe_jax where there is a C++17 compiler (g++ or clang++)"
+    try:
+        library = ctypes.CDLL(found.origin)
+        # With the backend there, a library that does not fit it raises here and not when JAX starts.
+        jax.devices()
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.QmoeCompressedRaggedDot), platform="cpu")
+    except (OSError, AttributeError, RuntimeError) as e:
+        return None, f"its library {found.origin} cannot be loaded ({e}); install qmoe_jax again"
+    library.QmoeHasInstructionSet.argtypes = [ctypes.c_char_p]
+    library.QmoeHasInstructionSet.restype = ctypes.c_bool
+    entries = _entries()
+    library.QmoeSetDictionary(entries.ctypes.data_as(ctypes.c_void_p))
+    return library, None
+
+
+def _entries() -> np.ndarray:
+    """The dictionary as the library wants it, uint64 [65536]: 14 pairs of four bits, number of pairs in bits 56-63."""
+    words = dictionary.decode_table().astype(np.uint64)  # [65536, 2], seven pairs above four bits of their number
+    low, high, pairs = words[:, 0] >> np.uint64(4), words[:, 1] >> np.uint64(4), words[:, 0] & np.uint64(15)
+    return low | high << np.uint64(28) | pairs << np.uint64(56)

@@ -1,0 +1,413 @@
+"""Compressed checkpoints: the round trip, and that nothing broken or unfinished opens."""
+
+import ctypes
+import errno
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_model
+
+import qmoe_jax
+from qmoe_jax.checkpoints import CheckpointError, CompressedWriter, compressed, open_checkpoint
+from qmoe_jax.codecs.experts import CompressedExperts
+
+CONFIG = tiny_model.CONFIG
+LAYERS = CONFIG.sparse_layers
+DENSE = {n: v for n, v in tiny_model.random_params(CONFIG).items() if "/mlp/expert/" not in n}
+
+
+def random_experts(out, in_, seed):
+    """Trits, levels (float32, exact in bfloat16), and both compressed."""
+    rng = np.random.default_rng(seed)
+    trits = rng.choice(3, (CONFIG.num_experts, out, in_), p=[0.8, 0.1, 0.1]).astype(np.uint8)
+    levels = np.sort(rng.standard_normal((CONFIG.num_experts, out, 2)).astype(ml_dtypes.bfloat16), axis=-1)
+    return trits, levels, CompressedExperts.from_trits(trits, levels)
+
+
+@pytest.fixture(scope="module")
+def experts():
+    """{layer: {matrix: (trits, levels, CompressedExperts)}}"""
+    shapes = {"wi": (CONFIG.d_ff, CONFIG.d_model), "wo": (CONFIG.d_model, CONFIG.d_ff)}
+    return {
+        layer: {m: random_experts(*shape, seed=10 * i + j) for j, (m, shape) in enumerate(shapes.items())}
+        for i, layer in enumerate(LAYERS)
+    }
+
+
+def writer(directory):
+    return CompressedWriter(directory, CONFIG, {"bits": 1.5}, "dictionary", {"checkpoint": "somewhere"})
+
+
+def write(directory, experts):
+    with writer(directory) as w:
+        for layer, matrices in experts.items():
+            w.write_layer(layer, {m: e for m, (_, _, e) in matrices.items()})
+        w.finish(DENSE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def original(experts, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("original") / "out", experts)
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    """A copy to damage; elsewhere than where it was written."""
+    return shutil.copytree(original, tmp_path / "elsewhere" / "copy")
+
+
+def read_everything(path):
+    checkpoint = open_checkpoint(path)
+    for name in checkpoint.specs:
+        checkpoint.read(name)
+    for layer in checkpoint.config.sparse_layers:
+        for _ in checkpoint.experts(layer):
+            pass
+
+
+def assert_refused(path, *names):
+    """Reading the checkpoint fails with one error that says where."""
+    with pytest.raises(CheckpointError) as e:
+        read_everything(path)
+    for name in names:
+        assert name in str(e.value), str(e.value)
+
+
+def edit_manifest(path, edit, sign=True):
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    edit(manifest)
+    if sign:
+        manifest["sha256"] = compressed.manifest_sha256(manifest)
+    file.write_text(json.dumps(manifest))
+
+
+# --- Round trip ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_what_was_written(copy, experts):
+    checkpoint = open_checkpoint(copy)
+    assert checkpoint.config == CONFIG
+    assert checkpoint.provenance == {"checkpoint": "somewhere"}
+    for layer, matrices in experts.items():
+        ((start, stop, found),) = checkpoint.experts(layer)
+        assert (start, stop, sorted(found)) == (0, CONFIG.num_experts, ["wi", "wo"])
+        for matrix, (trits, levels, written) in matrices.items():
+            assert found[matrix].nbytes == written.nbytes
+            assert jax.tree.structure(found[matrix]) == jax.tree.structure(written)
+            for a, b in zip(jax.tree.leaves(found[matrix]), jax.tree.leaves(written), strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+            np.testing.assert_array_equal(found[matrix].trits(), trits)
+            dense = np.take_along_axis(
+                np.concatenate([np.zeros_like(levels[..., :1]), levels], -1).astype(np.float32),
+                trits.astype(np.int64),
+                axis=-1,
+            )
+            np.testing.assert_array_equal(found[matrix].to_dense(), dense)
+    assert set(checkpoint.specs) == set(DENSE)
+    for name, value in DENSE.items():
+        found = checkpoint.read(name)
+        assert found.dtype == checkpoint.specs[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(found, value.astype(ml_dtypes.bfloat16))
+        np.testing.assert_array_equal(checkpoint.read(name, (slice(1, 3),)), found[1:3])
+
+
+def test_a_layer_is_read_without_the_others(copy, experts):
+    shutil.rmtree(copy / "layers" / "encoder.layers_1" / "wi.codewords")
+    checkpoint = open_checkpoint(copy)
+    for layer in ("encoder/layers_0", "decoder/layers_1"):
+        assert len(list(checkpoint.experts(layer))) == 1
+    with pytest.raises(CheckpointError, match="encoder.layers_1"):
+        list(checkpoint.experts("encoder/layers_1"))
+
+
+def test_the_public_loader_opens_it_and_the_model_runs(copy):
+    model, params = qmoe_jax.load(copy)
+    assert isinstance(params["encoder"]["layers_0"]["mlp"]["expert"]["wi"]["kernel"], CompressedExperts)
+    tokens = np.arange(2, 12)[None]
+    assert np.isfinite(qmoe_jax.forward(model, params, tokens, tokens)).all()
+
+
+def test_the_manifest_accounts_for_bytes_and_hashes(copy, experts):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert (manifest["format"], manifest["format_version"]) == ("qmoe_jax", 1)
+    assert set(manifest["layers"]) == set(LAYERS)
+    for layer, part in manifest["layers"].items():
+        assert part["bytes"] == sum(e.nbytes for _, _, e in experts[layer].values())
+        files = [p for p in (copy / part["directory"]).rglob("*") if p.is_file()]
+        assert part["bytes_on_disk"] == sum(p.stat().st_size for p in files)
+        assert len(part["sha256"]) == 64
+    assert manifest["dense"]["bytes"] == 2 * sum(v.size for v in DENSE.values())
+    assert manifest["quantization"] == {"bits": 1.5} and manifest["codec"] == {"name": "dictionary"}
+
+
+def test_files_are_json_and_zarr(copy):
+    for file in (p for p in copy.rglob("*") if p.is_file()):
+        if file.name in ("manifest.json", ".zarray", "_METADATA", "_CHECKPOINT_METADATA"):
+            json.loads(file.read_text())
+        else:  # Chunks of zarr arrays are called 0, 0.1, ...; the other is Orbax's note that it is complete.
+            assert file.name.replace(".", "").isdigit() or file.name == "commit_success.txt", file
+
+
+def test_nothing_is_unpickled(copy, monkeypatch):
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, None)
+    read_everything(copy)
+
+
+def test_writing_again_replaces_what_was_there(copy, experts):
+    (copy / "notes.txt").write_text("mine")
+    (copy / "layers" / "encoder.layers_9").mkdir()
+    write(copy, dict(reversed(experts.items())))
+    read_everything(copy)
+    assert not (copy / "layers" / "encoder.layers_9").exists()
+    assert (copy / "notes.txt").read_text() == "mine"
+
+
+# --- Refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_manifest(copy):
+    (copy / "manifest.json").unlink()
+    assert_refused(copy, str(copy), "no manifest.json", "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        ({"format_version": 2}, "version 2"),
+        ({"format_version": None}, "version None"),
+        ({"format": "safetensors"}, "'safetensors'"),
+    ],
+)
+def test_foreign_format_or_version(copy, edit, found):
+    edit_manifest(copy, lambda m: m.update(edit))
+    assert_refused(copy, "manifest.json", found, "'qmoe_jax', 1")
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_truncated_manifest(copy, share):
+    file = copy / "manifest.json"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    assert_refused(copy, "manifest.json")
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"a string"', b"\xff\xfe\x00", b"null", b'{"format": "qmoe_jax"}'])
+def test_manifest_of_something_else(copy, content):
+    (copy / "manifest.json").write_bytes(content)
+    assert_refused(copy, "manifest.json")
+
+
+@pytest.mark.parametrize("edit", ["model", "codec", "dense", "layers", "provenance"])
+def test_manifest_without_a_field(copy, edit):
+    edit_manifest(copy, lambda m: m.pop(edit))
+    assert_refused(copy, "manifest.json", edit)
+
+
+def test_manifest_with_a_changed_value(copy):
+    edit_manifest(copy, lambda m: m["model"].update(num_heads=4), sign=False)
+    assert_refused(copy, "manifest.json", "SHA-256")
+
+
+@pytest.mark.parametrize("part", ["dense", "layers/encoder.layers_1", "layers"])
+def test_missing_part(copy, part):
+    shutil.rmtree(copy / part)
+    with pytest.raises(CheckpointError, match=f"missing .*{part}"):  # Opening is enough.
+        open_checkpoint(copy)
+
+
+def test_layer_that_the_manifest_forgets(copy):
+    edit_manifest(copy, lambda m: m["layers"].pop("decoder/layers_1"))
+    with pytest.raises(CheckpointError, match="missing decoder/layers_1"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("part", ["dense", "layers/encoder.layers_0"])
+def test_a_changed_byte_in_any_file(copy, part):
+    files = sorted(p for p in (copy / part).rglob("*") if p.is_file() and p.stat().st_size)
+    assert len(files) > 5
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        assert_refused(copy, str(copy / part), "changed")
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    read_everything(copy)
+
+
+def test_a_changed_byte_anywhere_in_the_manifest(copy):
+    file = copy / "manifest.json"
+    content = file.read_bytes()
+    # Letters and digits; white space means nothing.
+    places = [i for i, c in enumerate(content) if chr(c).isalnum()]
+    for i in places[:: len(places) // 60]:
+        file.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        with pytest.raises(CheckpointError, match="manifest"):
+            open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("change", ["removed", "added", "renamed"])
+def test_files_that_come_or_go(copy, change):
+    part = copy / "layers" / "decoder.layers_1"
+    chunk = part / "wo.codewords" / "0"
+    if change == "added":
+        shutil.copy(chunk, chunk.with_name("1"))
+    elif change == "removed":
+        chunk.unlink()
+    else:
+        (part / "wo.codewords").rename(part / "wx.codewords")
+    assert_refused(copy, str(part), "changed")
+
+
+def resave(copy, layer, change):
+    """Replaces a layer's arrays by changed ones, with hashes that fit."""
+    part = copy / "layers" / layer.replace("/", ".")
+    with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        restored = checkpointer.restore(part)
+        tree = jax.tree.map(np.array, restored)
+        shutil.rmtree(part)
+        change(tree)
+        checkpointer.save(part, tree)
+    edit_manifest(copy, lambda m: m["layers"][layer].update(sha256=compressed.sha256(part)))
+
+
+def negative_level(tree):
+    tree["wi"]["levels"][2, 3] = (1, -1)
+
+
+def not_a_number(tree):
+    tree["wi"]["levels"][2, 3] = np.nan
+
+
+def lost_codewords(tree):
+    tree["wi"]["codewords"] = tree["wi"]["codewords"][:-5]
+
+
+def offsets_out_of_order(tree):
+    tree["wi"]["row_offsets"][2, 3] = 10_000
+
+
+@pytest.mark.parametrize("change", [negative_level, not_a_number, lost_codewords, offsets_out_of_order])
+def test_malformed_streams_whose_hash_fits(copy, change):
+    resave(copy, "encoder/layers_1", change)
+    assert_refused(copy, "encoder/layers_1/mlp/expert/wi", "expert")
+
+
+def test_arrays_that_lack_whose_hash_fits(copy):
+    resave(copy, "encoder/layers_1", lambda tree: tree["wi"].pop("levels"))
+    assert_refused(copy, "encoder/layers_1/mlp/expert/wi", "levels")
+
+
+# --- Interrupted -----------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_between_layers_leaves_other_files_only(tmp_path, experts):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path) as w:
+        w.write_layer(LAYERS[0], {m: e for m, (_, _, e) in experts[LAYERS[0]].items()})
+        assert (tmp_path / "layers").exists()
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_checkpoint_lacking_a_layer_is_not_finished(tmp_path, experts):
+    with pytest.raises(CheckpointError, match="decoder/layers_1"):
+        write(tmp_path, {layer: experts[layer] for layer in LAYERS[:-1]})
+    assert not any(tmp_path.iterdir())
+
+
+KILLED = """
+import os, pathlib, sys
+sys.path.insert(0, sys.argv[2])
+import test_compressed as t
+
+def stop(*args):
+    print("ready", flush=True)
+    import time; time.sleep(60)
+
+experts = {
+    layer: {"wi": t.random_experts(t.CONFIG.d_ff, t.CONFIG.d_model, 0),
+            "wo": t.random_experts(t.CONFIG.d_model, t.CONFIG.d_ff, 1)} for layer in t.LAYERS
+}
+if sys.argv[3] == "manifest":
+    os.replace = stop
+else:
+    t.CompressedWriter.finish = stop
+t.write(pathlib.Path(sys.argv[1]), experts)
+"""
+
+
+@pytest.mark.parametrize("when", ["layers", "manifest"])
+def test_a_kill_leaves_no_checkpoint(when, tmp_path, experts):
+    tests = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), str(pathlib.Path(__file__).parent), when]
+    environment = os.environ | {"PYTHONPATH": str(tests), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout.readline() == "ready\n"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert (tmp_path / "out" / "layers").is_dir()
+    assert_refused(tmp_path / "out", str(tmp_path / "out"), "no manifest.json")
+    write(tmp_path / "out", experts)
+    read_everything(tmp_path / "out")
+    assert not [p for p in (tmp_path / "out").iterdir() if "tmp" in p.name]
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_at_the_manifest(call, tmp_path, experts, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    with monkeypatch.context() as m:
+        m.setattr(f"qmoe_jax.reporting.os.{call}", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path, experts)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not sys.platform.startswith("linux") or libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", 0, b"size=1m"):
+        pytest.skip("mounting a small file system is not allowed here")
+    yield disk
+    libc.umount2(os.fsencode(disk), 2)
+
+
+@pytest.mark.parametrize("part", ["layer", "dense"])
+def test_a_full_disk_at_a_part(part, small_disk, experts):
+    random = np.random.default_rng(0).standard_normal
+    matrices = {m: e for m, (_, _, e) in experts[LAYERS[0]].items()}
+    if part == "layer":
+        trits = np.random.default_rng(0).integers(0, 3, (8, 1024, 1024)).astype(np.uint8)
+        matrices["wi"] = CompressedExperts.from_trits(trits, np.sort(random((8, 1024, 2))))
+    out = small_disk / "out"
+    with pytest.raises(CheckpointError, match=r"out/(dense|layers/encoder\.layers_0): cannot be written: .*No space"):
+        with writer(out) as w:
+            w.write_layer(LAYERS[0], matrices)
+            for layer in LAYERS[1:]:
+                w.write_layer(layer, {m: e for m, (_, _, e) in experts[layer].items()})
+            w.finish(DENSE | {"a": random((1000, 1000)).astype(np.float32)})
+    assert not any(out.iterdir())
