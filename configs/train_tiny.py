@@ -5,8 +5,8 @@
 5.6 M parameters: 3 + 3 layers, every MLP sparse with 8 experts. The text is made by experiments/make_text.py.
 About ten minutes on two CPU cores.
 
-Every layer is sparse, the router starts wide and the balance loss is small: with the usual 0.01 a short training
-leaves the router's probabilities near 1 / experts, and then the experts hardly matter.
+Every layer is sparse, the router starts wide, the experts' outputs start large and the balance loss is small: with the
+usual 0.01 a short training leaves the router's probabilities near 1 / experts, and then the experts hardly matter.
 """
 
 from ml_collections import config_dict
@@ -33,10 +33,11 @@ def get_config() -> config_dict.ConfigDict:
             decoder_sparse_layers=(0, 1, 2),
         ),
         train=dict(
-            steps=2_500,
+            steps=3_000,
             tokens_per_batch=5_120,  # padding included
             learning_rate=0.02,  # relative to a parameter's scale
             warmup_steps=100,
+            expert_output_scale=2.5,
             capacity_factor=2.0,
             balance_loss=0.003,
             router_z_loss=1e-4,

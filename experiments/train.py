@@ -74,6 +74,12 @@ def make_train_step(model, optimizer, settings):
     return jax.jit(train_step, donate_argnums=(0, 1))
 
 
+def scale_experts(params, scale: float):
+    """The same parameters, with the experts' output matrices wo multiplied by `scale`."""
+    is_output = lambda path: [key.key for key in path[-3:]] == ["expert", "wo", "kernel"]
+    return jax.tree_util.tree_map_with_path(lambda path, p: p * scale if is_output(path) else p, params)
+
+
 def main(_):
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value)
@@ -87,6 +93,7 @@ def main(_):
     model = SwitchTransformer(ModelConfig.from_dict({**config.model, "vocab_size": vocabulary.size}))
     example = jnp.ones((1, 8), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(config.seed), example, example)["params"]
+    params = scale_experts(params, config.train.expert_output_scale)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.train.learning_rate, min(config.train.warmup_steps, config.train.steps // 2), config.train.steps
     )

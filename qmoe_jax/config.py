@@ -57,6 +57,19 @@ class ModelConfig:
         # JSON has no tuples.
         object.__setattr__(self, "encoder_sparse_layers", tuple(self.encoder_sparse_layers))
         object.__setattr__(self, "decoder_sparse_layers", tuple(self.decoder_sparse_layers))
+        problems = [
+            f"{name}: found {getattr(self, name)}, expected at least 1"
+            for name in ("vocab_size", "d_model", "d_ff", "num_heads", "head_dim", "num_experts", "router_group_size")
+            if getattr(self, name) < 1
+        ]
+        if not 1 <= self.top_k <= self.num_experts:
+            problems.append(f"top_k: found {self.top_k}, expected 1 to {self.num_experts} (num_experts)")
+        for stack in ("encoder", "decoder"):
+            layers, sparse = getattr(self, f"num_{stack}_layers"), getattr(self, f"{stack}_sparse_layers")
+            if any(not 0 <= i < layers for i in sparse):
+                problems.append(f"{stack}_sparse_layers: found {sparse}, expected indices below {layers}")
+        if problems:
+            raise ValueError(f"Model config: {'; '.join(problems)}.")
 
     @property
     def expert_matrices(self) -> tuple[str, ...]:

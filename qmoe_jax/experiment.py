@@ -53,9 +53,6 @@ def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, V
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
     overrides = {} if config.model.top_k is None else {"top_k": config.model.top_k}
     checkpoint = open_checkpoint(path, **overrides)
-    top_k, num_experts = checkpoint.config.top_k, checkpoint.config.num_experts
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"config.model.top_k: found {top_k}, expected 1 to {num_experts} experts.")
     if config.model.preset:
         check_preset(checkpoint.config, config.model.preset)
     vocabulary = Vocabulary.load(_given(config, "vocabulary"))

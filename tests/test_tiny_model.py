@@ -68,8 +68,8 @@ def test_rounding_hurts_and_gptq_hurts_much_less(checkpoint, vocabulary, validat
         settings = QuantizationSettings(method=method)
         report = compress(checkpoint, vocabulary, calibration, validation, settings, streaming.Settings(), codec=None)
         above[method] = report["loss"] - bfloat16_loss
-    assert above["rtn"] > 0.1
-    assert above["gptq"] < 0.5 * above["rtn"]
+    assert above["rtn"] > 0.05
+    assert above["gptq"] < 0.3 * above["rtn"]
 
 
 def test_it_is_small():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import jax
-from absl import logging
 
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, pallas, triton, xla
@@ -60,14 +60,11 @@ def _best(lhs, rhs, group_sizes):
         _say_once(f"On CPU compressed_ragged_dot runs as plain XLA, many times slower than in C++: {reason}.")
     else:
         branches["cpu"] = cpu.multiply
-    for gpu_implementation in (triton, pallas):
-        if gpu_implementation.why_not(rhs) is None:
-            branches["cuda"] = gpu_implementation.multiply
-            break
+    # The GPU kernels have not run on a GPU yet: they are used where they are asked for by name.
     return jax.lax.platform_dependent(lhs, rhs, group_sizes, **branches)
 
 
 @functools.cache
 def _say_once(text):
     if jax.default_backend() == "cpu":
-        logging.warning(text)
+        warnings.warn(text, stacklevel=4)

@@ -69,7 +69,8 @@ def infer_config(shapes: Mapping[str, Shape], **overrides: Any) -> ModelConfig:
 
     joined = sizes.pop(_HEADS)
     inferred = {**structure, **sizes, "head_dim": joined // sizes["num_heads"]}
-    inferred["min_expert_capacity"] = 4 if structure["tied"] else 2
+    # Switch-XXL and Switch-C, the untied top-1 models, were trained with 2; all others with 4.
+    inferred["min_expert_capacity"] = 4 if structure["tied"] or overrides.get("top_k", 1) > 1 else 2
     config = ModelConfig.from_dict({**inferred, **overrides})
     _raise_if(_differences(shapes, param_shapes(config)))  # overrides that contradict the tree
     return config

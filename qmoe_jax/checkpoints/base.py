@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import ModelConfig
 
@@ -54,11 +55,18 @@ class Checkpoint(abc.ABC):
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def load(self) -> dict[str, Any]:
-        """The whole parameter tree: T5X's names; an experts' kernel may be `CompressedExperts`."""
+        """The whole parameter tree: T5X's names; an experts' kernel may be `CompressedExperts`.
+
+        Raises CheckpointError for NaN or Inf, naming parameter and expert.
+        """
         flat = traverse_util.flatten_dict(self.params(), sep="/")
+        for name, value in flat.items():
+            check_finite(name, value)
         for layer in self.config.sparse_layers:
             ((_, _, kernels),) = self.experts(layer)
             for matrix, kernel in kernels.items():
+                if not isinstance(kernel, CompressedExperts):
+                    check_finite(f"{layer}/mlp/expert/{matrix}/kernel", kernel)
                 flat[f"{layer}/mlp/expert/{matrix}/kernel"] = kernel
         return traverse_util.unflatten_dict(flat, sep="/")
 

@@ -186,7 +186,9 @@ class MoeMlp(nn.Module):
             capacity = expert_capacity(capacity_factor, len(tokens) // groups, c.num_experts, c.min_expert_capacity)
             free = kept(routing, c.num_experts, groups, capacity, self.prioritized)
             routing = Routing(routing.expert, jnp.where(free, routing.gate, 0.0))
-        if capacity_factor is None or any(isinstance(k, CompressedExperts) for k in kernels):
+        # T5X's least capacity makes mostly empty slots of a small batch; then sorting is cheaper.
+        bounded = capacity_factor is not None and c.num_experts * groups * capacity <= 4 * routing.expert.size
+        if not bounded or any(isinstance(k, CompressedExperts) for k in kernels):
             y = apply_experts(tokens, routing, kernels)
         else:
             y = apply_experts_in_slots(tokens, routing, kernels, min(groups * capacity, len(tokens)))

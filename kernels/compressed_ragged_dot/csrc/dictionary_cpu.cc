@@ -43,6 +43,8 @@ struct alignas(64) Table {
 };
 Table table;
 
+inline int64_t Length(const uint64_t* entry) { return reinterpret_cast<const uint8_t*>(entry)[7]; }
+
 // A block of rows of one expert, and that expert's tokens.
 struct Rows {
   const uint16_t* codewords;

@@ -18,20 +18,29 @@
 
 // Writes the pairs of some codewords. Stays below pairs_end + kSlack whatever the codewords are.
 inline void Decode(const uint16_t* codeword, const uint16_t* end, uint8_t* pairs, const uint8_t* pairs_end) {
-#define QMOE_DECODE_ONE(i)                            \
-  SpreadNibbles(&table.entries[codeword[i]], pairs); \
-  pairs += reinterpret_cast<const uint8_t*>(&table.entries[codeword[i]])[7];
   for (; end - codeword >= 4 && pairs < pairs_end; codeword += 4) {
     __builtin_prefetch(codeword + kPrefetch);  // Processors by themselves do not fetch across pages.
-    QMOE_DECODE_ONE(0)
-    QMOE_DECODE_ONE(1)
-    QMOE_DECODE_ONE(2)
-    QMOE_DECODE_ONE(3)
+    // All that is read comes before all that is written, which the compiler takes for possibly the same.
+    const uint64_t* a = &table.entries[codeword[0]];
+    const uint64_t* b = &table.entries[codeword[1]];
+    const uint64_t* c = &table.entries[codeword[2]];
+    const uint64_t* d = &table.entries[codeword[3]];
+    uint8_t* after_a = pairs + Length(a);
+    uint8_t* after_b = after_a + Length(b);
+    uint8_t* after_c = after_b + Length(c);
+    uint8_t* after_d = after_c + Length(d);
+    SpreadNibbles(a, pairs);
+    SpreadNibbles(b, after_a);
+    SpreadNibbles(c, after_b);
+    SpreadNibbles(d, after_c);
+    pairs = after_d;
   }
   for (; codeword < end && pairs < pairs_end; ++codeword) {
-    QMOE_DECODE_ONE(0)
+    const uint64_t* entry = &table.entries[*codeword];
+    uint8_t* after = pairs + Length(entry);
+    SpreadNibbles(entry, pairs);
+    pairs = after;
   }
-#undef QMOE_DECODE_ONE
 }
 
 // Rows [row, row + kRows) times tokens [token, token + kTokens). Where a row ends inside a vector, the next
