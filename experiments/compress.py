@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
+import dataclasses
 import pathlib
 
 from absl import app, flags
@@ -80,7 +81,7 @@ def main(_):
             report["baselines"] = {"bfloat16": bfloat16}
             rows.insert(0, reporting.compression_row("bfloat16", bfloat16 | {"bytes_model": report["bytes_bfloat16"]}))
             if quantization.method != "rtn":
-                rtn = experiment.replace(quantization, method="rtn")
+                rtn = dataclasses.replace(quantization, method="rtn")
                 rtn = compress(checkpoint, vocabulary, calibration, validation, rtn, memory, codec=config.codec.name)
                 report["baselines"]["rtn"] = {k: v for k, v in rtn.items() if k not in ("layers", "seconds")}
                 rows.insert(1, reporting.compression_row(f"round to nearest, {quantization.bits:g} bits", rtn))

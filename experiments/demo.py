@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
+import dataclasses
 import pathlib
 
 from absl import app, flags
@@ -43,7 +44,7 @@ def main(_):
         }
     for bits, name in ((2, "2-bit"), (TERNARY, "ternary")):
         for method, title in (("rtn", "round to nearest"), ("gptq", "GPTQ")):
-            quantization = experiment.replace(experiment.quantization_settings(config), method=method, bits=bits)
+            quantization = dataclasses.replace(experiment.quantization_settings(config), method=method, bits=bits)
             save = method == "gptq" and bits == TERNARY
             with stages(f"{title}, {name}"):
                 reports[f"{title}, {name}"] = compress(

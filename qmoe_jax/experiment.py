@@ -78,10 +78,6 @@ def _given(config: config_dict.ConfigDict, field: str) -> str:
     return config.data[field]
 
 
-def replace(settings: QuantizationSettings, **changes: Any) -> QuantizationSettings:
-    return dataclasses.replace(settings, **changes)
-
-
 def quantization_settings(config: config_dict.ConfigDict) -> QuantizationSettings:
     return QuantizationSettings(**config.quantization)
 
@@ -121,7 +117,10 @@ def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
 
 
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Turns what a user can mend (bad input, no space, no permission) into one line on standard error and exit 1."""
+    """Turns what a user can mend (bad input, no space, no permission) into one line on standard error and exit 1.
+
+    With --verbosity=1 the traceback is shown instead.
+    """
 
     def run(argv):
         if not flags.FLAGS["verbosity"].present:
@@ -129,6 +128,8 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
         try:
             main(argv)
         except (ValueError, OSError) as e:
+            if logging.get_verbosity() >= logging.DEBUG:
+                raise
             sys.exit(f"error: {e}")
 
     return run

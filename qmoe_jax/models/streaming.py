@@ -73,10 +73,6 @@ class Documents:
     def buffer(self, stack: str, width: int, dtype) -> ListBuffer:
         return ListBuffer(self.lengths[stack], width, dtype)
 
-    def tokens(self, stack: str) -> np.ndarray:
-        """Encoder tokens, or decoder targets, in the list buffers' order: int32 [tokens]."""
-        return np.concatenate([e if stack == "encoder" else d[1:] for e, d in self.pairs])
-
 
 class ExpertGroup(NamedTuple):
     """Experts start:stop of a layer, and what arrives at them.
@@ -295,17 +291,21 @@ class _Pass:
 
     def experts(self, layer: str, stack: str, x, h, expert, gate) -> None:
         """x += gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k]."""
-        names = self.config.expert_matrices
+        names, num_experts, top_k = self.config.expert_matrices, self.config.num_experts, expert.shape[1]
+        # Tokens in the order of their experts, and where each expert's begin, for each choice.
+        orders = [np.argsort(expert[:, choice], kind="stable") for choice in range(top_k)]
+        begins = [np.searchsorted(expert[orders[c], c], np.arange(num_experts + 1)) for c in range(top_k)]
         for start, stop, kernels in self.read_experts(layer):
             if self.hook is not None:
-                tokens = [np.flatnonzero((expert == e).any(axis=1)) for e in range(start, stop)]
+                choices = zip(orders, begins, strict=True)
+                routed = [[order[b[e] : b[e + 1]] for e in range(start, stop)] for order, b in choices]
+                tokens = [np.sort(np.concatenate(rows)) for rows in zip(*routed, strict=True)]
                 kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, tokens))
             with self.stages("experts"):
                 kernels = jax.device_put([kernels[n] for n in names])
-                for choice in range(expert.shape[1]):  # In one choice no token occurs twice.
-                    order = np.argsort(expert[:, choice], kind="stable")
-                    first, last = np.searchsorted(expert[order, choice], [start, stop])
-                    for rows in _chunks(order[first:last], self.settings.tokens_per_expert_call):
+                for choice in range(top_k):  # In one choice no token occurs twice.
+                    group = orders[choice][begins[choice][start] : begins[choice][stop]]
+                    for rows in _chunks(group, self.settings.tokens_per_expert_call):
                         sizes = np.bincount(expert[rows, choice] - start, minlength=stop - start)
                         padded = _pad(rows, len(x))
                         new = _add_experts(
@@ -316,16 +316,17 @@ class _Pass:
                             sizes.astype(np.int32),
                         )
                         x[rows] = np.asarray(new)[: len(rows)]
-            self.bar.update()
+            self.bar.update(-(-(stop - start) // self.settings.experts_per_group))
 
     def read_experts(self, layer: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         groups = self.checkpoint.experts(layer, self.settings.experts_per_group)
-        while True:
+        done = 0
+        while done < self.config.num_experts:
             with self.stages("reading"):
-                group = next(groups, None)
-                if group is None:
-                    return
-                start, stop, kernels = group
+                start, stop, kernels = next(groups, (None, None, None))
+                if start != done:
+                    raise RuntimeError(f"{layer}: experts from {done} on were expected, but {start} came next.")
+                done = stop
                 for name, kernel in kernels.items():
                     if not isinstance(kernel, CompressedExperts):
                         kernels[name] = self.weights(f"{layer}/mlp/expert/{name}/kernel", kernel, start)
