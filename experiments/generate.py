@@ -27,8 +27,7 @@ CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
 PROMPT = flags.DEFINE_string(
     "prompt",
-    "Return a new <extra_id_0> object which has the same <extra_id_1> as the original. If the file does not "
-    "<extra_id_2>, an exception is raised.",
+    "def __init__(self, name, value): self.name = <extra_id_0> self.value = <extra_id_1>",
     "Text with <extra_id_0>, <extra_id_1>, ... where words are missing; or text to continue.",
 )
 
