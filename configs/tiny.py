@@ -4,7 +4,7 @@
     python experiments/evaluate.py --config=configs/tiny.py --checkpoint=out/tiny
     python experiments/generate.py --config=configs/tiny.py --checkpoint=out/tiny
 
-Half a minute on two CPU cores. This is the default of all three, and the carried model is their default checkpoint.
+Half a minute to a minute on two CPU cores. The default of all three; the carried model is their default checkpoint.
 """
 
 import pathlib

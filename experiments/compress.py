@@ -17,6 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from qmoe_jax import codecs, experiment, reporting
+from qmoe_jax.checkpoints.compressed import is_compressed
 from qmoe_jax.figures import plot_compression
 from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import TERNARY, compress
@@ -44,6 +45,8 @@ def main(_):
     # --- Input -------------------------------------------------------------------------------------------------------
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value, CHECKPOINT.value)
+    if not save and is_compressed(output):
+        raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
     which = ("calibration", "validation") if quantization.method == "gptq" else ("validation",)
     documents = {name: experiment.examples(config, name, vocabulary) for name in which}
     reporting.say(
@@ -56,6 +59,9 @@ def main(_):
             f"{config.data.max_length} tokens and {read.num_too_short} empty ones were skipped"
         )
     calibration, validation = documents.get("calibration"), documents["validation"]
+
+    for name in ("report.json", "report.png"):  # An earlier run's, with --overwrite.
+        (output / name).unlink(missing_ok=True)
 
     # --- Compress ----------------------------------------------------------------------------------------------------
     report = compress(

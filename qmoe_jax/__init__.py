@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qmoe_jax import codecs, kernels, quantization
 from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import PRESETS, ModelConfig
@@ -26,10 +27,13 @@ __all__ = [
     "CompressedExperts",
     "ModelConfig",
     "SwitchTransformer",
+    "codecs",
     "forward",
     "generate",
+    "kernels",
     "load",
     "open_checkpoint",
+    "quantization",
 ]
 
 

@@ -33,6 +33,7 @@ from qmoe_jax.models.switch import (
     EncoderLayer,
     SwitchTransformer,
     decoder_masks,
+    decoder_token_mask,
     encoder_masks,
 )
 
@@ -403,7 +404,7 @@ def _add_experts(x, h, gate, kernels, group_sizes):
 @functools.partial(jax.jit, static_argnums=0)
 def _loss(model: SwitchTransformer, params, x, targets, inputs):
     """Summed cross-entropy of each document [batch], one document's logits in memory at a time."""
-    token_mask = decoder_masks(inputs, inputs, targets, model.dtype).token
+    token_mask = decoder_token_mask(inputs)[..., None].astype(model.dtype)
     y = model.apply({"params": params}, x, token_mask, method=lambda m, x, mask: m.decoder.finish(x, mask))
 
     def document(args):

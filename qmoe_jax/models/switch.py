@@ -50,15 +50,19 @@ def encoder_masks(tokens: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     return real[..., None].astype(dtype), mask_bias(real[:, :, None] & real[:, None, :], dtype)
 
 
+def decoder_token_mask(inputs: jax.Array) -> jax.Array:
+    """Where the decoder's normed inputs are kept, bool [batch, length]: input > 0, or next input > 0, or position 0."""
+    follows = jnp.pad(inputs[:, 1:] > 0, ((0, 0), (0, 1)))
+    return (inputs > 0) | follows | (jnp.arange(inputs.shape[1]) == 0)
+
+
 def decoder_masks(encoder_tokens, inputs, targets, dtype) -> DecoderMasks:
     """T5X's decoder masks from encoder tokens, decoder inputs and decoder targets, each [batch, length].
 
-    Attention looks at targets > 0; the token mask is input > 0 or next input > 0 or position 0. Without targets every
-    position whose input is real counts as real.
+    Attention looks at targets > 0. Without targets every position whose input is real counts as real.
     """
     position = jnp.arange(inputs.shape[1])
-    follows = jnp.pad(inputs[:, 1:] > 0, ((0, 0), (0, 1)))
-    token = (inputs > 0) | follows | (position == 0)
+    token = decoder_token_mask(inputs)
     real = ((inputs > 0) | (position == 0)) if targets is None else targets > 0
     causal = position[:, None] >= position[None, :]
     self_mask = causal & real[:, :, None] & real[:, None, :]
