@@ -28,7 +28,7 @@ from qmoe_jax.models.switch import SwitchTransformer
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(pathlib.Path(__file__).parents[1] / "configs/train_tiny.py"), "What to train and how."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoint, report and figure go.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", "out/train_tiny", "Where checkpoint, report and figure go.")
 
 
 def balance_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
