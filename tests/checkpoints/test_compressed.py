@@ -19,7 +19,7 @@ import pytest
 import tiny_model
 
 import qmoe_jax
-from qmoe_jax.checkpoints import CheckpointError, CompressedWriter, compressed, open_checkpoint
+from qmoe_jax.checkpoints import CheckpointError, CompressedWriter, compressed, open_checkpoint, write_t5x
 from qmoe_jax.codecs.experts import CompressedExperts
 
 CONFIG = tiny_model.CONFIG
@@ -413,3 +413,17 @@ def test_a_full_disk_at_a_part(part, small_disk, experts):
                 w.write_layer(layer, {m: e for m, (_, _, e) in experts[layer].items()})
             w.finish(DENSE | {"a": random((1000, 1000)).astype(np.float32)})
     assert not any(out.iterdir())
+
+
+def test_a_compressed_model_goes_back_to_t5x_dequantized(original, experts, tmp_path):
+    write_t5x(tmp_path, open_checkpoint(original).dense_leaves(), step=7)
+    native = open_checkpoint(tmp_path)
+    assert native.config == open_checkpoint(original).config
+    for layer, matrices in experts.items():
+        for matrix, (trits, levels, _) in matrices.items():
+            by_symbol = np.concatenate([np.zeros_like(levels[..., :1]), levels], axis=-1)  # [experts, out, 3]
+            expected = np.take_along_axis(by_symbol.astype(np.float32), trits, axis=2)  # [experts, out, in]
+            found = native.read(f"{layer}/mlp/expert/{matrix}/kernel")  # [experts, in, out]
+            np.testing.assert_array_equal(found, expected.swapaxes(1, 2))
+    for name, value in DENSE.items():
+        np.testing.assert_array_equal(native.read(name), np.asarray(value, ml_dtypes.bfloat16).astype(np.float32))
