@@ -4,6 +4,7 @@ Headers come from jaxlib, pinned in pyproject.toml to the oldest supported: a li
 with newer jaxlib, not the other way round. Without a compiler the install succeeds and the kernels run as XLA.
 """
 
+import glob
 import importlib.util
 import pathlib
 
@@ -12,16 +13,16 @@ from setuptools import Extension, setup
 CSRC = "kernels/compressed_ragged_dot/csrc"
 
 
-def dictionary_cpu() -> list[Extension]:
+def cpu_kernels() -> list[Extension]:
     jaxlib = importlib.util.find_spec("jaxlib")  # Only its folder is wanted: importing it takes long.
     if jaxlib is None:
         print("jaxlib is not installed: building without the C++ kernels.")
         return []
     return [
         Extension(
-            "qmoe_jax.kernels.compressed_ragged_dot._dictionary_cpu",
-            sources=[f"{CSRC}/dictionary_cpu.cc"],
-            depends=[f"{CSRC}/dictionary_rows.h"],
+            "qmoe_jax.kernels.compressed_ragged_dot._cpu",
+            sources=[f"{CSRC}/dictionary.cc", f"{CSRC}/gap.cc"],
+            depends=sorted(glob.glob(f"{CSRC}/*.h")),
             include_dirs=[str(pathlib.Path(jaxlib.submodule_search_locations[0]) / "include")],
             language="c++",
             optional=True,
@@ -32,4 +33,4 @@ def dictionary_cpu() -> list[Extension]:
     ]
 
 
-setup(ext_modules=dictionary_cpu())
+setup(ext_modules=cpu_kernels())

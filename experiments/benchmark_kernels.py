@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import codecs, experiment, reporting
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
 from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS, compressed_ragged_dot
@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 
 SHAPES = flags.DEFINE_list("shapes", list(arg_specs.SHAPES), "Names of shapes, comma-separated.")
 LOADS = flags.DEFINE_list("loads", [f"{t}x{e}" for t, e in arg_specs.LOADS], "Loads as tokens x experts, such as 8x1.")
+CODEC_NAMES = flags.DEFINE_list("codecs", list(codecs.CODECS), "Codecs that implementations are measured with.")
 NAMES = flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "Those that cannot run here are left out.")
 ROUNDS = flags.DEFINE_integer("rounds", 31, "Rounds; the fastest counts.", lower_bound=1)
 DENSE_MB = flags.DEFINE_integer("dense_megabytes", 256, "Least size of the float32 experts that calls go through.")
@@ -123,33 +124,34 @@ def compressed_product(name: str, rhs: CompressedExperts, tokens: int, active: i
         return jax.lax.scan(call, x, sizes)[0]
 
     x = jnp.ones((tokens, width), experiment.DTYPES[DTYPE.value])
-    size = active * rhs.nbytes // experts + x.nbytes + tokens * out * x.dtype.itemsize
+    size = active * rhs.resident_nbytes // experts + x.nbytes + tokens * out * x.dtype.itemsize
     trial = Product(name, run, (x, rhs, jnp.asarray(sizes[:1])), 1, size)
     trial.time()
     trial.time()
     calls = max(1, min(calls, int(SECONDS_PER_PROGRAM / trial.seconds[-1])))
-    return Product(name, run, (x, rhs, jnp.asarray(sizes[:calls])), calls, size)
+    return Product(f"{name} {rhs.codec}", run, (x, rhs, jnp.asarray(sizes[:calls])), calls, size)
 
 
-def benchmark_shape(name: str, loads: list[tuple[int, int]], names: list[str], peak: float) -> list[dict]:
-    """A row of the report for each load and product."""
+def benchmark_shape(name: str, loads: list[tuple[int, int]], names: list[tuple[str, str]], peak: float) -> list[dict]:
+    """A row of the report for each load and product; `names` are of implementation and codec."""
     out, width = arg_specs.SHAPES[name]
     experts = max(math.ceil(DENSE_MB.value * 2**20 / (4 * out * width)), *(active for _, active in loads))
     levels = np.stack([-np.ones((experts, out)), np.ones((experts, out))], axis=-1)
-    rhs = CompressedExperts.from_trits(arg_specs.random_trits(experts, out, width), levels)
-    W = [np.asarray(rhs.expert(e)) for e in range(experts)]  # [out, in]
+    trits = arg_specs.random_trits(experts, out, width)
+    rhs = {codec: CompressedExperts.from_symbols(trits, levels, codec) for codec in {codec for _, codec in names}}
+    W = np.array([0, -1, 1], np.float32)[trits]  # [experts, out, in]
     dense = {
         (dtype, contracting): [jnp.asarray(w if contracting else w.T, dtype) for w in W]
         for dtype in ("bfloat16", "float32")  # On CPU bfloat16 allocates much; what follows at once would suffer.
         for contracting in (0, 1)
     }
-    del W
+    del W, trits
     rows = []
     for tokens, active in loads:
         products = [
             dense_product(f"dense {dtype}", weights, contracting, tokens, active)
             for (dtype, contracting), weights in dense.items()
-        ] + [compressed_product(n, rhs, tokens, active) for n in names]
+        ] + [compressed_product(implementation, rhs[codec], tokens, active) for implementation, codec in names]
         for product in products:  # compile
             product.time()
             product.seconds.clear()
@@ -182,9 +184,9 @@ def benchmark_shape(name: str, loads: list[tuple[int, int]], names: list[str], p
     return rows
 
 
-def runs_here(name: str) -> bool:
+def runs_here(name: str, codec: str) -> bool:
     """Whether an implementation can run; says why where it cannot."""
-    rhs = CompressedExperts.from_trits(np.zeros((1, 2, 2), np.uint8), np.zeros((1, 2, 2)))
+    rhs = CompressedExperts.from_symbols(np.zeros((1, 2, 2), np.uint8), np.zeros((1, 2, 2)), codec)
     try:
         compressed_ragged_dot(jnp.ones((1, 2)), rhs, jnp.ones(1, jnp.int32), implementation=name)
     except NotImplementedError as e:
@@ -232,7 +234,7 @@ def main(_):
     for name in SHAPES.value:
         if name not in arg_specs.SHAPES:
             raise ValueError(f"--shapes: found {name!r}, expected among {', '.join(arg_specs.SHAPES)}.")
-    names = [name for name in NAMES.value if runs_here(name)]
+    names = [(name, codec) for name in NAMES.value for codec in CODEC_NAMES.value if runs_here(name, codec)]
     peak = bandwidth()
     reporting.say(f"{processor()}; a copy moves {peak / 1e9:.1f} GB/s\n")
     rows = []

@@ -1,4 +1,4 @@
-"""Compresses the experts of a Switch Transformer to ternary (or measures 2 bits), and reports loss and size.
+"""Compresses the experts of a Switch Transformer to ternary or 2 bits, and reports loss and size.
 
     python experiments/compress.py --config=configs/tiny.py --checkpoint=DIR --output=OUT
 
@@ -10,18 +10,18 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
-import dataclasses
 import pathlib
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from qmoe_jax import codecs, experiment, reporting
+from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints.compressed import is_compressed
 from qmoe_jax.figures import plot_compression
 from qmoe_jax.models import streaming
-from qmoe_jax.quantization.pipeline import TERNARY, compress
+from qmoe_jax.quantization.pipeline import QuantizationSettings, compress, why_not_stored
 
+TITLES = {"gptq": "GPTQ", "rtn": "round to nearest", "rd": "rate-distortion GPTQ"}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
@@ -33,21 +33,17 @@ def main(_):
     config = CONFIG.value
     quantization = experiment.quantization_settings(config)
     memory = experiment.memory_settings(config)
-    codecs.get(config.codec.name)  # Refuses an unknown one now, not after hours.
-    storable = quantization.bits == TERNARY and quantization.group_size is None
-    save = storable if config.save is None else config.save
-    if save and not storable:
-        raise ValueError(
-            f"config.save: {quantization.bits:g}-bit experts with group_size {quantization.group_size} can't be saved "
-            "yet: no codec holds them. Measure them with --config.save=false, or save ternary ones with a grid per row."
-        )
+    problem = why_not_stored(quantization, config.codec.name)  # Refuses an unknown codec now, not after hours.
+    save = problem is None if config.save is None else config.save
+    if save and problem:
+        raise ValueError(f"config.save: {problem}")
 
     # --- Input -------------------------------------------------------------------------------------------------------
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value, CHECKPOINT.value)
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
-    which = ("calibration", "validation") if quantization.method == "gptq" else ("validation",)
+    which = ("calibration", "validation") if quantization.calibrated else ("validation",)
     documents = {name: experiment.examples(config, name, vocabulary) for name in which}
     reporting.say(
         f"{checkpoint.path}: {len(checkpoint.config.sparse_layers)} sparse layers of "
@@ -77,7 +73,7 @@ def main(_):
     )
 
     # --- Compare and report ------------------------------------------------------------------------------------------
-    name = f"{'GPTQ' if quantization.method == 'gptq' else 'round to nearest'}, {quantization.bits:g} bits"
+    name = f"{TITLES[quantization.method]}, {quantization.bits:g} bits"
     rows = [reporting.compression_row(name, report)]
     if config.compare:
         stages = reporting.Stages()
@@ -87,7 +83,7 @@ def main(_):
             report["baselines"] = {"bfloat16": bfloat16}
             rows.insert(0, reporting.compression_row("bfloat16", bfloat16 | {"bytes_model": report["bytes_bfloat16"]}))
             if quantization.method != "rtn":
-                rtn = dataclasses.replace(quantization, method="rtn")
+                rtn = QuantizationSettings("rtn", bits=quantization.bits, group_size=quantization.group_size)
                 rtn = compress(checkpoint, vocabulary, calibration, validation, rtn, memory, codec=config.codec.name)
                 report["baselines"]["rtn"] = {k: v for k, v in rtn.items() if k not in ("layers", "seconds")}
                 rows.insert(1, reporting.compression_row(f"round to nearest, {quantization.bits:g} bits", rtn))

@@ -71,7 +71,16 @@ def ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Ar
 
 @jax.jit
 def _cpu(lhs, rhs, group_sizes):
-    return grouped_dot(lhs, group_sizes, lambda e: rhs[e], out_features=rhs.shape[2])
+    return grouped_dot(lhs, group_sizes, lambda e: _expert(rhs, e), out_features=rhs.shape[2])
+
+
+def _expert(rhs, e):
+    """rhs[e] that touches no other expert, inside a loop, for bfloat16 too.
+
+    On CPU XLA slices bfloat16 as float32; without the barrier it would convert all experts once, ahead of the loop.
+    """
+    rhs, e = jax.lax.optimization_barrier((rhs, e))
+    return rhs[e]
 
 
 def _xla(lhs, rhs, group_sizes):
@@ -97,7 +106,7 @@ ragged_dot.defvjp(_forward, _backward)
 @jax.jit
 def _cpu_backward(lhs, rhs, group_sizes, gradient):
     """Gradients of lhs, [tokens, in], and of rhs, [experts, in, out]."""
-    d_lhs = grouped_dot(gradient, group_sizes, lambda e: rhs[e].T, out_features=rhs.shape[1])
+    d_lhs = grouped_dot(gradient, group_sizes, lambda e: _expert(rhs, e).T, out_features=rhs.shape[1])
 
     tokens = lhs.shape[0]
     block = _block(tokens, group_sizes.size)

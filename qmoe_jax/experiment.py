@@ -17,13 +17,28 @@ from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import QuantizationSettings
 
+OPTIONAL_TYPES = dict(
+    group_size=int,
+    activation_order=bool,
+    mask_special_tokens=bool,
+    router_weighted=bool,
+    sequential=bool,
+    asymmetric=bool,
+    shrinkage=float,
+    refits=int,
+    lagrangian=float,
+    target_bits=float,
+)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def default_config() -> config_dict.ConfigDict:
     """Every field of a compression experiment, with the paper's settings where the paper has them."""
     quantization = dataclasses.asdict(QuantizationSettings())
-    quantization["group_size"] = config_dict.placeholder(int)
+    # What isn't set is as the method wants it.
+    for field in dataclasses.fields(QuantizationSettings):
+        if field.default is None:
+            quantization[field.name] = config_dict.placeholder(OPTIONAL_TYPES[field.name])
     return config_dict.create(
         data=dict(
             vocabulary=config_dict.placeholder(str),  # SentencePiece model, without the 100 sentinels
@@ -33,6 +48,7 @@ def default_config() -> config_dict.ConfigDict:
             num_validation=128,
             max_length=568,  # tokens; longer documents are skipped (512 encoder tokens after corruption)
             append_eos=True,  # documents end with EOS before they are corrupted
+            window=config_dict.placeholder(int),  # join documents and cut them into windows of so many tokens
             seed=0,
         ),
         model=dict(
@@ -41,8 +57,8 @@ def default_config() -> config_dict.ConfigDict:
             dtype="float32",  # of activations
         ),
         quantization=quantization,
-        codec=dict(name="dictionary"),
-        save=config_dict.placeholder(bool),  # None: ternary experts are saved, 2-bit ones only measured
+        codec=dict(name="gap"),
+        save=config_dict.placeholder(bool),  # None: if the codec holds them (2-bit experts: gap)
         compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
         memory=dict(tokens_per_batch=8_192, tokens_per_expert_call=16_384, experts_per_group=16),
         generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
@@ -69,6 +85,7 @@ def examples(config: config_dict.ConfigDict, which: str, vocabulary: Vocabulary)
         max_length=config.data.max_length,
         seed=config.data.seed,
         append_eos=config.data.append_eos,
+        window=config.data.window,
     )
 
 

@@ -64,3 +64,19 @@ def plot_losses(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     plt.close(fig)
+
+
+def plot_frontier(report: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Loss against stored bits per weight of a frontier report, a line for what was swept; bfloat16 is a level."""
+    fig, ax = plt.subplots(figsize=(7, 4.4))
+    for name, marker in zip(dict.fromkeys(p["name"] for p in report["points"]), "*sDo", strict=False):
+        points = [p for p in report["points"] if p["name"] == name]
+        x, y = ([p[key] for p in points] for key in ("bits_per_weight", "loss"))
+        ax.plot(x, y, marker=marker, markersize=13 if marker == "*" else 6, label=name)
+    ax.axhline(report["bfloat16"], color="black", linewidth=0.8, linestyle="--", label="bfloat16 (16 bits)")
+    ax.set(xlabel="stored bits per expert weight, metadata included", ylabel="validation loss, nats per token")
+    ax.set_xlim(left=0)
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)

@@ -8,11 +8,12 @@ import warnings
 import jax
 
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, pallas, triton, xla
+from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, cuda, pallas, triton, xla
 
 # Best first.
 IMPLEMENTATIONS = {
     "cpu": cpu.compressed_ragged_dot,
+    "cuda": cuda.compressed_ragged_dot,
     "triton": triton.compressed_ragged_dot,
     "pallas": pallas.compressed_ragged_dot,
     "xla": xla.compressed_ragged_dot,
@@ -60,7 +61,8 @@ def _best(lhs, rhs, group_sizes):
         _say_once(f"On CPU compressed_ragged_dot runs as plain XLA, many times slower than in C++: {reason}.")
     else:
         branches["cpu"] = cpu.multiply
-    # The GPU kernels have not run on a GPU yet: they are used where they are asked for by name.
+    # Where the default for GPUs is decided: XLA, as the kernels have not run on one. They are there by name.
+    branches["cuda"] = xla.compressed_ragged_dot
     return jax.lax.platform_dependent(lhs, rhs, group_sizes, **branches)
 
 

@@ -1,8 +1,8 @@
-"""C++ on CPU: one custom call multiplies tokens straight from the codewords of all active experts.
+"""C++ on CPU: one custom call multiplies tokens straight from the compressed bytes of all active experts.
 
-The library is built by `pip install` from csrc/ where there is a C++ compiler. It has code for AVX-512, AVX2 and
-any other processor, and takes the best at run time; the environment variable QMOE_JAX_ISA (avx512, avx2 or
-portable) forces one for whatever is traced afterwards.
+The library is built by `pip install` from csrc/ where there is a C++ compiler. It has code for AVX-512 (with VBMI:
+Ice Lake, Zen 4 and later), for AVX2 and for any other processor, and takes the best at run time; the environment
+variable QMOE_JAX_ISA (avx512, avx2 or portable) forces one for whatever is traced afterwards.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.grouped import varying_as
 
 ISAS = ("avx512", "avx2", "portable")
-TARGET = "qmoe_compressed_ragged_dot"
+TARGET = "qmoe_compressed_ragged_dot"  # and _ and the codec's name
 
-# Sizes that csrc/dictionary_cpu.cc has: a block of a token, and a record of an active expert.
-BLOCK, ACTIVE_BYTES, ALIGNMENT = 32, 32, 64
+# Of each codec: the library's function, and the arrays of `data` that it takes, in order.
+CODECS = {
+    "dictionary": ("QmoeDictionaryDot", ("codewords", "row_offsets")),
+    "gap": ("QmoeGapDot", ("words", "word_counts", "starts", "skips", "parameters")),
+}
+
+# Sizes that csrc/compressed_ragged_dot.h has: the largest block of a token, and a record of an active expert.
+BLOCK, ACTIVE_BYTES, ALIGNMENT = 128, 32, 64
 
 
 def why_not(rhs: CompressedExperts) -> str | None:
     """Why this implementation cannot multiply by `rhs` here; None where it can."""
-    if rhs.codec != "dictionary":
-        return f"it decodes the codec 'dictionary', not {rhs.codec!r}"
+    if rhs.codec not in CODECS:
+        return f"it decodes the codecs {', '.join(CODECS)}, not {rhs.codec!r}"
     isa = _isa()
     library, reason = _load()
     if library is not None and isa != "auto" and not library.QmoeHasInstructionSet(isa.encode()):
@@ -64,8 +70,9 @@ def _multiply(lhs, rhs, group_sizes, *, isa):
     padded = -(-width // BLOCK) * BLOCK
     scratch = 4 * tokens * padded + ACTIVE_BYTES * min(experts, tokens) + ALIGNMENT
     results = jax.ShapeDtypeStruct((tokens, out), lhs.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
-    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
-    result, _ = call(lhs, rhs.data["codewords"], rhs.data["row_offsets"], rhs.levels, group_sizes, isa=isa)
+    call = jax.ffi.ffi_call(f"{TARGET}_{rhs.codec}", results, vmap_method="sequential")
+    arrays = [rhs.data[name] for name in CODECS[rhs.codec][1]]
+    result, _ = call(lhs, *arrays, rhs.levels, group_sizes, isa=isa)
     return varying_as(result, lhs, group_sizes)
 
 
@@ -79,14 +86,16 @@ def _isa() -> str:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, registered with XLA; or None and the reason."""
-    found = importlib.util.find_spec("qmoe_jax.kernels.compressed_ragged_dot._dictionary_cpu")
+    found = importlib.util.find_spec("qmoe_jax.kernels.compressed_ragged_dot._cpu")
     if found is None:
         return None, "its library was not built; install qmoe_jax where there is a C++17 compiler (g++ or clang++)"
     try:
         library = ctypes.CDLL(found.origin)
         # With the backend there, a library that does not fit it raises here and not when JAX starts.
         jax.devices()
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.QmoeCompressedRaggedDot), platform="cpu")
+        for codec, (function, _) in CODECS.items():
+            capsule = jax.ffi.pycapsule(getattr(library, function))
+            jax.ffi.register_ffi_target(f"{TARGET}_{codec}", capsule, platform="cpu")
     except (OSError, AttributeError, RuntimeError) as e:
         return None, f"its library {found.origin} cannot be loaded ({e}); install qmoe_jax again"
     library.QmoeHasInstructionSet.argtypes = [ctypes.c_char_p]

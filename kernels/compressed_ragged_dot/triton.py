@@ -1,14 +1,19 @@
-"""Triton kernels, called through jax-triton. `gpu.py` says how they work, `triton_kernels.py` holds them."""
+"""Triton kernels, called through jax-triton. `gpu.py` says how they work.
+
+`triton_kernels.py` holds those for the codec `dictionary` and for dense matrices, `triton_gap_kernels.py` those for
+the codec `gap`.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_dictionary, gpu_gap
 from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config
 
 
@@ -18,7 +23,7 @@ def why_not(rhs: CompressedExperts) -> str | None:
 
 
 def compressed_ragged_dot(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
-    """See `api.compressed_ragged_dot`. The streams of `rhs` have to be valid, or it reads out of bounds.
+    """See `api.compressed_ragged_dot`. Invalid streams of the codec `dictionary` are read out of bounds.
 
     Raises:
       NotImplementedError: no GPU, no jax-triton, another codec, or (when lowered) another platform than CUDA.
@@ -40,11 +45,13 @@ def multiply(
 ) -> jax.Array:
     """`compressed_ragged_dot` where `why_not` says None; for a given compute capability it lowers without a GPU."""
     launch = functools.partial(_launch, compute_capability=compute_capability)
+    codec, multiply_few, decode = KERNELS[rhs.codec]
     return gpu.multiply(
         lhs,
         rhs,
         group_sizes,
         config,
+        codec=codec,
         multiply_few=functools.partial(multiply_few, launch),
         decode=functools.partial(decode, launch),
         multiply_dense=functools.partial(multiply_dense, launch),
@@ -60,12 +67,10 @@ def _import_error() -> str | None:
     return None
 
 
-def _launch(kernel, *inputs, compute_capability, **options):
+def _launch(module, kernel, *inputs, compute_capability, **options):
     import jax_triton
 
-    from qmoe_jax.kernels.compressed_ragged_dot import triton_kernels
-
-    kernel = getattr(triton_kernels, kernel)
+    kernel = getattr(importlib.import_module(f"{__package__}.{module}"), kernel)
     out = jax_triton.triton_call(*inputs, kernel=kernel, compute_capability=compute_capability, **options)
     return gpu.vary_together((out, *inputs))[0]  # jax-triton knows nothing of shard_map's axes
 
@@ -73,42 +78,54 @@ def _launch(kernel, *inputs, compute_capability, **options):
 # --- Launches: their arguments are described in `gpu.multiply` -----------------------------------------
 
 
-def multiply_few(launch, lhs, blocks, rhs, items, config):
-    _, out, width = rhs.shape
-    per_item, programs = gpu.launches(config, out, items.shape[0])
+def multiply_few_dictionary(launch, lhs, blocks, rhs, items, config):
     return launch(
-        "multiply_few",
-        *(lhs, lhs if blocks is None else blocks, *_arrays(rhs), items),
-        out_shape=jax.ShapeDtypeStruct((lhs.shape[0], out), lhs.dtype),
-        grid=(programs,),
-        num_warps=config.warps,
-        num_stages=1,
-        **{"OUT": out, "WIDTH": width, "PER_ITEM": per_item},
-        **{"ROWS": config.rows, "CODEWORDS": config.codewords, "TOKENS": config.tokens},
+        *("triton_kernels", "multiply_few"),
+        *(lhs, lhs if blocks is None else blocks, *gpu_dictionary.arrays(rhs), items),
+        out_shape=jax.ShapeDtypeStruct((lhs.shape[0], rhs.shape[1]), lhs.dtype),
+        **_dictionary_options(rhs, items, config),
+        **{"TOKENS": config.tokens},
     )
 
 
-def decode(launch, rhs, items, config):
-    _, out, width = rhs.shape
-    per_item, programs = gpu.launches(config, out, items.shape[0])
-    zeros = jnp.zeros((items.shape[0] * out * width + 1,), jnp.bfloat16)
+def decode_dictionary(launch, rhs, items, config):
+    zeros = _zeros(rhs, items)
     return launch(
-        "decode",
-        *(zeros, *_arrays(rhs), items),
+        *("triton_kernels", "decode"),
+        *(zeros, *gpu_dictionary.arrays(rhs), items),
         out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
         input_output_aliases={0: 0},
-        grid=(programs,),
-        num_warps=config.warps,
-        num_stages=1,
-        **{"OUT": out, "WIDTH": width, "PER_ITEM": per_item},
-        **{"ROWS": config.rows, "CODEWORDS": config.codewords},
+        **_dictionary_options(rhs, items, config),
+    )
+
+
+def multiply_few_gap(launch, lhs, blocks, rhs, items, config):
+    options = _gap_options(rhs, items, config)
+    parts = launch(
+        *("triton_gap_kernels", "multiply_few"),
+        *(lhs, lhs if blocks is None else blocks, *gpu_gap.arrays(rhs), items),
+        out_shape=jax.ShapeDtypeStruct((options["SEGMENTS"], lhs.shape[0], rhs.shape[1]), jnp.float32),
+        **options,
+        **{"ALL_TOKENS": lhs.shape[0], "TOKENS": config.tokens},
+    )
+    return jnp.sum(parts, axis=0).astype(lhs.dtype)
+
+
+def decode_gap(launch, rhs, items, config):
+    zeros = _zeros(rhs, items)
+    return launch(
+        *("triton_gap_kernels", "decode"),
+        *(zeros, *gpu_gap.arrays(rhs), items),
+        out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
+        input_output_aliases={0: 0},
+        **_gap_options(rhs, items, config),
     )
 
 
 def multiply_dense(launch, lhs, dense, items, out, config):
     per_item = -(-out.shape[1] // config.dense_rows)
     return launch(
-        "multiply_dense",
+        *("triton_kernels", "multiply_dense"),
         *(lhs, dense, items, out),
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         input_output_aliases={3: 0},
@@ -120,5 +137,33 @@ def multiply_dense(launch, lhs, dense, items, out, config):
     )
 
 
-def _arrays(rhs):
-    return rhs.data["codewords"], rhs.data["row_offsets"], rhs.levels, jnp.asarray(gpu.table())
+def _dictionary_options(rhs, items, config):
+    _, out, width = rhs.shape
+    per_item, programs = gpu.launches(config, out, items.shape[0])
+    launch = {"grid": (programs,), "num_warps": config.warps, "num_stages": 1}
+    return launch | {
+        "OUT": out,
+        "WIDTH": width,
+        "PER_ITEM": per_item,
+        "ROWS": config.rows,
+        "CODEWORDS": config.codewords,
+    }
+
+
+def _gap_options(rhs, items, config):
+    _, out, width = rhs.shape
+    segments, row_blocks, programs = gpu_gap.launches(config, rhs.shape, items.shape[0])
+    launch = {"grid": (programs,), "num_warps": config.warps, "num_stages": 1}
+    sizes = {"WORDS": rhs.data["words"].size, "OUT": out, "WIDTH": width, "LEVELS": rhs.levels.shape[2]}
+    return launch | sizes | {"SEGMENTS": segments, "ROW_BLOCKS": row_blocks, "ROWS": config.rows}
+
+
+def _zeros(rhs, items):
+    return jnp.zeros((items.shape[0] * rhs.shape[1] * rhs.shape[2] + 1,), jnp.bfloat16)
+
+
+# Each codec's `gpu_<codec>.py` and launches.
+KERNELS = {
+    "dictionary": (gpu_dictionary, multiply_few_dictionary, decode_dictionary),
+    "gap": (gpu_gap, multiply_few_gap, decode_gap),
+}

@@ -1,4 +1,6 @@
-"""The kernels of `triton.py`; importing this needs the package triton. `gpu.py` says how they work.
+"""The kernels of `triton.py` for the codec `dictionary` and for dense matrices; importing needs the package triton.
+
+`gpu_dictionary.py` says how they work.
 
 Tiles have codewords along the first axis and rows along the second: where nothing else decides, Triton puts
 neighbouring lanes along the first, so that a scan over codewords stays inside a warp.
@@ -7,13 +9,15 @@ neighbouring lanes along the first, so that a scan over codewords stays inside a
 import triton
 import triton.language as tl
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_dictionary
 
-MAX_NONZEROS = tl.constexpr(gpu.MAX_NONZEROS)
-FIELD_BITS = tl.constexpr(gpu.FIELD_BITS)
-LENGTH_SHIFT = tl.constexpr(gpu.LENGTH_SHIFT)
-PLACE, EXISTS, MAXIMUM = tl.constexpr(gpu.PLACE), tl.constexpr(gpu.EXISTS), tl.constexpr(gpu.MAXIMUM)
-EXPERT, RANK, START, SIZE, FIRST, ITEM_COLUMNS = (tl.constexpr(i) for i in range(gpu.ITEM_COLUMNS + 1))
+MAX_NONZEROS = tl.constexpr(gpu_dictionary.MAX_NONZEROS)
+FIELD_BITS = tl.constexpr(gpu_dictionary.FIELD_BITS)
+LENGTH_SHIFT = tl.constexpr(gpu_dictionary.LENGTH_SHIFT)
+PLACE, EXISTS, MAXIMUM = (
+    tl.constexpr(bits) for bits in (gpu_dictionary.PLACE, gpu_dictionary.EXISTS, gpu_dictionary.MAXIMUM)
+)
+EXPERT, RANK, START, SIZE, FIRST, TABLE, ITEM_COLUMNS = (tl.constexpr(i) for i in range(gpu.ITEM_COLUMNS + 1))
 
 
 @triton.jit

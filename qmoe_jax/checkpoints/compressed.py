@@ -1,6 +1,6 @@
 """Compressed checkpoints: a directory that is whole when, and only when, its manifest is there.
 
-    OUT/layers/encoder.layers_1/   one Orbax checkpoint per sparse layer: its matrices' codes, offsets and levels
+    OUT/layers/encoder.layers_1/   one Orbax checkpoint per sparse layer: what the codec stores of its matrices
     OUT/dense/                     one Orbax checkpoint for everything else, bfloat16
     OUT/manifest.json              format version, model, quantization, codec, bytes and SHA-256 of each part; last
 
@@ -137,7 +137,7 @@ class CompressedWriter:
 
     def write_layer(self, layer: str, experts: Mapping[str, CompressedExperts]) -> None:
         """Writes the matrices (wi, wo, ...) of one sparse layer such as 'encoder/layers_1'."""
-        tree = {m: {"levels": np.asarray(e.levels), **jax.tree.map(np.asarray, e.data)} for m, e in experts.items()}
+        tree = {m: e.stored() for m, e in experts.items()}
         self._manifest["layers"][layer] = {
             **self._part(f"layers/{layer.replace('/', '.')}", tree),
             "bytes": sum(e.nbytes for e in experts.values()),
@@ -236,9 +236,7 @@ class CompressedCheckpoint(Checkpoint):
         experts = {}
         for matrix, described in part["matrices"].items():
             try:
-                data = dict(tree[matrix])
-                levels = data.pop("levels")
-                experts[matrix] = CompressedExperts.from_data(data, levels, self.codec, tuple(described["shape"]))
+                experts[matrix] = CompressedExperts.from_stored(tree[matrix], self.codec, described["shape"])
             except KeyError as e:
                 raise CheckpointError(f"{self.path}: {layer}/mlp/expert/{matrix} lacks {e}.") from e
             except ValueError as e:

@@ -5,9 +5,10 @@ trit of a row of odd width stands alone. The dictionary holds the 65 536 likelie
 every prefix of an entry is an entry: a trie whose node numbers are the codewords. Encoding is greedy and
 needs one gather per symbol; it runs as a scan over the symbols of many rows side by side.
 
-Stored for [experts, out, in]: `codewords` uint16 [n], all rows of all experts one after another, and
+Resident for [experts, out, in]: `codewords` uint16 [n], all rows of all experts one after another, and
 `row_offsets` int32 [experts, out + 1], first codeword of each row, counted from the expert's own first. One
-expert's share of both is, byte for byte, what the paper's implementation stores for its matrix.
+expert's share of both is, byte for byte, what the paper's implementation stores for its matrix. Stored are these
+two and `levels`, as they are. Symbols are trits: two levels, no more.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
+LEVELS = (2,)
 ENTRIES = 65_536
 MAX_PAIRS = 14
 SYMBOLS = 9
@@ -143,11 +146,16 @@ def _check_trits(trits, axes: tuple[str, ...]) -> None:
         raise ValueError(f"trits: found the value {largest}, expected 0 (zero), 1 (minimum) or 2 (maximum).")
 
 
-def encode_experts(trits: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
+def encode_experts(trits: jax.Array | np.ndarray, num_levels: int = 2) -> dict[str, np.ndarray]:
     """Encodes all experts of a layer: trits uint8 [experts, out, in] -> `data` (see the module's docstring).
 
-    Raises ValueError for another dtype, another number of axes, or a value above 2.
+    Raises ValueError for another dtype, another number of axes, a value above 2, or more levels than two.
     """
+    if num_levels != 2:
+        raise ValueError(
+            f"levels: {num_levels} in a row, but the dictionary holds trits, with 2 (minimum and maximum). "
+            "Codec gap holds 3 too."
+        )
     _check_trits(trits, ("experts", "out", "in"))
     experts, out, columns = trits.shape
     codewords, counts = _encode_rows(trits.reshape(experts * out, columns))
@@ -176,13 +184,13 @@ def decode(codewords: np.ndarray, row_offsets: np.ndarray, columns: int) -> np.n
     """
     data = {"codewords": np.asarray(codewords), "row_offsets": np.asarray(row_offsets)[None]}
     shape = (1, data["row_offsets"].size - 1, columns)
-    check(data, shape)
+    _check(data, shape)
     return np.asarray(_decode_one(data, shape, static_bound(data)))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _decode_one(data, shape, bound):
-    return decode_expert(data, shape, bound, 0)
+    return decode_expert(data, shape, 2, bound, 0)
 
 
 def static_bound(data: Mapping[str, np.ndarray]) -> int:
@@ -190,7 +198,9 @@ def static_bound(data: Mapping[str, np.ndarray]) -> int:
     return min(int(np.max(data["row_offsets"][:, -1], initial=0)), data["codewords"].size)
 
 
-def decode_expert(data: Mapping[str, jax.Array], shape: tuple[int, int, int], bound: int, expert) -> jax.Array:
+def decode_expert(
+    data: Mapping[str, jax.Array], shape: tuple[int, int, int], num_levels: int, bound: int, expert
+) -> jax.Array:
     """Decodes one expert, inside `jit`: trits uint8 [out, in]. `expert` may be traced.
 
     All codewords' symbols, one after another, are the symbols of the matrix in row-major order. So symbol p
@@ -221,17 +231,42 @@ def decode_expert(data: Mapping[str, jax.Array], shape: tuple[int, int, int], bo
     return jnp.stack([symbols % 3, symbols // 3], axis=-1).reshape(out, 2 * pairs)[:, :columns]
 
 
-def check(data: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> None:
-    """Checks that every row of `data` decodes to exactly `in` trits.
+# --- What is stored -------------------------------------------------------------------------------
 
-    Raises ValueError: arrays missing or of another dtype or shape; offsets out of order or past the end; a
-    row whose codewords hold more or fewer trits. Expert and row are named.
+
+def pack(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """What a checkpoint stores: `data` and levels bfloat16 [experts, out, 2], as they are."""
+    return {"levels": np.asarray(levels), **{name: np.asarray(array) for name, array in data.items()}}
+
+
+def stored_nbytes(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> int:
+    """Bytes of all that `pack` returns."""
+    return sum(a.size * a.dtype.itemsize for a in (*data.values(), levels))
+
+
+def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """`data` and levels bfloat16 [experts, out, 2] of what `pack` returned.
+
+    Raises ValueError: arrays missing or of another dtype or shape; offsets out of order or past the end; a row whose
+    codewords hold more or fewer trits than `in`. Expert and row are named.
     """
+    if set(stored) != {"codewords", "row_offsets", "levels"}:
+        raise ValueError(
+            f"dictionary codec: found arrays {sorted(stored)}, expected codewords, row_offsets and levels."
+        )
+    data = {name: np.asarray(stored[name]) for name in ("codewords", "row_offsets")}
+    levels = np.asarray(stored["levels"])
+    if levels.dtype != ml_dtypes.bfloat16 or levels.shape != (*shape[:2], 2):
+        raise ValueError(f"levels: {levels.dtype} {list(levels.shape)}, expected bfloat16 {[*shape[:2], 2]}.")
+    _check(data, shape)
+    return data, levels
+
+
+def _check(data: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless every row of `data` decodes to exactly `in` trits; see `unpack`."""
     experts, out, columns = shape
     pairs = (columns + 1) // 2
-    if set(data) != {"codewords", "row_offsets"}:
-        raise ValueError(f"dictionary codec: found arrays {sorted(data)}, expected codewords and row_offsets.")
-    codewords, row_offsets = np.asarray(data["codewords"]), np.asarray(data["row_offsets"])
+    codewords, row_offsets = data["codewords"], data["row_offsets"]
     if codewords.dtype != np.uint16 or codewords.ndim != 1:
         raise ValueError(f"codewords: {codewords.dtype} {list(codewords.shape)}, expected uint16 [n].")
     if row_offsets.dtype != np.int32 or row_offsets.shape != (experts, out + 1):

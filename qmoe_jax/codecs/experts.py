@@ -1,4 +1,4 @@
-"""Ternary experts as the bytes they are stored in."""
+"""Quantized experts as the bytes they are kept in."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qmoe_jax import codecs
 class CompressedExperts:
     """One matrix [out, in] of all experts of a layer: a pytree of its compressed bytes.
 
-    Rows are outputs (T5X stores the transpose, [in, out]). An element is 0, its row's minimum or its row's
-    maximum.
+    Rows are outputs (T5X stores the transpose, [in, out]). An element is 0 or one of its row's L levels: minimum and
+    maximum of a ternary row (L = 2), or the three values beside zero of a 2-bit one (L = 3).
 
     Attributes:
-      data: what the codec stores (see `qmoe_jax.codecs`); without padding.
-      levels: bfloat16 [experts, out, 2], minimum and maximum of each row.
+      data: what the codec keeps in memory (see `qmoe_jax.codecs`); without padding.
+      levels: bfloat16 [experts, out, L], rising.
       codec: name of the codec.
       shape: (experts, out, in).
       bound: the codec's `static_bound` of `data`.
@@ -35,38 +35,43 @@ class CompressedExperts:
     bound: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def from_trits(cls, trits, levels, codec: str = "dictionary") -> CompressedExperts:
+    def from_symbols(cls, symbols, levels, codec: str = "gap") -> CompressedExperts:
         """Compresses a matrix of all experts. Not for use inside `jit`, as sizes depend on the values.
 
         Args:
-          trits: uint8 [experts, out, in]; 0 is zero, 1 the row's minimum, 2 its maximum.
-          levels: float [experts, out, 2], minimum and maximum of each row; rounded to bfloat16.
+          symbols: uint8 [experts, out, in]; 0 is zero, k the row's level k - 1.
+          levels: float [experts, out, L], L = 2 or (codec gap) 3, rising; rounded to bfloat16.
           codec: name of the codec.
 
         Raises:
-          ValueError: an unknown codec, other shapes or dtypes, trits above 2, or levels as in `validate`.
+          ValueError: an unknown codec, other shapes or dtypes, symbols above L, or levels as in `validate`.
         """
-        return cls.from_data(codecs.get(codec).encode_experts(trits), levels, codec, trits.shape)
+        levels = jnp.asarray(levels, jnp.bfloat16)
+        _check_levels(levels, symbols.shape)
+        return _resident(codecs.get(codec).encode_experts(symbols, levels.shape[-1]), levels, codec, symbols.shape)
 
     @classmethod
-    def from_data(cls, data: Mapping[str, np.ndarray], levels, codec: str, shape: Sequence[int]) -> CompressedExperts:
+    def from_stored(cls, stored: Mapping[str, np.ndarray], codec: str, shape: Sequence[int]) -> CompressedExperts:
         """Puts stored arrays together, for matrices of `shape` (experts, out, in).
 
         Raises ValueError for an unknown codec and for malformed arrays, as `validate`.
         """
         shape = tuple(map(int, shape))
-        levels = jnp.asarray(levels, jnp.bfloat16)
-        _check(data, levels, codec, shape)
-        bound = codecs.get(codec).static_bound(data)
-        return cls({name: jnp.asarray(array) for name, array in data.items()}, levels, codec, shape, bound)
+        data, levels = codecs.get(codec).unpack(stored, shape)
+        _check_levels(levels, shape)
+        return _resident(data, jnp.asarray(levels), codec, shape)
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """What a checkpoint stores, levels included: the inverse of `from_stored`."""
+        return codecs.get(self.codec).pack(self.data, self.levels, self.shape)
 
     def expert(self, index) -> jax.Array:
         """One expert's weights, float32 [out, in]; the index may be traced."""
         return _expert(self, index)
 
-    def trits(self) -> jax.Array:
+    def symbols(self) -> jax.Array:
         """uint8 [experts, out, in]."""
-        return _trits(self)
+        return _symbols(self, jnp.arange(self.shape[0]))
 
     def to_dense(self) -> jax.Array:
         """All weights, float32 [experts, out, in]. Works inside `jit` and outside."""
@@ -74,25 +79,40 @@ class CompressedExperts:
 
     @property
     def nbytes(self) -> int:
-        """All bytes stored, metadata and levels included."""
+        """All bytes as stored, metadata and levels included."""
+        return codecs.get(self.codec).stored_nbytes(self.data, self.levels, self.shape)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """All bytes in memory, levels included: at least `nbytes`, as decoding may want more offsets."""
         return sum(a.size * a.dtype.itemsize for a in (*self.data.values(), self.levels))
 
     def validate(self) -> None:
-        """Raises ValueError, naming expert and row, unless all streams are well formed.
+        """Raises ValueError, naming expert and row (or block), unless all streams are well formed.
 
-        Every row has to decode to exactly `in` trits, and levels have to be finite, minimum at most maximum.
-        Decoding relies on that. The constructors check it; call it for arrays that came another way.
+        Every row has to decode to exactly `in` symbols, and levels have to be finite and to rise. Decoding relies on
+        that. The constructors see to it; call this for arrays that came another way.
         """
-        _check(self.data, self.levels, self.codec, self.shape)
+        # What isn't stored follows from what is.
+        rebuilt = CompressedExperts.from_stored(self.stored(), self.codec, self.shape)
+        for name, found in self.data.items():
+            found, expected = np.asarray(found), np.asarray(rebuilt.data[name])
+            if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+                raise ValueError(
+                    f"{name}: {found.dtype} {list(found.shape)}, expected {expected.dtype} {list(expected.shape)}."
+                )
+            for expert, row, *rest in np.argwhere(found != expected):
+                where = (expert, row, *rest)
+                raise ValueError(f"{name}: expert {expert}, row {row} has {found[where]}, expected {expected[where]}.")
 
 
 def concatenate(parts: Sequence[CompressedExperts]) -> CompressedExperts:
-    """Joins groups of experts of one layer, in order. Raises ValueError where codec, out or in differ."""
+    """Joins groups of experts of one layer, in order. Raises ValueError where codec, levels, out or in differ."""
     if not parts:
         raise ValueError("No experts to concatenate.")
-    kinds = {(part.codec, *part.shape[1:]) for part in parts}
+    kinds = {(part.codec, part.levels.shape[-1], *part.shape[1:]) for part in parts}
     if len(kinds) > 1:
-        raise ValueError(f"Experts differ in (codec, out, in): {sorted(kinds)}.")
+        raise ValueError(f"Experts differ in (codec, levels, out, in): {sorted(kinds)}.")
     return CompressedExperts(
         data={name: jnp.concatenate([part.data[name] for part in parts]) for name in parts[0].data},
         levels=jnp.concatenate([part.levels for part in parts]),
@@ -102,31 +122,48 @@ def concatenate(parts: Sequence[CompressedExperts]) -> CompressedExperts:
     )
 
 
-def _check(data, levels, codec, shape) -> None:
-    codecs.get(codec).check({name: np.asarray(array) for name, array in data.items()}, shape)
+def convert(experts: CompressedExperts, codec: str, experts_per_group: int = 16) -> CompressedExperts:
+    """The same symbols and levels in another codec; as many experts at a time are uncompressed as a group has.
+
+    Raises ValueError for an unknown codec, and for levels that it can't hold.
+    """
+    groups = np.array_split(np.arange(experts.shape[0]), -(-experts.shape[0] // experts_per_group))
+    return concatenate([CompressedExperts.from_symbols(_symbols(experts, g), experts.levels[g], codec) for g in groups])
+
+
+def _resident(data, levels, codec, shape) -> CompressedExperts:
+    bound = codecs.get(codec).static_bound(data)
+    return CompressedExperts({name: jnp.asarray(a) for name, a in data.items()}, levels, codec, tuple(shape), bound)
+
+
+def _check_levels(levels, shape) -> None:
     levels = np.asarray(levels).astype(np.float32)
-    if levels.shape != (*shape[:2], 2):
+    if levels.ndim != 3 or levels.shape[:2] != tuple(shape[:2]):
         raise ValueError(f"levels: shape {list(levels.shape)}, expected {[*shape[:2], 2]} (experts, out, min and max).")
-    # A row of one value throughout has it as both levels, so the minimum may be positive.
-    for expert, row in np.argwhere(~(np.isfinite(levels).all(-1) & (levels[..., 0] <= levels[..., 1]))):
-        low, high = levels[expert, row]
-        raise ValueError(f"levels: expert {expert}, row {row} has ({low}, {high}), expected finite min <= max.")
+    # A row of one value throughout has it as every level, so the minimum may be positive.
+    good = np.isfinite(levels).all(-1) & (np.diff(levels, axis=-1) >= 0).all(-1)
+    for expert, row in np.argwhere(~good):
+        found = ", ".join(map(str, levels[expert, row]))
+        raise ValueError(f"levels: expert {expert}, row {row} has ({found}), expected finite and rising (min <= max).")
 
 
 def _decode(experts, index):
-    return codecs.get(experts.codec).decode_expert(experts.data, experts.shape, experts.bound, index)
+    codec, num_levels = codecs.get(experts.codec), experts.levels.shape[-1]
+    return codec.decode_expert(experts.data, experts.shape, num_levels, experts.bound, index)
 
 
 @jax.jit
 def _expert(experts, index):
-    trits = _decode(experts, index)
-    low, high = jnp.split(experts.levels[index].astype(jnp.float32), 2, axis=-1)  # [out, 1]
-    return jnp.where(trits == 0, 0.0, jnp.where(trits == 1, low, high))
+    symbols = _decode(experts, index)
+    weights = jnp.zeros(symbols.shape, jnp.float32)
+    for k, level in enumerate(jnp.unstack(experts.levels[index].astype(jnp.float32), axis=-1), start=1):  # [out]
+        weights = jnp.where(symbols == k, level[:, None], weights)
+    return weights
 
 
 @jax.jit
-def _trits(experts):
-    return jax.lax.map(lambda e: _decode(experts, e), jnp.arange(experts.shape[0]))
+def _symbols(experts, indices):
+    return jax.lax.map(lambda e: _decode(experts, e), indices)
 
 
 @jax.jit

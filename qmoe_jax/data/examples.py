@@ -52,6 +52,7 @@ def load_examples(
     noise_density: float = 0.15,
     mean_span: float = 3.0,
     append_eos: bool = True,
+    window: int | None = None,
 ) -> Examples:
     """The first `num_documents` usable documents, corrupted by one generator (paper, section 4.1).
 
@@ -65,6 +66,8 @@ def load_examples(
       mean_span: see `corrupt`.
       append_eos: documents end with `EOS`, which the decoder then has to predict. False is for models that
         were trained on windows of text without it.
+      window: documents are joined end to end and cut into windows of so many tokens, as in T5's pretraining; each
+        window then counts as a document. None: each document by itself, as in the paper.
 
     Raises:
       DataError: fewer usable documents than asked for, or text that cannot be read (see `read_documents`).
@@ -72,6 +75,8 @@ def load_examples(
     """
     if num_documents < 1:
         raise ValueError(f"num_documents is {num_documents}, expected at least 1.")
+    if window is not None and not _SHORTEST <= window <= max_length:
+        raise ValueError(f"window is {window}, expected {_SHORTEST} to max_length = {max_length} tokens.")
     if max_length < _SHORTEST:
         raise ValueError(f"max_length is {max_length}, expected at least {_SHORTEST} tokens.")
     _, spans = noise_counts(max_length, noise_density, mean_span)
@@ -85,13 +90,18 @@ def load_examples(
     pairs, num_read, num_too_long, num_too_short = [], 0, 0, 0
 
     documents = read_documents(paths)
+    rest: list[int] = []  # of a window
     while len(pairs) < num_documents:
         texts = list(itertools.islice(documents, min(_TOKENIZED_AT_ONCE, num_documents - len(pairs))))
         if not texts:
             break
         num_read += len(texts)
-        for ids in vocabulary.encode_batch(texts):
-            ids = ids + end
+        pieces = [ids + end for ids in vocabulary.encode_batch(texts)]
+        if window is not None:
+            joined = rest + list(itertools.chain.from_iterable(pieces))
+            cut = len(joined) - len(joined) % window
+            pieces, rest = [joined[i : i + window] for i in range(0, cut, window)], joined[cut:]
+        for ids in pieces[: num_documents - len(pairs)]:
             if len(ids) > max_length:
                 num_too_long += 1
             elif len(ids) < _SHORTEST:

@@ -91,7 +91,9 @@ def grouped(group_sizes: jax.Array) -> Callable:
     def dot(rows, kernel):
         if isinstance(kernel, CompressedExperts):
             return compressed_ragged_dot(rows, kernel, group_sizes)
-        return ragged_dot(rows, kernel.astype(rows.dtype), group_sizes)
+        if kernel.dtype.itemsize > rows.dtype.itemsize:
+            kernel = kernel.astype(rows.dtype)  # A narrower one is converted in the product, where it has tokens.
+        return ragged_dot(rows, kernel, group_sizes)
 
     return dot
 

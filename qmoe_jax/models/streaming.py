@@ -86,6 +86,7 @@ class ExpertGroup(NamedTuple):
       kernels: by name (wi, wo, ...), [experts, in, out] or `CompressedExperts`.
       inputs: normed inputs of all tokens [tokens, d_model], in the list buffers' order.
       tokens: per expert of the group, the tokens routed to it as any of their choices (rows of `inputs`), in order.
+      gates: per expert, the router's probability by which it multiplies its output for each of these tokens, float32.
     """
 
     layer: str
@@ -95,6 +96,7 @@ class ExpertGroup(NamedTuple):
     kernels: dict[str, Any]
     inputs: np.ndarray
     tokens: list[np.ndarray]
+    gates: list[np.ndarray]
 
 
 class Settings(NamedTuple):
@@ -298,10 +300,15 @@ class _Pass:
         begins = [np.searchsorted(expert[orders[c], c], np.arange(num_experts + 1)) for c in range(top_k)]
         for start, stop, kernels in self.read_experts(layer):
             if self.hook is not None:
-                choices = zip(orders, begins, strict=True)
-                routed = [[order[b[e] : b[e + 1]] for e in range(start, stop)] for order, b in choices]
-                tokens = [np.sort(np.concatenate(rows)) for rows in zip(*routed, strict=True)]
-                kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, tokens))
+                tokens, gates = [], []
+                for e in range(start, stop):
+                    routed = [order[b[e] : b[e + 1]] for order, b in zip(orders, begins, strict=True)]
+                    rows = np.concatenate(routed)
+                    weights = np.concatenate([gate[r, choice] for choice, r in enumerate(routed)])
+                    in_order = np.argsort(rows)
+                    tokens.append(rows[in_order])
+                    gates.append(weights[in_order])
+                kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, tokens, gates))
             with self.stages("experts"):
                 kernels = jax.device_put([kernels[n] for n in names])
                 for choice in range(top_k):  # In one choice no token occurs twice.

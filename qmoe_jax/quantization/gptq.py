@@ -16,6 +16,9 @@ from qmoe_jax.quantization import grids
 from qmoe_jax.quantization.grids import Grid
 
 LEAST_DAMPING = 1e-6
+# For speed alone. Panels are unrolled: more of them leave out more of the products with zeros, but compile longer.
+PANELS = 8
+SMALL_BLOCK = 32  # at most; one of all experts fits into a core's cache
 
 
 class Quantized(NamedTuple):
@@ -56,6 +59,8 @@ def gptq(
 
     With H^-1 = LL', L lower triangular, column i is rounded to the row's grid and its error spread by
     W[:, i:] -= (w_i - q_i) / L[i, i] * L[i:, i]'  (GPTQ, algorithm 1, whose upper triangular factor is L').
+    H is never inverted as a whole: with H = UU', U = L'^-1, the columns of a panel are at its turn W + (W - Q) U L',
+    where W - Q and U stand for the finished columns and L for the panel's own, and only within it are errors spread.
 
     Experts never mix: inputs sharded over their first axis stay so, without any collective.
 
@@ -77,15 +82,7 @@ def gptq(
     """
     W, H = jnp.asarray(W), jnp.asarray(H)
     _check(W, bits, group_size)
-    experts, _, columns = W.shape
-    if H.shape != (experts, columns, columns):
-        raise ValueError(
-            f"H: found shape {H.shape}, expected [experts, columns, columns] = {(experts, columns, columns)} "
-            f"for W of shape {W.shape}."
-        )
-    _check_size("block_size", block_size)
-    if isinstance(damping, (int, float)) and not 0 <= damping < math.inf:
-        raise ValueError(f"damping: found {damping}, expected a finite number >= 0.")
+    check_matrices(W, H, block_size, damping)
     return _gptq(W, H, damping, bits, block_size, group_size, bool(activation_order))
 
 
@@ -104,88 +101,195 @@ def _gptq(W, H, damping, bits, block_size, group_size, activation_order) -> Quan
 
 def _gptq_expert(W, H, *, damping, bits, block_size, group_size, activation_order) -> Quantized:
     """GPTQ of one expert: W float32 [rows, columns], H float32 [columns, columns]."""
-    rows, columns = W.shape
+    _, columns = W.shape
     # The grid is fitted where a group starts, and there all earlier errors must have been applied: whole blocks per
-    # group. Columns are padded to whole groups; zeros disturb neither the grid nor the other columns.
+    # group.
     block = block_size if group_size is None else math.gcd(block_size, group_size)
-    group = group_size or -(-columns // block) * block
-    groups = -(-columns // group)
-    padding = groups * group - columns
+    factored = factor(H, damping, block, unit=group_size or block, activation_order=activation_order)
+    Wt = factored.arrange(W)
 
-    if activation_order:
-        order = jnp.argsort(-jnp.diag(H))
-        W, H = W[:, order], H[order][:, order]
+    def quantizer(grid):
+        return functools.partial(_quantize_column, grid=grid, bits=bits)
+
+    def quantize_group(Wt, L):
+        grid = grids.fit(Wt.T)
+        errors, (Q, symbols) = in_blocks(quantizer(grid), block)(Wt, L)
+        return errors, (Q, symbols, jnp.stack(grid, -1)[None])
+
+    if group_size is None:
+        grid = grids.fit(W)
+        quantize, levels = in_blocks(quantizer(grid), block), jnp.stack(grid, -1)
     else:
-        order = jnp.arange(columns)
-    trace = _sum(jnp.diag(H))
-    H = H + jnp.maximum(damping * (1 / columns) * trace, LEAST_DAMPING) * jnp.eye(columns)
-    H = jax.scipy.linalg.block_diag(H, jnp.eye(padding))
-    L = _inverse_factor(H, block)
-    fallback = (trace == 0) | ~jnp.all(jnp.isfinite(L))
-    L = jnp.where(fallback, jnp.eye(len(L)), L)
-    Wt = jnp.pad(W.T, ((0, padding), (0, 0)))  # [padded columns, rows], so that one column is contiguous
+        quantize = functools.partial(_quantize_blocks, quantize_group, group_size)
 
-    def quantize_group(Wt, start):
-        grid = grids.fit(jax.lax.dynamic_slice_in_dim(Wt, start, group).T)
-        step = functools.partial(_quantize_block, L=L, grid=grid, bits=bits, block=block)
-        Wt, (Q, symbols, loss) = jax.lax.scan(step, Wt, start + block * jnp.arange(group // block))
-        return Wt, (Q, symbols, loss, jnp.stack(grid, -1))
-
-    _, (Q, symbols, loss, levels) = jax.lax.scan(quantize_group, Wt, group * jnp.arange(groups))
-    Q, symbols = (a.reshape(-1, rows)[:columns].T for a in (Q, symbols))  # [rows, columns]
-    if activation_order:
-        back = jnp.argsort(order)
-        Q, symbols = Q[:, back], symbols[:, back]
-    levels = levels[0] if group_size is None else levels.swapaxes(0, 1)  # [rows, 2] or [rows, groups, 2]
-    return Quantized(Q, symbols, levels, order.astype(jnp.int32), fallback, _sum(_sum(loss.reshape(-1, rows))))
+    loss, (Q, symbols, *levels_of_groups) = sweep(Wt, factored, quantize)
+    if group_size is not None:
+        levels = levels_of_groups[0][: -(-columns // group_size)].swapaxes(0, 1)  # [rows, groups, 2]
+    Q, symbols = factored.arrange_back(Q), factored.arrange_back(symbols)
+    return Quantized(Q, symbols, levels, factored.order, factored.fallback, sum_in_order(loss))
 
 
-def _quantize_block(Wt, start, *, L, grid: Grid, bits, block):
-    """Columns start .. start + block of one expert, Wt [columns, rows]; returns Wt with their errors applied."""
-    L_columns = jax.lax.dynamic_slice_in_dim(L, start, block, axis=1)  # [columns, block]
-    L_block = jax.lax.dynamic_slice_in_dim(L_columns, start, block)  # [block, block]
+class Factored(NamedTuple):
+    """What the column loop needs of a Hessian [columns, columns], its columns in order and padded to whole panels.
 
-    def quantize_column(W_block, i):
-        w, l = W_block[i], L_block[:, i]  # [rows], [block]
-        q, symbols = grids.quantize(w, grid, bits)
-        error = (w - q) * (1 / l[i])
-        # l is zero above i: finished columns stay as they are.
-        return W_block - l[:, None] * error, (q, symbols, error)
+    Attributes:
+      U: for each panel, U' left of its diagonal block, [panel, columns before the panel], where UU' = H is damped and U
+        upper triangular; zero for a fallback.
+      L: for each panel, its diagonal block of H^-1's lower triangular factor, [panel, panel]; identity for a fallback.
+      H: damped, [padded columns, padded columns].
+      order: int32 [columns].
+      reordered: whether that isn't simply the columns' own order.
+      fallback: bool, H was of no use.
+    """
 
-    W_block = jax.lax.dynamic_slice_in_dim(Wt, start, block)
-    _, (Q, symbols, errors) = jax.lax.scan(quantize_column, W_block, jnp.arange(block))  # [block, rows]
-    # Likewise for L's columns. (W - Q)' is L errors, hence tr (W - Q) H (W - Q)' is the sum of squared errors.
-    # The product's left side isn't transposed on the fly: XLA would do that differently for one expert and for many.
-    Wt = Wt - _matmul(L_columns, errors)
-    return Wt, (Q, symbols, _sum(errors**2))
+    U: list[jax.Array]
+    L: list[jax.Array]
+    H: jax.Array
+    order: jax.Array
+    reordered: bool
+    fallback: jax.Array
+
+    def arrange(self, W: jax.Array) -> jax.Array:
+        """W [rows, columns] -> [padded columns, rows] in this order, so that one column is contiguous."""
+        Wt = (W[:, self.order] if self.reordered else W).T
+        return jnp.pad(Wt, ((0, len(self.H) - len(Wt)), (0, 0)))
+
+    def arrange_back(self, Wt: jax.Array) -> jax.Array:
+        """[padded columns, rows] -> [rows, columns] in W's own order."""
+        W = Wt[: len(self.order)].T
+        return W[:, jnp.argsort(self.order)] if self.reordered else W
+
+
+def factor(H: jax.Array, damping, block: int, *, unit: int, activation_order: bool) -> Factored:
+    """Damps and factors one Hessian [columns, columns]; panels are whole multiples of `unit`, and so of `block`."""
+    columns = len(H)
+    small = _small(block)
+    panel = unit * -(-columns // (unit * PANELS))
+    padding = -columns % panel  # zeros in W disturb neither the grid nor the other columns
+    order = jnp.argsort(-jnp.diag(H)) if activation_order else jnp.arange(columns)
+    H = H[order][:, order] if activation_order else H
+    trace = sum_in_order(jnp.diag(H))
+    damp = jnp.maximum(damping * (1 / columns) * trace, LEAST_DAMPING)
+    H = jnp.pad(H, (0, padding)) + jnp.diag(jnp.where(jnp.arange(columns + padding) < columns, damp, 1.0))
+    U, L = _factor(H, panel, small)
+    fallback = (trace == 0) | ~jnp.all(jnp.isfinite(jnp.stack(L)))
+    U = [jnp.where(fallback, 0.0, u) for u in U]
+    L = [jnp.where(fallback, jnp.eye(panel), l) for l in L]
+    return Factored(U, L, H, order.astype(jnp.int32), activation_order, fallback)
+
+
+def sweep(Wt: jax.Array, factored: Factored, quantize) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The column loop, panel by panel.
+
+    Args:
+      Wt: [padded columns, rows].
+      factored: of the Hessian.
+      quantize: of a panel W [panel, rows] and its L; returns errors [panel, rows] and (Q, symbols, ...), as
+        `in_blocks` makes it.
+
+    Returns:
+      Sum of squared errors of each row, [rows], and what `quantize` returned, of all columns.
+    """
+    loss, D, panels = 0.0, Wt[:0], []  # D: (W - Q)' of all finished panels, [finished columns, rows]
+    for W_panel, U_panel, L_panel in zip(jnp.split(Wt, len(factored.L)), factored.U, factored.L, strict=True):
+        errors, outputs = quantize(W_panel + matmul(L_panel, matmul(U_panel, D)), L_panel)
+        # (W - Q) U is errors', hence tr (W - Q) H (W - Q)' is the sum of squared errors.
+        loss += sum_in_order(errors**2)
+        D = jnp.concatenate([D, W_panel - outputs[0]])
+        panels.append(outputs)
+    return loss, tuple(map(jnp.concatenate, zip(*panels, strict=True)))
+
+
+def in_blocks(quantize_column, block: int):
+    """`quantize` for a panel from one for a column: w [1, rows], l [1, 1] -> error, (q, symbols)."""
+    quantize = quantize_column
+    for size in sorted({1, _small(_small(block), 8), _small(block), block}):
+        quantize = functools.partial(_quantize_blocks, quantize, size)
+    return quantize
+
+
+def _small(block: int, most: int = SMALL_BLOCK) -> int:
+    return max(size for size in range(1, most + 1) if block % size == 0)
+
+
+def _quantize_blocks(quantize, size, W, L):
+    """Quantizes W [columns, rows] by blocks of `size` columns, and applies each block's errors to the columns after it.
+
+    Args:
+      quantize: of a block W [size, rows] and its part of L [size, size]; returns errors [size, rows] and other arrays.
+      size: divides columns.
+      W: columns of one expert.
+      L: [columns, columns], their part of L.
+
+    Returns:
+      What `quantize` returns, of all blocks along the first axis.
+    """
+
+    def step(W, start):
+        L_columns = jax.lax.dynamic_slice_in_dim(L, start, size, axis=1)  # [columns, size]
+        L_block = jax.lax.dynamic_slice_in_dim(L_columns, start, size)
+        errors, outputs = quantize(jax.lax.dynamic_slice_in_dim(W, start, size), L_block)
+        # L_columns is zero above the block: finished columns stay as they are.
+        spread = L_columns * errors if size == 1 else matmul(L_columns, errors)
+        return W - spread, (errors, outputs)
+
+    _, outputs = jax.lax.scan(step, W, jnp.arange(0, len(W), size))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+
+
+def _quantize_column(w, l, *, grid: Grid, bits):
+    """Rounds a column w [1, rows]; l [1, 1] is its entry on L's diagonal."""
+    q, symbols = grids.quantize(w, grid, bits)
+    return (w - q) * (1 / l), (q, symbols)
+
+
+def _factor(H: jax.Array, panel: int, block: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Upper triangular U with UU' = H, by panels of columns from the last to the first.
+
+    Returns:
+      For each panel U' left of its diagonal block, [panel, columns before the panel], and L [panel, panel], the
+      transposed inverse of U's diagonal block, which is also the diagonal block of H^-1's factor. L is not finite in
+      some panel if H is not positive definite.
+    """
+    starts = range(0, len(H), panel)
+    S = [H[start : start + panel, : start + panel] for start in starts]  # Schur complement, its lower half
+    U, L = [], []
+    for k, start in reversed(list(enumerate(starts))):
+        Lt = _inverse_factor(S[k][:, start:], block)
+        Ut = matmul(Lt, S[k][:, :start])
+        for i, before in enumerate(starts[:k]):
+            columns = slice(before, before + panel)
+            S[i] = S[i] - matmul(_transpose(Ut[:, columns]), Ut[:, : columns.stop])
+        U.append(Ut)
+        L.append(_transpose(Lt))
+    return U[::-1], L[::-1]
 
 
 def _inverse_factor(H: jax.Array, block: int) -> jax.Array:
-    """Lower triangular L with LL' = H^-1, by bordering from the last block to the first; not finite if there is none.
+    """L' where L is lower triangular and LL' = H^-1, by bordering from the last block up; not finite if there is none.
 
     Where L covers the columns to the right of a block and h are the block's rows of H, Y = h L is known, the block's
-    own factor is that of its Schur complement S = H_bb - YY', u'u = S^-1, and the new columns of L are -L Y' u'.
+    own factor is that of its Schur complement S = H_bb - YY', l'l = S^-1, and the new rows of L' are -l Y L'.
 
     jax.numpy.linalg.cholesky isn't used: on CPU, jaxlib's batched LAPACK calls wait inside the thread pool for other
     threads of the same pool, and all of them may be waiting when several devices factorise at once (jaxlib 0.10.2).
     """
     columns = len(H)
 
-    def border(U, start):  # U = L' [columns, columns], rows from start + block on are finished, the others zero
+    def border(Lt, start):  # Lt = L' [columns, columns], rows from start + block on are finished, the others zero
         h = jax.lax.dynamic_slice_in_dim(H, start, block)  # [block, columns]
         h_block = jax.lax.dynamic_slice_in_dim(h, start, block, axis=1)  # [block, block]
-        Y = _matmul(h, _transpose(U))  # [block, columns]
-        u = _inverse_factor_of_block(h_block - _matmul(Y, _transpose(Y)))
-        U_rows = jax.lax.dynamic_update_slice_in_dim(-_matmul(_matmul(u, Y), U), u, start, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(U, U_rows, start, axis=0), None
+        Y = matmul(h, _transpose(Lt))  # [block, columns]
+        l = _inverse_factor_of_block(h_block - matmul(Y, _transpose(Y)))
+        rows = jax.lax.dynamic_update_slice_in_dim(-matmul(matmul(l, Y), Lt), l, start, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(Lt, rows, start, axis=0), None
 
     starts = block * jnp.arange(columns // block)
-    U, _ = jax.lax.scan(border, jnp.zeros_like(H), starts, reverse=True)
-    return U.T
+    return jax.lax.scan(border, jnp.zeros_like(H), starts, reverse=True)[0]
 
 
 def _inverse_factor_of_block(S: jax.Array) -> jax.Array:
-    """Upper triangular u with u'u = S^-1, S [block, block]: (S | 1), S = rr', becomes (r' | u) from below up."""
+    """Upper triangular l with l'l = S^-1, S [block, block]: (S | 1), S = rr', becomes (r' | l) from below up."""
     block = len(S)
 
     def eliminate(M, i):
@@ -199,7 +303,7 @@ def _inverse_factor_of_block(S: jax.Array) -> jax.Array:
     return M[:, block:]
 
 
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _transpose(A: jax.Array) -> jax.Array:
@@ -207,7 +311,7 @@ def _transpose(A: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(A.T)
 
 
-def _sum(x: jax.Array) -> jax.Array:
+def sum_in_order(x: jax.Array) -> jax.Array:
     """Sum over the first axis, one after the other: the order in which XLA adds depends on the number of experts."""
     return jax.lax.scan(lambda total, row: (total + row, None), jnp.zeros_like(x[0]), x)[0]
 
@@ -252,11 +356,29 @@ def _round_to_nearest(W, bits, group_size) -> Quantized:
     )
 
 
-def _check(W, bits, group_size) -> None:
+def check_matrices(W, H, block_size, damping) -> None:
+    """Raises ValueError unless these are what `gptq` takes."""
+    _check_weights(W)
+    experts, _, columns = W.shape
+    if H.shape != (experts, columns, columns):
+        raise ValueError(
+            f"H: found shape {H.shape}, expected [experts, columns, columns] = {(experts, columns, columns)} "
+            f"for W of shape {W.shape}."
+        )
+    _check_size("block_size", block_size)
+    if isinstance(damping, (int, float)) and not 0 <= damping < math.inf:
+        raise ValueError(f"damping: found {damping}, expected a finite number >= 0.")
+
+
+def _check_weights(W) -> None:
     if W.ndim != 3 or 0 in W.shape:
         raise ValueError(f"W: found shape {W.shape}, expected [experts, rows, columns], none of them zero.")
     if not jnp.issubdtype(W.dtype, jnp.floating):
         raise ValueError(f"W: found dtype {W.dtype}, expected floating point.")
+
+
+def _check(W, bits, group_size) -> None:
+    _check_weights(W)
     if bits not in grids.BITS:
         raise ValueError(f"bits: found {bits!r}, expected 1.5 (ternary) or 2.")
     if group_size is not None:

@@ -59,6 +59,24 @@ def dequantize(symbols: jax.Array, grid: Grid, bits: float) -> jax.Array:
     return scale * (symbols.astype(jnp.float32) - zero)
 
 
+def three_levels(symbols: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """2-bit symbols as codecs store them: 0 is zero, k = 1, 2, 3 the row's level k - 1.
+
+    Args:
+      symbols: uint8 [..., rows, columns], 0..3 from the bottom up.
+      grid: the rows' grid.
+
+    Returns:
+      Symbols uint8 [..., rows, columns], and the three levels beside zero, rising, bfloat16 [..., rows, 3].
+    """
+    scale, zero = (a[..., None] for a in _scale_and_zero(grid))
+    steps = jnp.arange(3) - zero
+    levels = scale * jnp.where(steps < 0, steps, steps + 1)
+    levels = jnp.where((grid.low < grid.high)[..., None], levels, 0.0)  # A row of zeros has none.
+    relative = jnp.where(symbols == zero, 0, jnp.where(symbols < zero, symbols + 1, symbols))
+    return relative.astype(jnp.uint8), levels.astype(jnp.bfloat16)
+
+
 def _scale_and_zero(grid: Grid) -> tuple[jax.Array, jax.Array]:
     """Step of the 2-bit grid and the symbol of zero (GPTQ's asymmetric quantizer). A row of zeros gets step 1."""
     scale = (grid.high - grid.low) / 3

@@ -27,6 +27,29 @@ def accumulate(H: jax.Array, n: jax.Array, X: jax.Array, mask: jax.Array) -> tup
     return H, total
 
 
+@jax.jit
+def accumulate_weighted(
+    S: jax.Array, n: jax.Array, Y: jax.Array, X: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Adds tokens to running sums S = 2/n Y' diag(weight) X, n = sum of weights; with Y = X, to weighted Hessians.
+
+    Args:
+      S: float32 [experts, rows, columns], of the tokens so far (zeros at first).
+      n: float32 [experts], their weights' sum (zeros at first).
+      Y: [experts, tokens, rows].
+      X: [experts, tokens, columns].
+      weight: float32 [experts, tokens]; where it is zero, Y and X may hold any finite value.
+
+    Returns:
+      S and n with the new tokens.
+    """
+    Y = weight[..., None] * Y.astype(jnp.float32)
+    total = n + weight.sum(-1)  # [experts]
+    per_token = 1.0 / jnp.where(total > 0, total, 1.0)
+    YX = jnp.einsum("etr,etc->erc", Y, X.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return S * (n * per_token)[:, None, None] + (2.0 * per_token)[:, None, None] * YX, total
+
+
 def hessian(X: jax.Array, mask: jax.Array) -> jax.Array:
     """H = 2/n X'X over the n tokens that count; zero where there are none (GPTQ, section 3).
 

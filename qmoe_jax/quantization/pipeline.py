@@ -28,26 +28,62 @@ from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.data import Examples, Vocabulary
 from qmoe_jax.models import streaming
 from qmoe_jax.models.layers import activate
+from qmoe_jax.quantization import grids, statistics
+from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
+from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.hessian import accumulate
+from qmoe_jax.quantization.rate_control import RateControl
+from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
 
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "rtn", "rd")
 TERNARY = 1.5
+
+# What a setting is where it is None: the paper's recipe, and ours.
+PAPER = dict(
+    activation_order=False,
+    mask_special_tokens=True,
+    router_weighted=False,
+    sequential=False,
+    asymmetric=False,
+    shrinkage=0.0,
+    refits=0,
+)
+DEFAULT_TARGET_BITS = 0.7
+MOST_TARGET_BITS = 1.6
+RATE_DISTORTION = dict(
+    activation_order=True,
+    mask_special_tokens=False,
+    router_weighted=True,
+    sequential=True,
+    asymmetric=True,
+    shrinkage=0.0,
+    refits=2,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationSettings:
-    """How experts are quantized; the defaults are the paper's.
+    """How experts are quantized; the defaults are the paper's. None is what the method wants.
 
     Attributes:
-      method: 'gptq', or 'rtn' (round to nearest).
+      method: 'gptq', 'rtn' (round to nearest), or 'rd' (GPTQ with rounding by rate and distortion, ternary).
       bits: 1.5 (ternary) or 2.
       block_size: GPTQ's columns per block.
       damping: GPTQ's dampening, relative to H's mean diagonal.
-      group_size: columns that share a grid; None: one grid per row. Ternary with groups can't be stored.
-      activation_order: GPTQ takes columns by falling diagonal of H.
-      mask_special_tokens: leave sentinels, and decoder tokens that precede one, out of H (section 3.3).
+      group_size: columns that share a grid; None: one grid per row. With groups they can't be stored.
       token_cap: most tokens in an expert's H, relative to calibration tokens / experts; the first ones are taken.
+      activation_order: GPTQ takes columns by falling diagonal of H.
+      mask_special_tokens: leave sentinels, and decoder tokens that precede one, out of H (section 3.3). 'rd' needs them
+        in: levels within the extremes would otherwise err most along the inputs that H doesn't know.
+      router_weighted: weight tokens by the square of the probability by which the router multiplies their output.
+      sequential: wo's Hessian is of the outputs of the quantized wi.
+      asymmetric: wo is first fitted to give, on those, the outputs that it gave before. Needs `sequential`.
+      shrinkage: weight, in tokens, of a sample of the layer's tokens that joins every expert's Hessians.
+      refits: how often levels are fitted anew. 'rd' rounds before each time; 'gptq' is refitted once, at most.
+      lagrangian: 'rd': squared error of an expert's output that one bit is worth. None: found for `target_bits`.
+      target_bits: 'rd': bits per weight, as stored, of all experts together. None: see `lagrangian`.
+      level_bits: 'rd': bits of mantissa of a level.
     """
 
     method: str = "gptq"
@@ -55,9 +91,17 @@ class QuantizationSettings:
     block_size: int = 128
     damping: float = 0.1
     group_size: int | None = None
-    activation_order: bool = False
-    mask_special_tokens: bool = True
     token_cap: float = 4.0
+    activation_order: bool | None = None
+    mask_special_tokens: bool | None = None
+    router_weighted: bool | None = None
+    sequential: bool | None = None
+    asymmetric: bool | None = None
+    shrinkage: float | None = None
+    refits: int | None = None
+    lagrangian: float | None = None
+    target_bits: float | None = None
+    level_bits: int = 3
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -72,6 +116,63 @@ class QuantizationSettings:
             raise ValueError(f"quantization.damping: found {self.damping!r}, expected a finite number, at least 0.")
         if not 0 < self.token_cap < math.inf:
             raise ValueError(f"quantization.token_cap: found {self.token_cap!r}, expected a finite number above 0.")
+        for name, value in (RATE_DISTORTION if self.method == "rd" else PAPER).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.method == "rd":
+            self._check_rate_distortion()
+        elif self.lagrangian is not None or self.target_bits is not None:
+            raise ValueError("quantization.lagrangian, .target_bits: only method 'rd' trades bits for error.")
+        if not 0 <= self.shrinkage < math.inf:
+            raise ValueError(f"quantization.shrinkage: found {self.shrinkage!r}, expected a finite number, at least 0.")
+        if self.refits not in range(2 if self.method == "gptq" else 100):
+            raise ValueError(f"quantization.refits: found {self.refits!r}, expected 0 or more (gptq: 0 or 1).")
+        if self.method == "gptq" and self.refits and (self.bits != TERNARY or self.group_size is not None):
+            raise ValueError("quantization.refits: only ternary levels without group_size can be refitted.")
+        if self.asymmetric and not self.sequential:
+            raise ValueError("quantization.asymmetric: needs quantization.sequential=true.")
+
+    def _check_rate_distortion(self) -> None:
+        if self.bits != TERNARY or self.group_size is not None:
+            raise ValueError("quantization.method 'rd' makes ternary experts (bits 1.5) without group_size.")
+        if (self.lagrangian is None) == (self.target_bits is None):
+            if self.lagrangian is not None:
+                raise ValueError("quantization: give lagrangian or target_bits, not both.")
+            object.__setattr__(self, "target_bits", DEFAULT_TARGET_BITS)
+        for name in ("lagrangian", "target_bits"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"quantization.{name}: found {value!r}, expected a finite number above 0.")
+        if self.target_bits is not None and not 0.05 <= self.target_bits <= MOST_TARGET_BITS:
+            raise ValueError(
+                f"quantization.target_bits: found {self.target_bits!r}, expected 0.05 to {MOST_TARGET_BITS} bits per "
+                "weight, which is what ternary weights can carry."
+            )
+        if self.level_bits not in range(8):
+            raise ValueError(f"quantization.level_bits: found {self.level_bits!r}, expected 0 to 7.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration documents are needed."""
+        return self.method != "rtn"
+
+
+def why_not_stored(quantization: QuantizationSettings, codec: str) -> str | None:
+    """Why the codec can't hold such experts, and what to do; None if it can. Raises ValueError for an unknown codec."""
+    held = codecs.get(codec).LEVELS
+    levels = 2 if quantization.bits == TERNARY else 3
+    if quantization.group_size is not None:
+        return (
+            f"{quantization.bits:g}-bit experts with group_size {quantization.group_size} can't be stored: codecs hold "
+            "one grid per row. Leave group_size out, or measure without saving."
+        )
+    if levels not in held:
+        others = [name for name, other in codecs.CODECS.items() if levels in other.LEVELS]
+        return (
+            f"{quantization.bits:g}-bit experts can't be stored by the codec {codec!r}. Use the codec "
+            f"{' or '.join(map(repr, others))}, or measure without saving."
+        )
+    return None
 
 
 class LayerAccount(NamedTuple):
@@ -111,6 +212,7 @@ class Quantizer:
       codec: codec by name; None stores nothing.
       writer: where compressed layers go, None: nowhere.
       stages: where seconds are counted.
+      control: finds the Lagrangian for a target rate.
     """
 
     def __init__(
@@ -121,58 +223,134 @@ class Quantizer:
         codec: str | None,
         writer: CompressedWriter | None,
         stages: reporting.Stages,
+        control: RateControl | None = None,
     ):
         self.settings, self.calibration, self.num_experts = settings, calibration, num_experts
         self.codec, self.writer, self.stages = codec, writer, stages
+        self.control = control
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[_Group]] = {}  # by layer
 
     def __call__(self, group: streaming.ExpertGroup) -> dict[str, Any]:
+        s = self.settings
         sharding = expert_sharding(group.stop - group.start)
         kernels = {m: jax.device_put(jnp.asarray(k, jnp.float32), sharding) for m, k in group.kernels.items()}
         tokens = [t[self.calibration[group.stack][t]] for t in group.tokens]
-        if self.settings.method == "gptq":
-            cap = math.ceil(self.settings.token_cap * self.calibration[group.stack].sum() / self.num_experts)
+        if s.calibrated:
+            cap = math.ceil(s.token_cap * self.calibration[group.stack].sum() / self.num_experts)
             tokens = [t[:cap] for t in tokens]
-            with self.stages("hessians"):
-                hessians = expert_hessians(kernels, group.inputs, tokens, sharding)
-        with self.stages("quantization"):
-            quantized = {}
-            for matrix, kernel in kernels.items():
-                W = kernel.swapaxes(1, 2)  # [experts, out, in]: the quantizer's rows are outputs.
-                if self.settings.method == "gptq":
-                    H = hessians["wo" if matrix == "wo" else "wi"]
-                    quantized[matrix] = self._gptq(W, H)
-                else:
-                    quantized[matrix] = round_to_nearest(
-                        W, bits=self.settings.bits, group_size=self.settings.group_size
-                    )
-            jax.block_until_ready(quantized)
+        if s.method == "rtn":
+            quantized = self._round_to_nearest(kernels)
+        elif s.router_weighted or s.sequential or s.shrinkage or s.method == "rd":
+            quantized = self._quantize_in_turn(kernels, group, tokens, sharding)
+        else:
+            quantized = self._gptq(kernels, group.inputs, tokens, sharding)
         with self.stages("encoding"):
             finished = self._finish_group(group, quantized, [len(t) for t in tokens])
             self._groups.setdefault(group.layer, []).append(finished)
             if group.stop == self.num_experts:
                 self._finish_layer(group.layer)
-        return {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
+        return {m: q.Q.swapaxes(1, 2) for m, (q, _) in quantized.items()}
 
-    def _gptq(self, W: jax.Array, H: jax.Array) -> Quantized:
+    def _round_to_nearest(self, kernels) -> dict[str, _Matrix]:
         s = self.settings
-        return gptq(
+        with self.stages("quantization"):
+            quantized = {
+                m: round_to_nearest(k.swapaxes(1, 2), bits=s.bits, group_size=s.group_size) for m, k in kernels.items()
+            }
+            return {m: self._encode(q) for m, q in jax.block_until_ready(quantized).items()}
+
+    def _gptq(self, kernels, inputs, tokens, sharding) -> dict[str, _Matrix]:
+        """The paper's recipe: Hessians of both matrices from the unquantized expert."""
+        with self.stages("hessians"):
+            hessians = expert_hessians(kernels, inputs, tokens, sharding)
+        return {m: self._quantize(m, k, hessians["wo" if m == "wo" else "wi"]) for m, k in kernels.items()}
+
+    def _quantize_in_turn(self, kernels, group, tokens, sharding) -> dict[str, _Matrix]:
+        """wi, and then wo with what the quantized wi gives it."""
+        s = self.settings
+        samples = statistics.weighted_tokens(
+            tokens,
+            [g[np.isin(t, own)] for g, t, own in zip(group.gates, group.tokens, tokens, strict=True)],
+            np.flatnonzero(self.calibration[group.stack]),
+            router_weighted=s.router_weighted,
+            shrinkage=s.shrinkage,
+        )
+        with self.stages("hessians"):
+            H = statistics.input_hessians(group.inputs, samples, sharding)
+            importance = statistics.hidden_importance(kernels, group.inputs, samples, sharding)
+        quantized = {m: self._quantize(m, k, H, importance=importance.get(m)) for m, k in kernels.items() if m != "wo"}
+        wi = {m: q.Q.swapaxes(1, 2) for m, (q, _) in quantized.items()} if s.sequential else kernels
+        with self.stages("hessians"):
+            H, R = statistics.hidden_statistics(kernels, wi, group.inputs, samples, sharding, residuals=s.asymmetric)
+        quantized["wo"] = self._quantize("wo", kernels["wo"], H, R=R)
+        return {m: quantized[m] for m in kernels}
+
+    def _quantize(self, matrix: str, kernel, H, *, R=None, importance=None) -> _Matrix:
+        """One matrix of all experts of the group, and its compressed form.
+
+        Args:
+          matrix: its name.
+          kernel: [experts, in, out].
+          H: Hessians [experts, in, in].
+          R: see `asymmetric`.
+          importance: [experts, out], what an output's squared error counts.
+        """
+        s = self.settings
+        with self.stages("quantization"):
+            W = kernel.swapaxes(1, 2)  # [experts, out, in]: the quantizer's rows are outputs.
+            if R is not None:
+                W = match_outputs(W, H, R, damping=s.damping, block_size=s.block_size)
+            if s.method == "rd":
+                lagrangian = s.lagrangian or self.control.lagrangian(matrix, W, H, importance)
+                quantized = self._rate_distortion(W, H, lagrangian, importance)
+            else:
+                quantized = gptq(
+                    W,
+                    H,
+                    bits=s.bits,
+                    block_size=s.block_size,
+                    damping=s.damping,
+                    group_size=s.group_size,
+                    activation_order=s.activation_order,
+                )
+                if s.refits:
+                    quantized = refit_levels(W, H, quantized, damping=s.damping)
+            jax.block_until_ready(quantized)
+        result = self._encode(quantized)
+        if self.control is not None:
+            symbols = np.asarray(result.quantized.symbols)
+            mean_entropy = float(np.mean([entropy(s) for s in symbols]))
+            self.control.spent(matrix, lagrangian, symbols, mean_entropy, result.experts)
+        return result
+
+    def _rate_distortion(self, W, H, lagrangian: float, importance) -> Quantized:
+        s = self.settings
+        per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance
+        return rate_distortion(
             W,
             H,
-            bits=s.bits,
+            per_row,
+            refits=s.refits,
+            level_bits=s.level_bits,
             block_size=s.block_size,
             damping=s.damping,
-            group_size=s.group_size,
             activation_order=s.activation_order,
         )
 
-    def _finish_group(self, group, quantized: dict[str, Quantized], tokens: list[int]) -> _Group:
+    def _encode(self, quantized: Quantized) -> _Matrix:
+        if self.codec is None:
+            return _Matrix(quantized, None)
+        if self.settings.bits != TERNARY:
+            quantized = _in_three_levels(quantized)
+        with self.stages("encoding"):
+            symbols, levels = np.asarray(quantized.symbols), np.asarray(quantized.levels)
+            return _Matrix(quantized, CompressedExperts.from_symbols(symbols, levels, self.codec))
+
+    def _finish_group(self, group, matrices: dict[str, _Matrix], tokens: list[int]) -> _Group:
+        quantized = {m: q for m, (q, _) in matrices.items()}
         symbols = {m: np.asarray(q.symbols) for m, q in quantized.items()}
-        experts = {}
-        if self.codec is not None:
-            for matrix, q in quantized.items():
-                experts[matrix] = CompressedExperts.from_trits(symbols[matrix], np.asarray(q.levels), self.codec)
+        experts = {m: e for m, (_, e) in matrices.items() if e is not None}
         fallback = {}
         for i in range(group.stop - group.start):
             failed = [m for m, q in quantized.items() if bool(q.fallback[i])]
@@ -206,6 +384,22 @@ class Quantizer:
             weights=weights,
             stored_bytes=sum(e.nbytes for e in experts.values()) if experts else None,
         )
+
+
+@jax.jit
+def _in_three_levels(quantized: Quantized) -> Quantized:
+    """2-bit experts as they are stored, and the weights that these stand for."""
+    symbols, levels = grids.three_levels(quantized.symbols, Grid(*jnp.unstack(quantized.levels, axis=-1)))
+    values = jnp.pad(levels.astype(jnp.float32), ((0, 0), (0, 0), (1, 0)))  # [experts, rows, 4]
+    Q = jnp.take_along_axis(values, symbols.astype(jnp.int32), axis=-1)
+    return quantized._replace(Q=Q, symbols=symbols, levels=levels)
+
+
+class _Matrix(NamedTuple):
+    """A matrix of all experts of a group, and its compressed form where there is a codec."""
+
+    quantized: Quantized
+    experts: CompressedExperts | None
 
 
 class _Group(NamedTuple):
@@ -283,7 +477,7 @@ def compress(
     quantization: QuantizationSettings,
     memory: streaming.Settings,
     *,
-    codec: str | None = "dictionary",
+    codec: str | None = "gap",
     output: str | None = None,
     provenance: dict[str, Any] | None = None,
     what: str = "compressing",
@@ -297,7 +491,7 @@ def compress(
       validation: documents whose loss is measured.
       quantization: how.
       memory: how the streamed pass uses memory and devices.
-      codec: how ternary experts are stored; None: sizes aren't measured. 2-bit experts have no codec yet.
+      codec: how experts are stored; None, or one that doesn't hold them: sizes aren't measured.
       output: directory of the compressed checkpoint; None: nothing is written.
       provenance: kept in the manifest.
       what: the progress bar's label.
@@ -306,33 +500,32 @@ def compress(
       The report, as JSON values.
 
     Raises:
-      ValueError: 2-bit or grouped experts are to be stored; no calibration for 'gptq'; experts are compressed already.
+      ValueError: experts are to be stored that the codec doesn't hold; no calibration for 'gptq'; experts are
+        compressed already.
       CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind.
     """
     config = checkpoint.config
-    if quantization.bits != TERNARY or quantization.group_size is not None:
+    if codec is not None and (problem := why_not_stored(quantization, codec)):
         if output is not None:
-            raise ValueError(
-                f"{quantization.bits:g}-bit experts (group_size {quantization.group_size}) can't be stored yet: the "
-                "codecs hold one ternary grid per row. Measure them without saving, or use bits 1.5 without group_size."
-            )
+            raise ValueError(problem)
         codec = None
-    if codec is not None:
-        codecs.get(codec)
     if not any(map(is_expert_kernel, checkpoint.specs)):
         raise ValueError(
             f"{checkpoint.path}: its experts are compressed already. Give the checkpoint it was made from."
         )
-    if quantization.method == "gptq" and calibration is None:
-        raise ValueError("GPTQ needs calibration documents.")
+    if quantization.calibrated and calibration is None:
+        raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     stages = reporting.Stages()
     memory = memory._replace(round_weights=True)
-    pairs = [*calibration.pairs, *validation.pairs] if quantization.method == "gptq" else validation.pairs
+    pairs = [*calibration.pairs, *validation.pairs] if quantization.calibrated else validation.pairs
     num_calibration = len(pairs) - len(validation.pairs)
     masks = _calibration_masks(pairs, num_calibration, vocabulary, quantization.mask_special_tokens)
 
     def run(writer):
-        hook = Quantizer(quantization, masks, config.num_experts, codec, writer, stages)
+        control = None
+        if quantization.target_bits is not None:
+            control = RateControl(quantization.target_bits, _weights_by_matrix(checkpoint.specs))
+        hook = Quantizer(quantization, masks, config.num_experts, codec, writer, stages, control)
         losses = streaming.run(checkpoint, pairs, memory, hook=hook, stages=stages, what=what)
         missing = set(config.sparse_layers) - set(hook.accounts)
         if missing:
@@ -372,6 +565,16 @@ def compress(
         "seconds": stages.report(),
         "peak_rss_bytes": reporting.peak_rss_bytes(),
     }
+
+
+def _weights_by_matrix(specs) -> dict[str, int]:
+    """How many of the model's weights are in experts' matrices of each name (wi, wo, ...)."""
+    weights: dict[str, int] = {}
+    for name, spec in specs.items():
+        if is_expert_kernel(name):
+            matrix = name.split("/")[-2]
+            weights[matrix] = weights.get(matrix, 0) + math.prod(spec.shape)
+    return weights
 
 
 def _sizes(accounts: dict[str, LayerAccount], dense_weights: int) -> dict[str, Any]:

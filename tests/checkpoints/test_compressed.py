@@ -27,30 +27,37 @@ LAYERS = CONFIG.sparse_layers
 DENSE = {n: v for n, v in tiny_model.random_params(CONFIG).items() if "/mlp/expert/" not in n}
 
 
-def random_experts(out, in_, seed):
-    """Trits, levels (float32, exact in bfloat16), and both compressed."""
+def random_experts(out, in_, seed, codec="dictionary", num_levels=2):
+    """Symbols, levels (bfloat16), and both compressed."""
     rng = np.random.default_rng(seed)
-    trits = rng.choice(3, (CONFIG.num_experts, out, in_), p=[0.8, 0.1, 0.1]).astype(np.uint8)
-    levels = np.sort(rng.standard_normal((CONFIG.num_experts, out, 2)).astype(ml_dtypes.bfloat16), axis=-1)
-    return trits, levels, CompressedExperts.from_trits(trits, levels)
+    p = [0.8] + [0.2 / num_levels] * num_levels
+    symbols = rng.choice(num_levels + 1, (CONFIG.num_experts, out, in_), p=p).astype(np.uint8)
+    levels = rng.standard_normal((CONFIG.num_experts, out, num_levels)).astype(ml_dtypes.bfloat16)
+    levels = np.sort(levels, axis=-1)
+    return symbols, levels, CompressedExperts.from_symbols(symbols, levels, codec)
 
 
-@pytest.fixture(scope="module")
-def experts():
-    """{layer: {matrix: (trits, levels, CompressedExperts)}}"""
+def random_layers(*codec_and_levels):
+    """{layer: {matrix: (symbols, levels, CompressedExperts)}}"""
     shapes = {"wi": (CONFIG.d_ff, CONFIG.d_model), "wo": (CONFIG.d_model, CONFIG.d_ff)}
     return {
-        layer: {m: random_experts(*shape, seed=10 * i + j) for j, (m, shape) in enumerate(shapes.items())}
+        layer: {m: random_experts(*shape, 10 * i + j, *codec_and_levels) for j, (m, shape) in enumerate(shapes.items())}
         for i, layer in enumerate(LAYERS)
     }
 
 
-def writer(directory):
-    return CompressedWriter(directory, CONFIG, {"bits": 1.5}, "dictionary", {"checkpoint": "somewhere"})
+@pytest.fixture(scope="module")
+def experts():
+    return random_layers()
+
+
+def writer(directory, codec="dictionary"):
+    return CompressedWriter(directory, CONFIG, {"bits": 1.5}, codec, {"checkpoint": "somewhere"})
 
 
 def write(directory, experts):
-    with writer(directory) as w:
+    (codec,) = {e.codec for matrices in experts.values() for _, _, e in matrices.values()}
+    with writer(directory, codec) as w:
         for layer, matrices in experts.items():
             w.write_layer(layer, {m: e for m, (_, _, e) in matrices.items()})
         w.finish(DENSE)
@@ -60,6 +67,11 @@ def write(directory, experts):
 @pytest.fixture(scope="module")
 def original(experts, tmp_path_factory):
     return write(tmp_path_factory.mktemp("original") / "out", experts)
+
+
+@pytest.fixture(scope="module")
+def gap_original(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("gap") / "out", random_layers("gap"))
 
 
 @pytest.fixture
@@ -97,23 +109,26 @@ def edit_manifest(path, edit, sign=True):
 # --- Round trip ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_read_is_what_was_written(copy, experts):
-    checkpoint = open_checkpoint(copy)
+@pytest.mark.parametrize(("codec", "num_levels"), [("dictionary", 2), ("gap", 2), ("gap", 3)])
+def test_what_is_read_is_what_was_written(codec, num_levels, tmp_path):
+    experts = random_layers(codec, num_levels)
+    write(tmp_path / "out", experts)
+    checkpoint = open_checkpoint((tmp_path / "out").rename(tmp_path / "moved"))
     assert checkpoint.config == CONFIG
     assert checkpoint.provenance == {"checkpoint": "somewhere"}
     for layer, matrices in experts.items():
         ((start, stop, found),) = checkpoint.experts(layer)
         assert (start, stop, sorted(found)) == (0, CONFIG.num_experts, ["wi", "wo"])
-        for matrix, (trits, levels, written) in matrices.items():
+        for matrix, (symbols, levels, written) in matrices.items():
             assert found[matrix].nbytes == written.nbytes
             assert jax.tree.structure(found[matrix]) == jax.tree.structure(written)
             for a, b in zip(jax.tree.leaves(found[matrix]), jax.tree.leaves(written), strict=True):
                 assert a.dtype == b.dtype
                 np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-            np.testing.assert_array_equal(found[matrix].trits(), trits)
+            np.testing.assert_array_equal(found[matrix].symbols(), symbols)
             dense = np.take_along_axis(
                 np.concatenate([np.zeros_like(levels[..., :1]), levels], -1).astype(np.float32),
-                trits.astype(np.int64),
+                symbols.astype(np.int64),
                 axis=-1,
             )
             np.testing.assert_array_equal(found[matrix].to_dense(), dense)
@@ -235,8 +250,12 @@ def test_layer_that_the_manifest_forgets(copy):
         open_checkpoint(copy)
 
 
-@pytest.mark.parametrize("part", ["dense", "layers/encoder.layers_0"])
-def test_a_changed_byte_in_any_file(copy, part):
+@pytest.mark.parametrize(
+    ("which", "part"),
+    [("original", "dense"), ("original", "layers/encoder.layers_0"), ("gap_original", "layers/encoder.layers_0")],
+)
+def test_a_changed_byte_in_any_file(which, part, request, tmp_path):
+    copy = shutil.copytree(request.getfixturevalue(which), tmp_path / "copy")
     files = sorted(p for p in (copy / part).rglob("*") if p.is_file() and p.stat().st_size)
     assert len(files) > 5
     for file in files:
@@ -307,9 +326,42 @@ def test_malformed_streams_whose_hash_fits(copy, change):
     assert_refused(copy, "encoder/layers_1/mlp/expert/wi", "expert")
 
 
-def test_arrays_that_lack_whose_hash_fits(copy):
+def lost_words(tree):
+    tree["wi"]["words"] = tree["wi"]["words"][:-5]
+
+
+def changed_bits(tree):
+    tree["wi"]["words"][::2] ^= 0x00FFFF00
+
+
+def another_parameter(tree):
+    tree["wi"]["parameters"][2] += 1
+
+
+def early_block(tree):
+    tree["wi"]["block_starts"][2, 0] = 3
+
+
+@pytest.mark.parametrize("change", [lost_words, changed_bits, another_parameter, early_block])
+def test_malformed_streams_of_the_gap_codec_whose_hash_fits(change, gap_original, tmp_path):
+    copy = shutil.copytree(gap_original, tmp_path / "copy")
+    resave(copy, "encoder/layers_1", change)
+    assert_refused(copy, "encoder/layers_1/mlp/expert/wi", "found" if change is lost_words else "expert")
+
+
+def test_arrays_that_lack_whose_hash_fits(copy, gap_original, tmp_path):
     resave(copy, "encoder/layers_1", lambda tree: tree["wi"].pop("levels"))
     assert_refused(copy, "encoder/layers_1/mlp/expert/wi", "levels")
+    copy = shutil.copytree(gap_original, tmp_path / "gap")
+    resave(copy, "encoder/layers_1", lambda tree: tree["wi"].pop("level_words"))
+    assert_refused(copy, "encoder/layers_1/mlp/expert/wi", "level_words")
+
+
+def test_a_manifest_that_names_another_codec(copy):
+    edit_manifest(copy, lambda m: m["codec"].update(name="gap"))
+    assert_refused(copy, "encoder/layers_0/mlp/expert/wi", "gap codec: found arrays", "row_offsets")
+    edit_manifest(copy, lambda m: m["codec"].update(name="zip"))
+    assert_refused(copy, "'zip'", "Known codecs")
 
 
 # --- Interrupted -----------------------------------------------------------------------------------------------------
@@ -396,15 +448,16 @@ def small_disk(tmp_path):
     libc.umount2(os.fsencode(disk), 2)
 
 
-# Orbax leaves an unawaited callback behind when an array cannot be written.
+# Orbax leaves an unawaited callback behind when an array cannot be written, and at times a thread.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("part", ["layer", "dense"])
 def test_a_full_disk_at_a_part(part, small_disk, experts):
     random = np.random.default_rng(0).standard_normal
     matrices = {m: e for m, (_, _, e) in experts[LAYERS[0]].items()}
     if part == "layer":
         trits = np.random.default_rng(0).integers(0, 3, (8, 1024, 1024)).astype(np.uint8)
-        matrices["wi"] = CompressedExperts.from_trits(trits, np.sort(random((8, 1024, 2))))
+        matrices["wi"] = CompressedExperts.from_symbols(trits, np.sort(random((8, 1024, 2))))
     out = small_disk / "out"
     with pytest.raises(CheckpointError, match=r"out/(dense|layers/encoder\.layers_0): cannot be written: .*No space"):
         with writer(out) as w:

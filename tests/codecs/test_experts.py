@@ -35,9 +35,9 @@ def example(experts=3, out=8, width=22, zeros=0.8, seed=0):
 )
 def test_dense_weights_are_the_levels_of_the_trits(experts, out, width, zeros, seed):
     trits, levels, weights = example(experts, out, width, zeros, seed)
-    compressed = CompressedExperts.from_trits(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels)
     np.testing.assert_array_equal(compressed.to_dense(), weights)
-    np.testing.assert_array_equal(compressed.trits(), trits)
+    np.testing.assert_array_equal(compressed.symbols(), trits)
     np.testing.assert_array_equal(compressed.expert(experts - 1), weights[-1])
 
 
@@ -45,7 +45,7 @@ def test_experts_of_unequal_rates_are_told_apart():
     trits, levels, weights = example(experts=4, out=16, width=100)
     trits[0] = weights[0] = 0
     trits[3] = weights[3] = 0
-    compressed = CompressedExperts.from_trits(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels)
     for expert in range(4):
         np.testing.assert_array_equal(compressed.expert(expert), weights[expert])
 
@@ -54,12 +54,12 @@ def test_published_edge_rows_decode_to_their_weights(fixture_path):
     golden = np.load(fixture_path("ista_edge_rows.npz"))
     for name, width in (("w64", 64), ("w33", 33), ("four_values", 8)):
         levels = golden[f"{name}_ter_minmax_bf16_bits"].view(ml_dtypes.bfloat16).reshape(1, -1, 2)
-        data = {
+        stored = {
             "codewords": golden[f"{name}_w_comp"].view(np.uint16),
             "row_offsets": golden[f"{name}_row_off"][None],
+            "levels": levels,
         }
-        shape = (1, levels.shape[1], width)
-        compressed = CompressedExperts.from_data(data, levels, "dictionary", shape)
+        compressed = CompressedExperts.from_stored(stored, "dictionary", (1, levels.shape[1], width))
         expected = golden[f"{name}_decoded_bf16_bits"].view(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(compressed.expert(0), expected)
 
@@ -67,28 +67,28 @@ def test_published_edge_rows_decode_to_their_weights(fixture_path):
 def test_nbytes_counts_codewords_offsets_and_levels():
     trits, levels, _ = example(experts=3, out=8, width=22)
     n = sum(codecs.get("dictionary").encode(matrix)[0].size for matrix in trits)
-    assert CompressedExperts.from_trits(trits, levels).nbytes == 2 * n + 4 * 3 * (8 + 1) + 2 * 3 * 8 * 2
+    assert CompressedExperts.from_symbols(trits, levels).nbytes == 2 * n + 4 * 3 * (8 + 1) + 2 * 3 * 8 * 2
 
 
 def test_concatenated_groups_equal_the_whole():
     trits, levels, weights = example(experts=5)
-    whole = CompressedExperts.from_trits(trits, levels)
+    whole = CompressedExperts.from_symbols(trits, levels)
     groups = [slice(0, 2), slice(2, 3), slice(3, 5)]
-    joined = concatenate([CompressedExperts.from_trits(trits[g], levels[g]) for g in groups])
+    joined = concatenate([CompressedExperts.from_symbols(trits[g], levels[g]) for g in groups])
     assert jax.tree.structure(joined) == jax.tree.structure(whole)
     jax.tree.map(np.testing.assert_array_equal, joined, whole)
     np.testing.assert_array_equal(joined.to_dense(), weights)
 
 
 def test_groups_of_other_width_are_not_joined():
-    parts = [CompressedExperts.from_trits(*example(width=w)[:2]) for w in (8, 10)]
+    parts = [CompressedExperts.from_symbols(*example(width=w)[:2]) for w in (8, 10)]
     with pytest.raises(ValueError, match="differ in"):
         concatenate(parts)
 
 
 def test_is_a_pytree_that_goes_through_jit():
     trits, levels, weights = example()
-    compressed = CompressedExperts.from_trits(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels)
     leaves, structure = jax.tree.flatten(compressed)
     assert sorted(str(leaf.dtype) for leaf in leaves) == ["bfloat16", "int32", "uint16"]
     np.testing.assert_array_equal(jax.tree.unflatten(structure, leaves).to_dense(), weights)
@@ -100,7 +100,7 @@ def test_is_a_pytree_that_goes_through_jit():
 
 def test_one_expert_by_traced_index_in_a_scan():
     trits, levels, weights = example(experts=4)
-    compressed = CompressedExperts.from_trits(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels)
     order = jnp.array([2, 0, 3, 3, 1])
     _, found = jax.lax.scan(lambda _, e: (None, compressed.expert(e)), None, order)
     np.testing.assert_array_equal(found, weights[np.array(order)])
@@ -109,7 +109,7 @@ def test_one_expert_by_traced_index_in_a_scan():
 def test_unknown_codec_is_refused_with_the_known_ones():
     trits, levels, _ = example()
     with pytest.raises(ValueError, match="'zip'. Known codecs: .*dictionary"):
-        CompressedExperts.from_trits(trits, levels, codec="zip")
+        CompressedExperts.from_symbols(trits, levels, codec="zip")
 
 
 @pytest.mark.parametrize("bad", [(np.nan, 1.0), (-1.0, np.inf), (1.0, -1.0)])
@@ -117,13 +117,19 @@ def test_bad_levels_are_refused_with_expert_and_row(bad):
     trits, levels, _ = example()
     levels[1, 5] = bad
     with pytest.raises(ValueError, match="levels: expert 1, row 5"):
-        CompressedExperts.from_trits(trits, levels)
+        CompressedExperts.from_symbols(trits, levels)
+
+
+def test_three_levels_are_refused_by_the_dictionary():
+    trits, levels, _ = example()
+    with pytest.raises(ValueError, match="3 in a row, .* Codec gap"):
+        CompressedExperts.from_symbols(trits, np.append(levels, levels[..., 1:], axis=-1))
 
 
 def test_levels_of_another_shape_are_refused():
     trits, levels, _ = example()
     with pytest.raises(ValueError, match=r"levels: shape \[3, 7, 2\], expected \[3, 8, 2\]"):
-        CompressedExperts.from_trits(trits, levels[:, 1:])
+        CompressedExperts.from_symbols(trits, levels[:, 1:])
 
 
 def corrupt_codeword(data):
@@ -181,16 +187,16 @@ def no_offsets(data):
 )
 def test_malformed_streams_are_refused_by_name(damage, message):
     trits, levels, _ = example(zeros=0.5)
-    compressed = CompressedExperts.from_trits(trits, levels)
-    data = {name: np.array(array) for name, array in compressed.data.items()}
-    damage(data)
+    compressed = CompressedExperts.from_symbols(trits, levels)
+    stored = {name: np.array(array) for name, array in compressed.stored().items()}
+    damage(stored)
     with pytest.raises(ValueError, match=message):
-        CompressedExperts.from_data(data, levels, "dictionary", compressed.shape)
+        CompressedExperts.from_stored(stored, "dictionary", compressed.shape)
 
 
 def test_validate_finds_what_changed_after_construction():
     trits, levels, _ = example()
-    compressed = CompressedExperts.from_trits(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels)
     compressed.validate()
     with pytest.raises(ValueError, match="expert 0, row"):
         jax.tree.map(lambda a: a + 1 if a.dtype == jnp.uint16 else a, compressed).validate()
@@ -199,7 +205,7 @@ def test_validate_finds_what_changed_after_construction():
 def test_decoding_garbage_stays_within_bounds():
     """Nothing is promised about the weights, but they come from the arrays that were given."""
     trits, levels, _ = example(experts=2, out=8, width=40)
-    compressed = CompressedExperts.from_trits(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels)
     rng = np.random.default_rng(0)
 
     def garbage(a):

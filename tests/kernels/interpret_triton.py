@@ -17,15 +17,16 @@ import triton.language as tl
 from gpu_cases import CASES, RUNS, WAYS, example
 from triton.runtime.interpreter import InterpreterBuilder
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, triton, triton_kernels
+from qmoe_jax.kernels.compressed_ragged_dot import gpu, triton, triton_gap_kernels, triton_kernels
+
+MODULES = {"triton_kernels": triton_kernels, "triton_gap_kernels": triton_gap_kernels}
 
 
 class Tensor:
     """A NumPy array, written in place. bfloat16 is what Triton takes the bits in uint16 for."""
 
     def __init__(self, array):
-        names = {"float32": "float32", "int32": "int32", "uint16": "uint16", "uint32": "uint32"}
-        self.dtype = tl.bfloat16 if array.dtype == jnp.bfloat16 else getattr(tl, names[array.dtype.name])
+        self.dtype = tl.bfloat16 if array.dtype == jnp.bfloat16 else getattr(tl, array.dtype.name)
         self.array = array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
         self.shape = self.array.shape
 
@@ -67,7 +68,7 @@ create_dot = InterpreterBuilder.create_dot
 InterpreterBuilder.create_dot = dot
 
 
-def launch(kernel, *inputs, out_shape, grid, input_output_aliases=None, num_warps, num_stages, **constants):
+def launch(module, kernel, *inputs, out_shape, grid, input_output_aliases=None, num_warps, num_stages, **constants):
     """Takes what `jax_triton.triton_call` takes."""
 
     def run(*inputs):
@@ -75,21 +76,22 @@ def launch(kernel, *inputs, out_shape, grid, input_output_aliases=None, num_warp
         out = np.full(out_shape.shape, np.nan, out_shape.dtype)  # whoever reads what was not written sees it
         for i in input_output_aliases or {}:
             out = inputs[i]
-        getattr(triton_kernels, kernel)[grid](*map(Tensor, inputs), Tensor(out), **constants)
+        getattr(MODULES[module], kernel)[grid](*map(Tensor, inputs), Tensor(out), **constants)
         return out
 
     return jax.pure_callback(run, out_shape, *inputs)
 
 
 def main(path):
-    functions = (triton.multiply_few, triton.decode, triton.multiply_dense)
-    launches = {function.__name__: functools.partial(function, launch) for function in functions}
     results = {}
-    for name, way, dtype in RUNS:
-        tokens, group_sizes, out, width = CASES[name]
-        lhs, rhs, _ = example(tokens, 3, out, width)
+    for codec, name, way, dtype in RUNS:
+        tokens, group_sizes, out, width, zeros = CASES[name]
+        lhs, rhs, _ = example(tokens, 3, out, width, zeros, codec=codec)
+        module, *functions = triton.KERNELS[rhs.codec]
+        few, decode, dense = (functools.partial(function, launch) for function in (*functions, triton.multiply_dense))
+        launches = {"codec": module, "multiply_few": few, "decode": decode, "multiply_dense": dense}
         found = gpu.multiply(jnp.asarray(lhs, dtype), rhs, jnp.array(group_sizes), WAYS[way], **launches)
-        results[f"{name}/{way}/{dtype}"] = np.asarray(found, np.float32)
+        results[f"{codec}/{name}/{way}/{dtype}"] = np.asarray(found, np.float32)
     np.savez(path, **results)
 
 

@@ -114,6 +114,13 @@ def _kernel(ptx):
     )
 
 
+def machine_code_loops(binary) -> dict[str, tuple[int, ...]]:
+    """`Kernel.loops` of each function of a file of machine code. Skips the test without triton and its nvdisasm."""
+    knobs = pytest.importorskip("triton", reason="disassembling needs the package triton").knobs
+    functions = _run(knobs.nvidia.nvdisasm.path, "-c", binary).stdout.split("\n.text.")[1:]
+    return {text.split(":")[0]: tuple(sorted(_loops(text), reverse=True)) for text in functions}
+
+
 def _run(*command):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

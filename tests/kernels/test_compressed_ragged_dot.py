@@ -30,15 +30,25 @@ CASES = {
 }
 
 
-def example(tokens, experts, out, width, zeros=0.8, seed=0):
+# Codec and number of levels.
+TERNARY = ("dictionary", 2)
+KINDS = {"dictionary": TERNARY, "gap": ("gap", 2), "gap of 3 levels": ("gap", 3)}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def kind(request):
+    return request.param
+
+
+def example(kind, tokens, experts, out, width, zeros=0.8, seed=0):
     """lhs float32 [tokens, in], the compressed experts, and their weights, float32 [experts, out, in]."""
+    codec, L = kind
     rng = np.random.default_rng(seed)
-    p = [zeros, (1 - zeros) / 2, (1 - zeros) / 2]
-    trits = rng.choice(3, (experts, out, width), p=p).astype(np.uint8)
-    steps = rng.integers(1, 128, (experts, out, 2)) / 64 * [-1, 1]  # exact in bfloat16
-    weights = np.where(trits == 0, 0, np.where(trits == 1, steps[..., :1], steps[..., 1:]))
+    symbols = rng.choice(L + 1, (experts, out, width), p=[zeros, *[(1 - zeros) / L] * L]).astype(np.uint8)
+    levels = np.sort(rng.integers(-127, 128, (experts, out, L)) / 64)  # exact in bfloat16
+    weights = np.take_along_axis(np.insert(levels, 0, 0, axis=-1), symbols.astype(int), axis=-1)
     lhs = rng.standard_normal((tokens, width)).astype(np.float32)
-    return lhs, CompressedExperts.from_trits(trits, steps), weights.astype(np.float32)
+    return lhs, CompressedExperts.from_symbols(symbols, levels, codec), weights.astype(np.float32)
 
 
 def reference(lhs, weights, group_sizes):
@@ -52,11 +62,11 @@ def reference(lhs, weights, group_sizes):
 
 # None, all names, and the C++ code for each instruction set.
 @pytest.fixture(params=["default", *IMPLEMENTATIONS, *(f"cpu with {isa}" for isa in cpu.ISAS)])
-def implementation(request, monkeypatch):
+def implementation(request, monkeypatch, kind):
     name, _, isa = request.param.partition(" with ")
     if isa:
         monkeypatch.setenv("QMOE_JAX_ISA", isa)
-    lhs, rhs, _ = example(1, 1, out=1, width=1)
+    lhs, rhs, _ = example(kind, 1, 1, out=1, width=1)
     name = None if name == "default" else name
     try:
         compressed_ragged_dot(lhs, rhs, jnp.array([1]), implementation=name)
@@ -66,15 +76,15 @@ def implementation(request, monkeypatch):
 
 
 @pytest.fixture
-def needs_cpu():
-    lhs, rhs, _ = example(1, 1, out=1, width=1)
+def needs_cpu(kind):
+    _, rhs, _ = example(kind, 1, 1, out=1, width=1)
     if reason := cpu.why_not(rhs):
         pytest.skip(reason)
 
 
 @pytest.mark.parametrize("tokens, group_sizes", CASES.values(), ids=CASES.keys())
-def test_equals_the_reference(implementation, tokens, group_sizes):
-    lhs, rhs, weights = example(tokens, 3, out=10, width=37)
+def test_equals_the_reference(kind, implementation, tokens, group_sizes):
+    lhs, rhs, weights = example(kind, tokens, 3, out=10, width=37)
     found = compressed_ragged_dot(lhs, rhs, jnp.array(group_sizes), implementation=implementation)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, reference(lhs, weights, group_sizes), rtol=1e-5, atol=1e-4)
@@ -88,14 +98,22 @@ def test_equals_the_reference(implementation, tokens, group_sizes):
     width=st.sampled_from([1, 2, 15, 31, 64, 97]),
     zeros=st.sampled_from([0.0, 0.885, 1.0]),
 )
-def test_any_shape_and_density(implementation, group_sizes, unassigned, out, width, zeros):
-    lhs, rhs, weights = example(sum(group_sizes) + unassigned, len(group_sizes), out, width, zeros)
+def test_any_shape_and_density(kind, implementation, group_sizes, unassigned, out, width, zeros):
+    lhs, rhs, weights = example(kind, sum(group_sizes) + unassigned, len(group_sizes), out, width, zeros)
     found = compressed_ragged_dot(lhs, rhs, jnp.array(group_sizes), implementation=implementation)
     np.testing.assert_allclose(found, reference(lhs, weights, group_sizes), rtol=1e-5, atol=1e-4)
 
 
-def test_bfloat16_is_accumulated_in_float32(implementation):
-    lhs, rhs, weights = example(20, 3, out=9, width=600, zeros=0.5)
+# From the densest to the sparsest codes; a row has more than a segment of the gap codec, a matrix more than two blocks.
+@pytest.mark.parametrize("zeros", [0.1, 0.885, 0.95, 0.98, 0.9995])
+def test_many_rows_and_columns(kind, implementation, zeros):
+    lhs, rhs, weights = example(kind, 8, 2, out=75, width=1100, zeros=zeros)
+    found = compressed_ragged_dot(lhs, rhs, jnp.array([1, 7]), implementation=implementation)
+    np.testing.assert_allclose(found, reference(lhs, weights, [1, 7]), rtol=1e-5, atol=1e-3)
+
+
+def test_bfloat16_is_accumulated_in_float32(kind, implementation):
+    lhs, rhs, weights = example(kind, 20, 3, out=9, width=600, zeros=0.5)
     lhs = jnp.asarray(lhs, jnp.bfloat16)
     group_sizes = [15, 0, 5]
     found = compressed_ragged_dot(lhs, rhs, jnp.array(group_sizes), implementation=implementation)
@@ -104,16 +122,16 @@ def test_bfloat16_is_accumulated_in_float32(implementation):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
-def test_agrees_with_the_dense_product_to_float_precision(implementation):
-    lhs, rhs, _ = example(50, 4, out=24, width=50)
+def test_agrees_with_the_dense_product_to_float_precision(kind, implementation):
+    lhs, rhs, _ = example(kind, 50, 4, out=24, width=50)
     group_sizes = jnp.array([20, 0, 3, 25])
     found = compressed_ragged_dot(lhs, rhs, group_sizes, implementation=implementation)
     dense = ragged_dot(lhs, rhs.to_dense().swapaxes(1, 2), group_sizes)
     np.testing.assert_allclose(found, dense, rtol=1e-6, atol=1e-5)
 
 
-def test_inside_jit_and_scan(implementation):
-    lhs, rhs, weights = example(6, 3, out=5, width=8)
+def test_inside_jit_and_scan(kind, implementation):
+    lhs, rhs, weights = example(kind, 6, 3, out=5, width=8)
     sizes = np.array([[6, 0, 0], [1, 2, 3], [0, 0, 0]], np.int32)
 
     @jax.jit
@@ -127,8 +145,8 @@ def test_inside_jit_and_scan(implementation):
     np.testing.assert_allclose(run(rhs, sizes), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_inside_while_loop(implementation):
-    lhs, rhs, weights = example(4, 2, out=6, width=6)
+def test_inside_while_loop(kind, implementation):
+    lhs, rhs, weights = example(kind, 4, 2, out=6, width=6)
     group_sizes = jnp.array([1, 3])
 
     @jax.jit
@@ -143,18 +161,19 @@ def test_inside_while_loop(implementation):
     np.testing.assert_allclose(twice(lhs), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_under_shard_map_each_device_has_experts_of_its_own(implementation):
+def test_under_shard_map_each_device_has_experts_of_its_own(kind, implementation):
     devices, experts, tokens = 4, 2, 6
     mesh = jax.make_mesh((devices,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
-    examples = [example(tokens, experts, out=9, width=33, seed=i) for i in range(devices)]
+    examples = [example(kind, tokens, experts, out=9, width=33, seed=i) for i in range(devices)]
     lhs = np.concatenate([lhs for lhs, _, _ in examples])
     group_sizes = np.array([[tokens, 0], [2, 3], [0, 0], [1, 5]], np.int32)
-    # Streams differ in length: zeros at the end make them equal, and are no one's codewords.
-    longest = max(rhs.data["codewords"].size for _, rhs, _ in examples)
+    # Streams differ in length: what is appended to make them equal is no one's.
+    stream = {"dictionary": "codewords", "gap": "words"}[kind[0]]
+    longest = max(rhs.data[stream].size for _, rhs, _ in examples)
     parts = [
         dataclasses.replace(
             rhs,
-            data={**rhs.data, "codewords": jnp.resize(rhs.data["codewords"], longest)},
+            data={**rhs.data, stream: jnp.resize(rhs.data[stream], longest)},
             bound=max(rhs.bound for _, rhs, _ in examples),
         )
         for _, rhs, _ in examples
@@ -171,47 +190,54 @@ def test_under_shard_map_each_device_has_experts_of_its_own(implementation):
     np.testing.assert_allclose(run(lhs, stacked, group_sizes), np.concatenate(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_more_tokens_promised_than_there_are_is_cut_off(implementation):
-    lhs, rhs, weights = example(10, 3, out=6, width=20)
+def test_more_tokens_promised_than_there_are_is_cut_off(kind, implementation):
+    lhs, rhs, weights = example(kind, 10, 3, out=6, width=20)
     found = compressed_ragged_dot(lhs, rhs, jnp.array([4, 50, 3]), implementation=implementation)
     np.testing.assert_allclose(found, reference(lhs, weights, [4, 6, 0]), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("codec", ["dictionary", "gap"])
 @pytest.mark.parametrize("shape", arg_specs.SHAPES)
-def test_default_at_the_published_shapes(shape):
+def test_default_at_the_published_shapes(shape, codec):
     out, width = arg_specs.SHAPES[shape]
     rng = np.random.default_rng(0)
     trits = arg_specs.random_trits(1, out, width)
-    rhs = CompressedExperts.from_trits(trits, np.tile([-1.5, 2.0], (1, out, 1)))
+    rhs = CompressedExperts.from_symbols(trits, np.tile([-1.5, 2.0], (1, out, 1)), codec)
     lhs = rng.standard_normal((11, width)).astype(np.float32)
     found = compressed_ragged_dot(lhs, rhs, jnp.array([11]))
     expected = lhs.astype(np.float64) @ np.array([0, -1.5, 2.0])[trits[0]].T
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-3)
 
 
-def test_negative_group_sizes_count_as_none(needs_cpu):
-    lhs, rhs, weights = example(10, 3, out=6, width=20)
+def test_negative_group_sizes_count_as_none(kind, needs_cpu):
+    lhs, rhs, weights = example(kind, 10, 3, out=6, width=20)
     found = compressed_ragged_dot(lhs, rhs, jnp.array([-7, 4, -(2**31)]), implementation="cpu")
     np.testing.assert_allclose(found, reference(lhs, weights, [0, 4, 0]), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("array", ["codewords", "row_offsets"])
 @pytest.mark.parametrize("isa", cpu.ISAS)
-def test_cpu_survives_malformed_streams_that_nobody_checked(needs_cpu, monkeypatch, array, isa):
+@pytest.mark.parametrize("zeros", [0.6, 0.99])
+def test_cpu_survives_malformed_arrays_that_nobody_checked(kind, needs_cpu, monkeypatch, isa, zeros):
     monkeypatch.setenv("QMOE_JAX_ISA", isa)
-    lhs, rhs, _ = example(8, 3, out=40, width=333)
+    lhs, rhs, _ = example(kind, 8, 3, out=40, width=1333, zeros=zeros)
     if reason := cpu.why_not(rhs):
         pytest.skip(reason)
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        bits = rng.integers(0, 256, rhs.data[array].nbytes, np.uint8).view(rhs.data[array].dtype)
-        broken = dataclasses.replace(rhs, data={**rhs.data, array: jnp.asarray(bits.reshape(rhs.data[array].shape))})
-        found = compressed_ragged_dot(lhs, broken, jnp.array([3, 1, 4]), implementation="cpu")
-        assert np.isfinite(found).all()
+
+    def noise(array):
+        return jnp.asarray(rng.integers(0, 256, array.nbytes, np.uint8).view(array.dtype).reshape(array.shape))
+
+    for broken in [*([name] for name in rhs.data), list(rhs.data)]:
+        for _ in range(10):
+            data = {**rhs.data, **{name: noise(rhs.data[name]) for name in broken}}
+            found = compressed_ragged_dot(
+                lhs, dataclasses.replace(rhs, data=data), jnp.array([3, 1, 4]), implementation="cpu"
+            )
+            assert np.isfinite(found).all()
 
 
-def test_cpu_on_another_platform_is_refused_and_default_uses_xla(needs_cpu):
-    lhs, rhs, _ = example(6, 3, out=5, width=8)
+def test_cpu_on_another_platform_is_refused_and_default_uses_xla(kind, needs_cpu):
+    lhs, rhs, _ = example(kind, 6, 3, out=5, width=8)
     operands = (lhs, rhs, jnp.array([6, 0, 0]))
 
     def lowered(implementation):
@@ -225,7 +251,7 @@ def test_cpu_on_another_platform_is_refused_and_default_uses_xla(needs_cpu):
 
 def test_without_the_library_cpu_is_refused_and_default_warns_once(monkeypatch):
     monkeypatch.setattr(cpu, "_load", lambda: (None, "its library was not built"))
-    lhs, rhs, weights = example(6, 3, out=5, width=8)
+    lhs, rhs, weights = example(TERNARY, 6, 3, out=5, width=8)
     with pytest.raises(NotImplementedError, match="'cpu' cannot run here: its library was not built"):
         compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="cpu")
     with warnings.catch_warnings(record=True) as caught:
@@ -238,19 +264,19 @@ def test_without_the_library_cpu_is_refused_and_default_warns_once(monkeypatch):
 
 def test_unknown_instruction_set_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.setenv("QMOE_JAX_ISA", "sse9")
-    lhs, rhs, _ = example(6, 3, out=5, width=8)
+    lhs, rhs, _ = example(TERNARY, 6, 3, out=5, width=8)
     with pytest.raises(ValueError, match="QMOE_JAX_ISA: found 'sse9', expected one of avx512, avx2, portable"):
         compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="cpu")
 
 
 def test_unknown_implementation_is_refused_with_the_known_ones():
-    lhs, rhs, _ = example(6, 3, out=5, width=8)
-    with pytest.raises(ValueError, match="'cuda'. Known: .*xla"):
-        compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="cuda")
+    lhs, rhs, _ = example(TERNARY, 6, 3, out=5, width=8)
+    with pytest.raises(ValueError, match="'rocm'. Known: .*xla"):
+        compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="rocm")
 
 
 def test_arguments_that_do_not_fit_are_refused_by_name():
-    lhs, rhs, weights = example(6, 3, out=5, width=8)
+    lhs, rhs, weights = example(TERNARY, 6, 3, out=5, width=8)
     sizes = jnp.array([6, 0, 0])
     with pytest.raises(TypeError, match="rhs: found ndarray"):
         compressed_ragged_dot(lhs, weights, sizes)

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_cases import CASES, COMPILED, RUNS, abstract_arguments, assert_equals_reference, check_compiled, example
+from gpu_cases import (
+    CASES,
+    CODECS,
+    COMPILED,
+    RUNS,
+    abstract_arguments,
+    assert_equals_reference,
+    check_compiled,
+    example,
+)
 from ptx import CAPABILITY, kernels, lower
 
 from qmoe_jax.kernels.compressed_ragged_dot import triton
@@ -18,7 +27,7 @@ from qmoe_jax.kernels.compressed_ragged_dot import triton
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Results of all cases by '<case>/<way>/<dtype>', from one process, as imports take longest."""
+    """Results of all cases by '<codec>/<case>/<way>/<dtype>', from one process, as imports take longest."""
     pytest.importorskip("triton", reason="interpreting Triton's kernels needs the package triton")
     path = tmp_path_factory.mktemp("triton") / "results.npz"
     script = pathlib.Path(__file__).with_name("interpret_triton.py")
@@ -28,24 +37,26 @@ def interpreted(tmp_path_factory):
     return np.load(path)
 
 
-@pytest.mark.parametrize("case, way, dtype", RUNS)
-def test_interpreted_equals_the_reference(interpreted, case, way, dtype):
-    tokens, group_sizes, out, width = CASES[case]
-    lhs, _, weights = example(tokens, 3, out, width)
-    found = jnp.asarray(interpreted[f"{case}/{way}/{dtype}"], dtype)
+@pytest.mark.parametrize("codec, case, way, dtype", RUNS)
+def test_interpreted_equals_the_reference(interpreted, codec, case, way, dtype):
+    tokens, group_sizes, out, width, zeros = CASES[case]
+    lhs, _, weights = example(tokens, 3, out, width, zeros, codec=codec)
+    found = jnp.asarray(interpreted[f"{codec}/{case}/{way}/{dtype}"], dtype)
     # The interpreter rounds to bfloat16 by cutting off.
     assert_equals_reference(found, jnp.asarray(lhs, dtype), weights, group_sizes, bfloat16_error=2**-7)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens, shape", COMPILED.values(), ids=COMPILED.keys())
-def test_compiles_for_an_h200_without_spills(tokens, shape, dtype, capsys):
+@pytest.mark.parametrize("codec", CODECS)
+def test_compiles_for_an_h200_without_spills(codec, tokens, shape, dtype, capsys):
     try:
         import jax_triton  # noqa: F401
     except Exception as error:
         pytest.skip(f"needs jax-triton and jax-cuda13-plugin: {error}")
     multiply = functools.partial(triton.multiply, compute_capability=CAPABILITY)
-    check_compiled(kernels(lower(multiply, *abstract_arguments(tokens, shape, dtype))), capsys)
+    lowered = lower(multiply, *abstract_arguments(tokens, shape, dtype, codec))
+    check_compiled(kernels(lowered), codec, capsys)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")

@@ -156,7 +156,7 @@ def test_dense_and_compressed_experts_stand_side_by_side():
         experts, columns, out = kernel.shape
         trits = rng.integers(0, 3, (experts, out, columns)).astype(np.uint8)
         levels = np.sort(rng.integers(-8, 8, (experts, out, 2)) / 4, -1).astype(np.float32)
-        compressed.append(CompressedExperts.from_trits(trits, levels))
+        compressed.append(CompressedExperts.from_symbols(trits, levels))
         rows = np.concatenate([np.zeros((experts, out, 1)), levels], -1)  # value of trit 0, 1, 2
         dense.append(np.take_along_axis(rows, trits.astype(int), -1).swapaxes(1, 2).astype(np.float32))
     x = rng.normal(size=(9, 6)).astype(np.float32)
@@ -203,10 +203,19 @@ def test_compressed_experts_at_finite_capacity(which):
         trits = rng.integers(0, 3, kernel.swapaxes(1, 2).shape).astype(np.uint8)
         levels = np.broadcast_to(np.float32([-0.5, 1.0]), (*trits.shape[:2], 2))
         dense[name] = {"kernel": np.float32([0, -0.5, 1.0])[trits].swapaxes(1, 2)}
-        compressed = {"kernel": CompressedExperts.from_trits(trits, levels)}
+        compressed = {"kernel": CompressedExperts.from_symbols(trits, levels)}
         mixed[name] = compressed if is_compressed else dense[name]
     router = {"router_weights": {"w": {"kernel": rng.normal(size=(12, 4)).astype(np.float32)}}}
     layer = moe.MoeMlp(SWITCH, jnp.float32, False)
     x = rng.normal(size=(3, 8, 12)).astype(np.float32)
     y, expected = (layer.apply({"params": {"expert": kernels, "router": router}}, x, 1.0) for kernels in (mixed, dense))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about XLA's CPU compiler, which widens bfloat16")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_experts_are_not_widened_all_at_once(dtype):
+    kernels = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 24, 48), (64, 48, 24))]
+    routing = moe.Routing(jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2, 1), jnp.float32))
+    program = jax.jit(moe.apply_experts).lower(jax.ShapeDtypeStruct((2, 24), dtype), routing, kernels).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 64 * 24 * 48 * 2 / 2

@@ -90,10 +90,10 @@ def test_equals_the_reference(case, fixture_path):
 
 
 @pytest.mark.parametrize("bits", [1.5, 2])
-@pytest.mark.parametrize("group_size", [None, 8])
-def test_equals_optimal_brain_quantization(bits, group_size):
+@pytest.mark.parametrize(("group_size", "block_size"), [(None, 16), (8, 16), (None, 2), (4, 2)])
+def test_equals_optimal_brain_quantization(bits, group_size, block_size):
     W, H = problem()
-    result = gptq(W, H, bits=bits, group_size=group_size, block_size=16)
+    result = gptq(W, H, bits=bits, group_size=group_size, block_size=block_size)
     expected = np.stack([obq(w, h, bits, group_size=group_size) for w, h in zip(W, H, strict=True)])
     assert_same(result.Q, expected, W, H)
 
@@ -217,10 +217,11 @@ def test_dead_column_is_rounded_and_leaves_the_others_alone():
     assert_same(result.Q[:, :, alive], without.Q, W[:, :, alive], H_alive)
 
 
+@pytest.mark.parametrize("block_size", [4, 128], ids=["panels", "one_panel"])
 @pytest.mark.parametrize("bad", ["nan", "inf", "indefinite", "starved"])
-def test_unusable_hessian_falls_back_for_that_expert_alone(bad):
+def test_unusable_hessian_falls_back_for_that_expert_alone(bad, block_size):
     W, H = problem(experts=3)
-    good = gptq(W, H, bits=1.5)
+    good = gptq(W, H, bits=1.5, block_size=block_size)
     assert not np.any(good.fallback)
     if bad == "starved":
         H[1] = 0
@@ -228,7 +229,7 @@ def test_unusable_hessian_falls_back_for_that_expert_alone(bad):
         H[1, 3, 4] = H[1, 4, 3] = 100 * np.sqrt(H[1, 3, 3] * H[1, 4, 4])
     else:
         H[1, 3, 3] = float(bad)
-    result, rounded = gptq(W, H, bits=1.5), round_to_nearest(W, bits=1.5)
+    result, rounded = gptq(W, H, bits=1.5, block_size=block_size), round_to_nearest(W, bits=1.5)
     assert np.asarray(result.fallback).tolist() == [False, True, False]
     np.testing.assert_array_equal(result.Q[1], rounded.Q[1])
     np.testing.assert_allclose(result.loss[1], rounded.loss[1], rtol=1e-5)
@@ -254,8 +255,9 @@ def test_singular_hessian_without_damping_falls_back_or_stays_finite():
         (16, dict(bits=1.5)),
         (16, dict(bits=1.5, activation_order=True)),
         (8, dict(bits=2, group_size=16)),
+        (8, dict(bits=1.5, block_size=8)),  # 72 columns: several panels
     ],
-    ids=["one_per_device", "two_per_device", "activation_order", "groups"],
+    ids=["one_per_device", "two_per_device", "activation_order", "groups", "panels"],
 )
 def test_sharded_over_experts_is_bitwise_the_same_without_collectives(experts, options):
     W, H = problem(experts=experts, rows=24, columns=72)
@@ -274,11 +276,12 @@ def test_sharded_over_experts_is_bitwise_the_same_without_collectives(experts, o
     assert not re.search(r"\b(all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)", program)
 
 
-def test_experts_per_call_do_not_change_a_bit():
+@pytest.mark.parametrize("options", [dict(group_size=16), dict(block_size=8)], ids=["groups", "panels"])
+def test_experts_per_call_do_not_change_a_bit(options):
     W, H = problem(experts=6, rows=24, columns=72)
-    together = gptq(W, H, bits=2, group_size=16)
+    together = gptq(W, H, bits=2, **options)
     for size in (1, 2, 3):
-        parts = [gptq(W[i : i + size], H[i : i + size], bits=2, group_size=16) for i in range(0, 6, size)]
+        parts = [gptq(W[i : i + size], H[i : i + size], bits=2, **options) for i in range(0, 6, size)]
         for name in together._fields:
             found = np.concatenate([getattr(part, name) for part in parts])
             np.testing.assert_array_equal(found, getattr(together, name), err_msg=f"{name}, {size} experts")

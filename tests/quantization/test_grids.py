@@ -33,6 +33,23 @@ def test_two_bit_grid_always_has_zero():
     np.testing.assert_allclose(values, [-4 / 3, 0.0, 8 / 3], rtol=1e-6)
 
 
+def test_two_bit_symbols_with_three_levels_are_the_same_weights():
+    """Rows whose zero is each of the four symbols, and one of zeros."""
+    w = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    w = np.stack([abs(w[0]), np.append(-1.4, abs(w[1, 1:])), np.append(1.4, -abs(w[2, 1:])), -abs(w[3]), 0 * w[4]])
+    grid = grids.fit(jnp.asarray(w))
+    _, symbols = grids.quantize(jnp.asarray(w), Grid(grid.low[:, None], grid.high[:, None]), 2)
+    values = grids.dequantize(symbols, Grid(grid.low[:, None], grid.high[:, None]), 2)
+    relative, levels = (np.asarray(a) for a in grids.three_levels(symbols, grid))
+    assert levels.dtype == jnp.bfloat16 and levels.shape == (5, 3) and relative.dtype == np.uint8
+    assert sorted({(row < 0).sum() for row in levels[:4]}) == [0, 1, 2, 3] and not levels[4].any()
+    levels = levels.astype(np.float32)
+    assert (np.diff(levels[:4]) > 0).all()
+    np.testing.assert_array_equal(relative == 0, np.asarray(values) == 0)
+    found = np.take_along_axis(np.pad(levels, ((0, 0), (1, 0))), relative.astype(int), axis=1)
+    np.testing.assert_allclose(found, values, rtol=2**-8)
+
+
 @pytest.mark.parametrize("bits", grids.BITS)
 def test_row_of_zeros_stays_zero(bits):
     values, symbols = quantize_row([0.0, 0.0, 0.0], bits)

@@ -254,7 +254,7 @@ def test_sizes_and_rates_count_every_stored_byte(tiny, compressed):
     stored_bytes, weights, zeros, entropies = 0, 0, 0, []
     for layer in checkpoint.config.sparse_layers:
         for experts in stored(output, layer).values():
-            trits = np.asarray(experts.trits())
+            trits = np.asarray(experts.symbols())
             for e in trits:
                 p = np.array([(e == s).mean() for s in range(3)])
                 entropies.append(-(p * np.log2(p)).sum())
@@ -354,11 +354,19 @@ def test_round_to_nearest_needs_no_calibration(tiny, documents):
         run(checkpoint, alone, QuantizationSettings())
 
 
-@pytest.mark.parametrize("changes", [{"bits": 2}, {"group_size": 8}, {"bits": 2, "method": "rtn"}])
-def test_what_no_codec_holds_is_measured_but_not_stored(changes, tiny, documents, tmp_path):
+@pytest.mark.parametrize(
+    ("codec", "changes", "mend"),
+    [
+        ("dictionary", {"bits": 2}, "Use the codec 'gap'"),
+        ("dictionary", {"bits": 2, "method": "rtn"}, "Use the codec 'gap'"),
+        ("dictionary", {"group_size": 8}, "Leave group_size out"),
+        ("gap", {"bits": 2, "group_size": 8}, "Leave group_size out"),
+    ],
+)
+def test_what_the_codec_does_not_hold_is_measured_but_not_stored(codec, changes, mend, tiny, documents, tmp_path):
     settings = dataclasses.replace(QuantizationSettings(), **changes)
     checkpoint = open_checkpoint(tiny.checkpoint)
-    report = run(checkpoint, documents, settings)
+    report = run(checkpoint, documents, settings, codec=codec)
     assert np.isfinite(report["loss"]) and 0 < report["zeros"] < 1 and 0 < report["entropy_per_weight"] < 2
     for field in ("bits_per_weight", "compression_experts", "compression_model", "bytes_model", "bytes_experts"):
         assert report[field] is None
@@ -368,8 +376,8 @@ def test_what_no_codec_holds_is_measured_but_not_stored(changes, tiny, documents
             assert name in ("config", "path"), f"read {name} before refusing"
             return getattr(checkpoint, name)
 
-    with pytest.raises(ValueError, match="can't be stored"):
-        run(Unread(), documents, settings, output=tmp_path / "out")
+    with pytest.raises(ValueError, match=f"can't be stored.* {mend}"):
+        run(Unread(), documents, settings, codec=codec, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,118 @@
+"""Loss against stored bits: rounding, the paper's recipe, and rate-distortion quantization at a sweep of target bits.
+
+    python experiments/frontier.py --config=configs/tiny.py --output=results/frontier
+
+All compress --checkpoint with the same documents. OUT gets frontier.json, frontier.md and frontier.png.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
+
+import math
+import pathlib
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from qmoe_jax import experiment, reporting
+from qmoe_jax.figures import plot_frontier
+from qmoe_jax.models import streaming
+from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
+OUTPUT = flags.DEFINE_string("output", "out/frontier", "Directory for the report and the figure.")
+TARGETS = flags.DEFINE_list("targets", ["0.25", "0.35", "0.5", "0.7", "1.0", "1.3"], "Stored bits per weight.")
+
+PAPER, GAP = "paper's recipe, its codec", "paper's recipe, gap codec"
+ROUNDING, OURS = "round to nearest, gap codec", "rate-distortion, gap codec"
+
+
+def main(_):
+    config = CONFIG.value
+    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+    output = experiment.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
+    memory = experiment.memory_settings(config)
+    calibration = experiment.examples(config, "calibration", vocabulary)
+    validation = experiment.examples(config, "validation", vocabulary)
+    rounded = memory._replace(round_weights=True)
+    bfloat16 = streaming.run(checkpoint, validation.pairs, rounded, what="bfloat16").summary()["loss"]
+
+    points = []
+
+    def measure(name: str, codec: str, settings: QuantizationSettings) -> dict:
+        report = compress(checkpoint, vocabulary, calibration, validation, settings, memory, codec=codec, what=name)
+        point = dict(
+            name=name,
+            codec=codec,
+            target_bits=settings.target_bits,
+            bits_per_weight=report["bits_per_weight"],
+            entropy_per_weight=report["entropy_per_weight"],
+            zeros=report["zeros"],
+            loss=report["loss"],
+            above_bfloat16=report["loss"] - bfloat16,
+            seconds=report["seconds"],
+        )
+        points.append(point)
+        reporting.say(f"{name}: {point['bits_per_weight']:.3f} bits, {point['above_bfloat16']:+.4f} nats")
+        return point
+
+    paper = measure(PAPER, "dictionary", QuantizationSettings("gptq"))
+    measure(GAP, "gap", QuantizationSettings("gptq"))
+    measure(ROUNDING, "gap", QuantizationSettings("rtn"))
+    # Among the targets, what the paper's codec stores for its own result.
+    targets = sorted({*map(float, TARGETS.value), round(paper["bits_per_weight"], 3)})
+    ours = [measure(OURS, "gap", QuantizationSettings("rd", target_bits=target)) for target in targets]
+
+    at_paper_bits = next(p for p in ours if p["target_bits"] == round(paper["bits_per_weight"], 3))
+    comparison = dict(
+        paper_bits=paper["bits_per_weight"],
+        paper_above_bfloat16=paper["above_bfloat16"],
+        loss_ratio_at_paper_bits=at_paper_bits["above_bfloat16"] / paper["above_bfloat16"],
+        bits_at_paper_loss=bits_at(paper["above_bfloat16"], ours),
+    )
+    if comparison["bits_at_paper_loss"] is not None:
+        comparison["bits_ratio_at_paper_loss"] = comparison["bits_at_paper_loss"] / paper["bits_per_weight"]
+    table = reporting.table(
+        ("method", "target", "bits/weight", "entropy", "zeros", "loss", "above bfloat16"),
+        [
+            (
+                p["name"],
+                "" if p["target_bits"] is None else f"{p['target_bits']:g}",
+                f"{p['bits_per_weight']:.3f}",
+                f"{p['entropy_per_weight']:.3f}",
+                f"{p['zeros']:.3f}",
+                f"{p['loss']:.4f}",
+                f"{p['above_bfloat16']:+.4f}",
+            )
+            for p in points
+        ],
+    )
+    report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=config.to_dict())
+    reporting.write_json(output / "frontier.json", report)
+    (output / "frontier.md").write_text(table + "\n", encoding="utf-8")
+    plot_frontier(report, output / "frontier.png")
+    reporting.say(f"\n{table}\n\nbfloat16: {bfloat16:.4f} nats per token.")
+    reporting.say(
+        f"At the paper's {paper['bits_per_weight']:.3f} bits: {comparison['loss_ratio_at_paper_bits']:.0%} of its loss "
+        "above bfloat16."
+    )
+    if (ratio := comparison.get("bits_ratio_at_paper_loss")) is not None:
+        reporting.say(f"At the paper's loss: {ratio:.0%} of its bits (between the two points next to it).")
+
+
+def bits_at(above: float, points: list[dict]) -> float | None:
+    """Stored bits at which the loss above bfloat16 is as given, by interpolating its logarithm; None: outside."""
+    points = sorted((p for p in points if p["above_bfloat16"] > 0), key=lambda p: -p["bits_per_weight"])
+    for right, left in zip(points, points[1:], strict=False):  # from many bits to few
+        low, high = math.log(right["above_bfloat16"]), math.log(left["above_bfloat16"])
+        if low <= math.log(above) <= high:
+            return float(np.interp(math.log(above), [low, high], [right["bits_per_weight"], left["bits_per_weight"]]))
+    return None
+
+
+if __name__ == "__main__":
+    app.run(experiment.without_traceback(main))

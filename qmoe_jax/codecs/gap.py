@@ -1,0 +1,514 @@
+"""Golomb codes of the gaps between non-zeros: within one per cent of the entropy of independent symbols.
+
+In independent symbols the run of zeros before a non-zero is geometric, and the optimal prefix code of a geometric
+source is a Golomb code (Gallager and van Voorhis 1975). An expert is one stream of bits over its weights in row-major
+order, in blocks of BLOCK_ROWS rows. Runs of zeros cross the ends of rows, but not those of blocks. The stream is a
+sequence of tokens, each of which stands for at least one weight; there is no state, so any bits are tokens:
+
+    1          the next m weights are zero
+    0, r, v    the next r < m weights are zero, and then there is a non-zero with symbol v
+
+so a gap g is g // m ones, then 0, r = g % m, v. At the end of a block the zeros that remain are tokens of the first
+kind; the last of them may stand for weights that don't exist. With b = ceil(log2 m) and cut = 2^b - m, r < cut takes
+b - 1 bits, and any other r is r + cut in b bits, most significant first (truncated binary). v is 0 for symbol 1 and 1
+for symbol 2 where there are two levels; 10, 0, 11 for symbols 1, 2, 3 where there are three. m is one of PARAMETERS,
+for each expert the one that costs least. Bits fill uint32 words from the least significant bit up. Each expert ends
+with zero bits to a whole word and one more word of zeros, so that 32 bits can be read anywhere from two words.
+
+Resident (`data`), with segments = ceil(in / SEGMENT):
+
+    words        uint32 [n]                       all experts' words, one expert after another
+    word_counts  int32 [experts]                  words of each expert
+    starts       uint32 [experts, out, segments]  for each segment of a row, the bit of its expert's stream at which the
+                                                  token begins that holds the segment's first weight
+    skips        uint8 [experts, out, segments]   how many of that token's weights lie before the segment, below m
+    parameters   uint8 [experts]                  m
+
+Stored: words, word_counts and parameters as above, and
+
+    block_starts   uint32 [experts, blocks]  bit at which each block begins
+    level_words    uint32 [k]                all experts' levels as fields of bits, each expert's padded to whole words
+    level_formats  uint8 [experts, 5]        base exponent, exponent bits, mantissa bits, sign bits, levels of a row
+
+A level is sign, exponent and mantissa, the mantissa in its lowest bits: the upper ones of bfloat16's 7, as many as
+the expert's levels need. Exponent 0 means that the level is zero, any other is bfloat16's - base + 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+PARAMETERS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64)
+BLOCK_ROWS = 32
+SEGMENT = 1024
+LEVELS = (2, 3)
+
+# Decoders look at this many bits at once. A token with a non-zero has at most 9; what remains is for more tokens.
+WINDOW = 12
+
+# Weights encoded at once: small enough for the working memory, about two bytes for each, to stay in the cache.
+CHUNK_WEIGHTS = 1_000_000
+
+
+# --- Tokens ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _tails(m: int, num_levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bits `0 r v`, first bit lowest, and how many they are: int64 [m * num_levels], at r * num_levels + v - 1."""
+    b = (m - 1).bit_length()
+    cut = (1 << b) - m
+    symbols = ("0", "1") if num_levels == 2 else ("10", "0", "11")
+    remainders = [format(r, f"0{b - 1}b") if r < cut else format(r + cut, f"0{b}b") for r in range(m)] if b else [""]
+    tails = ["0" + r + v for r in remainders for v in symbols]
+    return np.array([int(t[::-1], 2) for t in tails]), np.array([len(t) for t in tails])
+
+
+@functools.cache
+def window_table(num_levels: int) -> np.ndarray:
+    """What each window of bits, first bit lowest, begins with: uint32 [len(PARAMETERS), 2^WINDOW], read-only.
+
+    From the lowest bit of an entry:
+
+        4 bits    length of the first token
+        7 bits    weights that it stands for
+        2 bits    symbol of the last of them, 0 in a run of zeros
+        4 bits    length of all tokens that the window holds whole
+        10 bits   weights that these stand for
+    """
+    windows = np.arange(1 << WINDOW)
+    table = np.zeros((len(PARAMETERS), 1 << WINDOW), np.uint32)
+    for row, m in zip(table, PARAMETERS, strict=True):
+        length, weights, symbol = np.ones_like(windows), np.full_like(windows, m), np.zeros_like(windows)
+        for i, (tail, bits) in enumerate(zip(*_tails(m, num_levels), strict=True)):
+            match = windows & ((1 << bits) - 1) == tail
+            length[match], weights[match], symbol[match] = bits, i // num_levels + 1, i % num_levels + 1
+        used, passed = length.copy(), weights.copy()
+        for _ in range(WINDOW - 1):
+            rest = windows >> used
+            more = used + length[rest] <= WINDOW  # The bits above the window are none of its own.
+            passed += np.where(more, weights[rest], 0)
+            used += np.where(more, length[rest], 0)
+        row[:] = length | weights << 4 | symbol << 11 | used << 13 | passed << 17
+    table.setflags(write=False)
+    return table
+
+
+def _place(codes: np.ndarray, at: np.ndarray, num_words: int) -> np.ndarray:
+    """uint32 [num_words]: codes of up to 32 bits, int64, each from bit `at` on. They must not overlap."""
+    shifted = codes.astype(np.uint64) << (at & 31).astype(np.uint64)
+    word = at >> 5
+    # A sum of distinct bits is exact: below 2^32.
+    low = np.bincount(word, (shifted & 0xFFFFFFFF).astype(np.uint32), num_words)
+    high = np.bincount(word + 1, (shifted >> 32).astype(np.uint32), num_words + 1)[:num_words]
+    return (low + high).astype(np.uint32)
+
+
+# --- Encoding -------------------------------------------------------------------------------------------------------
+
+
+def encode_experts(symbols: jax.Array | np.ndarray, num_levels: int) -> dict[str, np.ndarray]:
+    """Encodes all experts of a layer: symbols uint8 [experts, out, in] -> `data` (see the module's docstring).
+
+    Raises ValueError for another dtype, an empty axis, symbols above `num_levels`, another number of levels than 2 or
+    3, or a stream of more than 2^32 bits.
+    """
+    symbols = np.asarray(symbols)
+    if num_levels not in LEVELS:
+        raise ValueError(f"levels: {num_levels} in a row, expected 2 or 3.")
+    if symbols.dtype != np.uint8:
+        raise ValueError(f"symbols: dtype {symbols.dtype}, expected uint8.")
+    if symbols.ndim != 3 or 0 in symbols.shape:
+        raise ValueError(f"symbols: shape {list(symbols.shape)}, expected [experts, out, in], none of them zero.")
+    if (largest := int(symbols.max())) > num_levels:
+        raise ValueError(f"symbols: found the value {largest}, expected 0 (zero) to {num_levels} (the last level).")
+    encoded = [_encode(matrix, num_levels) for matrix in symbols]
+    words, starts, skips, parameters = zip(*encoded, strict=True)
+    return {
+        "words": np.concatenate(words),
+        "word_counts": np.array([w.size for w in words], np.int32),
+        "starts": np.stack(starts),
+        "skips": np.stack(skips),
+        "parameters": np.array(parameters, np.uint8),
+    }
+
+
+def _encode(symbols: np.ndarray, num_levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """One expert: symbols [out, in] -> words [n], starts and skips [out, segments], m."""
+    out, columns = symbols.shape
+    rows = BLOCK_ROWS * max(1, CHUNK_WEIGHTS // (BLOCK_ROWS * columns))  # whole blocks
+    chunks = [symbols[i : i + rows] for i in range(0, out, rows)]
+    m, bits = _best_parameter(chunks, num_levels)
+    if bits >= 2**32:
+        raise ValueError(f"symbols: a matrix of shape {[out, columns]} takes {bits} bits, expected fewer than 2^32.")
+
+    words = np.full(-(-bits // 32) + 1, 0xFFFFFFFF, np.uint32)
+    tails, tail_bits = _tails(m, num_levels)
+    holes = ((1 << tail_bits) - 1) & ~tails  # A stream is ones but for the zeros of its tails.
+    starts, skips = [], []
+    begin = 0
+    for chunk in chunks:
+        position, gap, first, rest = _runs(chunk)
+        # --- Where tokens are: `bit` counts from the chunk's first, without the ones at the ends of blocks.
+        quotient = gap // m
+        tail = (gap - quotient * m) * num_levels + chunk.reshape(-1)[position] - 1
+        bit = np.append(0, np.cumsum(quotient + tail_bits[tail]))
+        block_ones = -(-rest // m)
+        ones_before = np.append(0, np.cumsum(block_ones)) + begin  # [blocks + 1]
+        at = bit[1:] - tail_bits[tail] + np.repeat(ones_before[:-1], np.diff(first))
+        word = begin // 32
+        end = int(bit[-1] + ones_before[-1])
+        words[word : -(-end // 32)] ^= _place(holes[tail], at - 32 * word, -(-end // 32) - word)
+        # --- Which of them hold the first weights of segments.
+        weight = np.add.outer(np.arange(len(chunk)) * columns, np.arange(0, columns, SEGMENT))  # [rows, segments]
+        block = np.arange(len(chunk))[:, None] // BLOCK_ROWS
+        following = np.searchsorted(position, weight)  # the first non-zero that isn't before the segment
+        previous = np.append(-1, position)[following]
+        zeros = weight - np.maximum(previous + 1, block * BLOCK_ROWS * columns)
+        starts.append(bit[following] + ones_before[block] + zeros // m)
+        skips.append(zeros % m)
+        begin = end
+    words[bits // 32] &= (1 << bits % 32) - 1
+    words[bits // 32 + 1 :] = 0
+    return words, np.concatenate(starts).astype(np.uint32), np.concatenate(skips).astype(np.uint8), m
+
+
+def _runs(symbols: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where the non-zeros of symbols [rows, in] are, in row-major order.
+
+    Returns:
+      position: [n], place of each.
+      gap: [n], zeros between it and the one before in its block.
+      first: [blocks + 1], which is the first that isn't before each block.
+      rest: [blocks], zeros after the last of each block.
+    """
+    position = np.flatnonzero(symbols.reshape(-1) != 0)
+    borders = np.append(np.arange(0, symbols.size, BLOCK_ROWS * symbols.shape[1]), symbols.size)
+    first = np.searchsorted(position, borders)
+    gap = np.diff(position, prepend=-1) - 1
+    full = np.flatnonzero(np.diff(first))  # blocks with a non-zero
+    gap[first[full]] = position[first[full]] - borders[full]
+    rest = np.diff(borders)
+    rest[full] = borders[full + 1] - 1 - position[first[full + 1] - 1]
+    return position, gap, first, rest
+
+
+def _best_parameter(chunks: list[np.ndarray], num_levels: int) -> tuple[int, int]:
+    """The m that takes least bits for an expert, and these."""
+    histogram = np.zeros(BLOCK_ROWS * chunks[0].shape[1] + 1, np.int64)
+    rests, symbol_bits = [], 0
+    for chunk in chunks:
+        position, gap, _, rest = _runs(chunk)
+        counts = np.bincount(gap)
+        histogram[: counts.size] += counts
+        rests.append(rest)
+        symbol_bits += position.size * (num_levels - 1) - (np.count_nonzero(chunk == 2) if num_levels == 3 else 0)
+    rest = np.concatenate(rests)
+    gap = np.flatnonzero(histogram)
+    count = histogram[gap]
+    costs = []
+    for m in PARAMETERS:
+        tail_bits = _tails(m, 2)[1][::2] - 1  # of 0 and r
+        quotient = gap // m
+        costs.append(int((count * (quotient + tail_bits[gap - quotient * m])).sum() + (-(-rest // m)).sum()))
+    best = int(np.argmin(costs))
+    return PARAMETERS[best], costs[best] + symbol_bits
+
+
+# --- Decoding -------------------------------------------------------------------------------------------------------
+
+
+def _window(words, first_word, bit):
+    """The next WINDOW bits of each lane, int32; whatever the arguments are, nothing is read out of bounds."""
+    index = first_word + (bit >> 5).astype(jnp.int32)
+    low, high = (words.at[jnp.clip(index + i, 0, words.size - 1)].get(mode="promise_in_bounds") for i in (0, 1))
+    shift = bit & 31
+    window = (low >> shift) | (high << 1 << (31 - shift))
+    return (window & ((1 << WINDOW) - 1)).astype(jnp.int32)
+
+
+def static_bound(data: Mapping[str, np.ndarray]) -> int:
+    """Nothing: loops end when all lanes have."""
+    return 0
+
+
+def decode_expert(
+    data: Mapping[str, jax.Array], shape: tuple[int, int, int], num_levels: int, bound: int, expert
+) -> jax.Array:
+    """Decodes one expert, inside `jit`: symbols uint8 [out, in]. `expert` may be traced.
+
+    Each segment of a row is a lane; in every step each lane takes a token.
+    """
+    _, out, columns = shape
+    counts, parameters = data["word_counts"], data["parameters"].astype(jnp.int32)
+    first_word = jnp.sum(jnp.where(jnp.arange(counts.size) < expert, counts, 0))
+    slot = jnp.searchsorted(jnp.asarray(PARAMETERS), parameters[expert])
+    entries = jnp.asarray(window_table(num_levels))[jnp.minimum(slot, len(PARAMETERS) - 1)]  # [2^WINDOW]
+
+    begin = jnp.arange(0, columns, SEGMENT)
+    end = jnp.minimum(begin + SEGMENT, columns)
+    begin, end = (jnp.broadcast_to(a, (out, begin.size)) for a in (begin, end))  # [out, segments]
+    row = jnp.arange(out)[:, None] * columns
+
+    def step(state):
+        bit, column, symbols = state
+        entry = entries.at[_window(data["words"], first_word, bit)].get(mode="promise_in_bounds")
+        entry = jax.lax.optimization_barrier(entry)  # Gathered once, not once for each use.
+        last = column + (entry >> 4 & 127).astype(jnp.int32) - 1
+        own = (last >= begin) & (last < end) & (column < end)
+        index = jnp.where(own, row + last, symbols.size)
+        symbols = symbols.at[index].set((entry >> 11 & 3).astype(jnp.uint8), mode="drop")
+        return bit + (entry & 15), last + 1, symbols
+
+    first = begin - data["skips"][expert].astype(jnp.int32)
+    # Zeros, which `shard_map` takes for as different between devices as the streams are.
+    symbols = jnp.zeros(out * columns, jnp.uint8) | data["parameters"][expert] & 0
+    state = (data["starts"][expert], first, symbols)
+    _, _, symbols = jax.lax.while_loop(lambda state: jnp.any(state[1] < end), step, state)
+    return symbols.reshape(out, columns)
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "num_levels"))
+def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
+    """Walks all blocks side by side, whatever the words hold; every argument but `words` has one entry for each.
+
+    Args:
+      words: uint32 [n].
+      first_word: int32, at which the expert begins.
+      slot: int32, index of m in PARAMETERS.
+      bit: uint32, at which the block begins.
+      weights: int32, of the block.
+
+    Returns:
+      starts: uint32 [rows * segments, blocks], see the module's docstring.
+      skips: int32 [rows * segments, blocks].
+      end: uint32 [blocks], the bit at which the block ends.
+      fits: bool [blocks], whether no non-zero lies beyond the block's end.
+    """
+    table = jnp.asarray(window_table(num_levels).reshape(-1))
+
+    def next_entry(bit):
+        return table.at[(slot << WINDOW) + _window(words, first_word, bit)].get(mode="promise_in_bounds")
+
+    def walk_to(border, bit, position):
+        """Takes tokens up to the one that holds the weight `border`."""
+
+        def step(state):
+            bit, position, _ = state
+            entry = jax.lax.optimization_barrier(next_entry(bit))
+            whole = position + (entry >> 17).astype(jnp.int32) <= border
+            length = jnp.where(whole, entry >> 13, entry) & 15
+            passed = jnp.where(whole, entry >> 17, entry >> 4 & 127).astype(jnp.int32)
+            goes_on = position + passed <= border
+            return bit + jnp.where(goes_on, length, 0), position + jnp.where(goes_on, passed, 0), goes_on
+
+        state = (bit, position, jnp.ones_like(bit, bool))
+        return jax.lax.while_loop(lambda state: jnp.any(state[2]), step, state)[:2]
+
+    def to_segment(state, first):
+        first = jnp.minimum(first, weights)
+        bit, position = walk_to(first, *state)
+        return (bit, position), (bit, first - position)
+
+    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, SEGMENT)).reshape(-1)
+    state, (starts, skips) = jax.lax.scan(to_segment, (bit, jnp.zeros_like(weights)), jnp.asarray(segments, jnp.int32))
+    bit, position = walk_to(weights, *state)
+    more = position < weights  # One token more, which stands for weights that don't exist too: it has to be zeros.
+    entry = next_entry(bit)
+    return starts, skips, bit + jnp.where(more, entry & 15, 0), ~more | (entry >> 11 & 3 == 0)
+
+
+# --- What is stored -------------------------------------------------------------------------------------------------
+
+
+def pack(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """What a checkpoint stores, of `data` and levels bfloat16 [experts, out, 2 or 3]."""
+    level_words, level_formats = _pack_levels(np.asarray(levels))
+    return {
+        **{name: np.asarray(data[name]) for name in ("words", "word_counts", "parameters")},
+        "block_starts": np.asarray(data["starts"][:, ::BLOCK_ROWS, 0]),
+        "level_words": level_words,
+        "level_formats": level_formats,
+    }
+
+
+def stored_nbytes(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> int:
+    """Bytes of all that `pack` returns."""
+    experts, out, _ = shape
+    as_they_are = sum(data[name].size * data[name].dtype.itemsize for name in ("words", "word_counts", "parameters"))
+    level_counts = _level_counts(_level_formats(np.asarray(levels)), out)
+    return as_they_are + 4 * experts * -(-out // BLOCK_ROWS) + 4 * int(level_counts.sum()) + 5 * experts
+
+
+def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """`data` and levels bfloat16 [experts, out, 2 or 3] of what `pack` returned.
+
+    Raises ValueError, naming the expert and the block or row: arrays missing or of another dtype or shape; unknown
+    parameters; blocks that don't end where the next one begins; levels that don't decode to finite numbers.
+    """
+    experts, out, columns = shape
+    blocks = -(-out // BLOCK_ROWS)
+    expected = {
+        "words": (np.uint32, (None,)),
+        "word_counts": (np.int32, (experts,)),
+        "parameters": (np.uint8, (experts,)),
+        "block_starts": (np.uint32, (experts, blocks)),
+        "level_words": (np.uint32, (None,)),
+        "level_formats": (np.uint8, (experts, 5)),
+    }
+    if set(stored) != set(expected):
+        raise ValueError(f"gap codec: found arrays {sorted(stored)}, expected {', '.join(expected)}.")
+    if min(shape) < 1:
+        raise ValueError(f"shape {list(shape)}, expected [experts, out, in], none of them zero.")
+    stored = {name: np.asarray(array) for name, array in stored.items()}
+    for name, (dtype, sizes) in expected.items():
+        a = stored[name]
+        if a.dtype != dtype or a.shape != tuple(a.size if n is None else n for n in sizes):
+            text = "[n]" if None in sizes else str(list(sizes))
+            raise ValueError(f"{name}: {a.dtype} {list(a.shape)}, expected {np.dtype(dtype)} {text}.")
+    levels = _unpack_levels(stored["level_words"], stored["level_formats"], out)
+    words, counts, parameters = (stored[name] for name in ("words", "word_counts", "parameters"))
+    if words.size >= 2**31:
+        raise ValueError(f"words: {words.size} of them, expected fewer than 2^31; split the experts.")
+    if np.any(counts < 2):
+        expert = np.argmax(counts < 2)
+        raise ValueError(f"word_counts: expert {expert} has {counts[expert]} words, expected at least 2.")
+    if counts.sum(dtype=np.int64) != words.size:
+        raise ValueError(f"words: found {words.size}, but word_counts count {counts.sum(dtype=np.int64)}.")
+    slots = np.searchsorted(PARAMETERS, parameters)
+    for expert in np.flatnonzero(np.append(PARAMETERS, 0)[slots] != parameters):
+        raise ValueError(f"parameters: expert {expert} has {parameters[expert]}, expected one of {PARAMETERS}.")
+
+    first_word = (np.cumsum(counts, dtype=np.int64) - counts).astype(np.int32)
+    begin = stored["block_starts"]
+    for expert in np.flatnonzero(begin[:, 0]):
+        raise ValueError(f"block_starts: expert {expert} begins at bit {begin[expert, 0]}, expected 0.")
+    block_weights = columns * np.minimum(BLOCK_ROWS, out - BLOCK_ROWS * np.arange(blocks))
+    walked = _walk(
+        jnp.asarray(words),
+        np.repeat(first_word, blocks),
+        np.repeat(slots.astype(np.int32), blocks),
+        begin.reshape(-1),
+        np.tile(block_weights.astype(np.int32), experts),
+        columns=columns,
+        num_levels=levels.shape[-1],
+    )
+    starts, skips, end, fits = map(np.asarray, walked)
+    _check_ends(words, first_word, counts, begin, end.reshape(experts, blocks), fits.reshape(experts, blocks))
+
+    def by_row(a):  # [rows * segments of a block, experts * blocks] -> [experts, out, segments]
+        a = a.reshape(BLOCK_ROWS, -1, experts, blocks).transpose(2, 3, 0, 1)
+        return np.ascontiguousarray(a.reshape(experts, blocks * BLOCK_ROWS, -1)[:, :out])
+
+    data = {
+        "words": words,
+        "word_counts": counts,
+        "starts": by_row(starts),
+        "skips": by_row(skips.astype(np.uint8)),
+        "parameters": parameters,
+    }
+    return data, levels
+
+
+def _check_ends(words, first_word, counts, begin, end, fits) -> None:
+    """Raises ValueError unless every block ends where the next begins, and the last one in its expert's last word."""
+    for expert, block in np.argwhere(~fits):
+        raise ValueError(
+            f"words: expert {expert}, block {block} (from row {BLOCK_ROWS * block} on) has a non-zero beyond its end."
+        )
+    for expert, block in np.argwhere(end[:, :-1] != begin[:, 1:]):
+        raise ValueError(
+            f"words: expert {expert}, block {block} (from row {BLOCK_ROWS * block} on) ends at bit "
+            f"{end[expert, block]}, but the next one begins at {begin[expert, block + 1]}."
+        )
+    last = end[:, -1].astype(np.int64)
+    needed = -(-last // 32) + 1
+    for expert in np.flatnonzero(needed != counts):
+        raise ValueError(
+            f"words: expert {expert} ends at bit {last[expert]}, which takes {needed[expert]} words, but word_counts "
+            f"says {counts[expert]}."
+        )
+    index = first_word + last // 32  # the first word with padding
+    padding = words[index] >> (last % 32).astype(np.uint32) | words[first_word + counts - 1]
+    for expert in np.flatnonzero(padding):
+        raise ValueError(f"words: expert {expert} ends at bit {last[expert]}, but is not zero after it.")
+
+
+def _level_formats(levels: np.ndarray) -> np.ndarray:
+    """The least widths that hold all levels of each expert: uint8 [experts, 5] (see the module's docstring)."""
+    experts, _, num_levels = levels.shape
+    bits = levels.reshape(experts, -1).view(np.uint16)
+    zero = bits & 0x7FFF == 0
+    exponent = (bits >> 7 & 255).astype(int)
+    base = np.where(zero, 255, exponent).min(-1)
+    span = np.where(zero, 0, exponent - base[:, None] + 1).max(-1)
+    mantissas = np.bitwise_or.reduce(bits & 127, axis=-1)
+    trailing = np.array([7 if m == 0 else int(m & -m).bit_length() - 1 for m in mantissas.astype(int)])
+    return np.stack(
+        [
+            np.where(span == 0, 0, base),
+            [max(1, int(s).bit_length()) for s in span],  # Orbax refuses empty arrays.
+            7 - trailing,
+            (bits >> 15).max(-1),
+            np.full(experts, num_levels),
+        ],
+        axis=-1,
+    ).astype(np.uint8)
+
+
+def _level_counts(formats: np.ndarray, out: int) -> np.ndarray:
+    """Words that each expert's levels take, int64 [experts]."""
+    width = formats[:, 1:4].sum(-1, dtype=np.int64)
+    return -(-width * out * formats[:, 4] // 32)
+
+
+def _level_places(formats: np.ndarray, out: int, num_levels: int) -> np.ndarray:
+    """Bit at which each level begins, int64 [experts, out * levels]."""
+    counts = _level_counts(formats, out)
+    width = formats[:, 1:4].sum(-1, dtype=np.int64)
+    return 32 * (np.cumsum(counts) - counts)[:, None] + width[:, None] * np.arange(out * num_levels)
+
+
+def _pack_levels(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """levels bfloat16 [experts, out, L] -> words uint32 [k], formats uint8 [experts, 5]."""
+    experts, out, num_levels = levels.shape
+    formats = _level_formats(levels)
+    base, exponent_bits, mantissa_bits, _, _ = formats.T.astype(np.int64)[:, :, None]  # [experts, 1]
+    bits = levels.reshape(experts, -1).view(np.uint16).astype(np.int64)
+    exponent = np.where(bits & 0x7FFF == 0, 0, (bits >> 7 & 255) - base + 1)
+    mantissa = (bits & 127) >> 7 - mantissa_bits
+    codes = bits >> 15 << exponent_bits + mantissa_bits | exponent << mantissa_bits | mantissa
+    at = _level_places(formats, out, num_levels)
+    return _place(codes.reshape(-1), at.reshape(-1), int(_level_counts(formats, out).sum())), formats
+
+
+def _unpack_levels(words: np.ndarray, formats: np.ndarray, out: int) -> np.ndarray:
+    """Inverse of `_pack_levels`. Raises ValueError, naming the expert and the row, for what that doesn't return."""
+    experts = len(formats)
+    limits = np.array([254, 8, 7, 1, LEVELS[-1]])
+    for expert in np.flatnonzero((formats > limits).any(-1) | ~np.isin(formats[:, 4], LEVELS)):
+        raise ValueError(f"level_formats: expert {expert} has {formats[expert].tolist()}, expected at most {limits}.")
+    num_levels = int(formats[0, 4])
+    for expert in np.flatnonzero(formats[:, 4] != num_levels):
+        raise ValueError(f"level_formats: expert {expert} has {formats[expert, 4]} levels, expected {num_levels}.")
+    if (needed := int(_level_counts(formats, out).sum())) != words.size:
+        raise ValueError(f"level_words: found {words.size}, but level_formats count {needed}.")
+
+    base, exponent_bits, mantissa_bits, signs, _ = formats.T.astype(np.uint64)[:, :, None]  # [experts, 1]
+    at = _level_places(formats, out, num_levels)
+    padded = np.append(words, np.zeros(2, np.uint32)).astype(np.uint64)
+    codes = (padded[at >> 5] | padded[(at >> 5) + 1] << 32) >> (at & 31).astype(np.uint64)
+    mantissa = (codes & (1 << mantissa_bits) - 1) << 7 - mantissa_bits
+    exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1
+    sign = codes >> mantissa_bits + exponent_bits & signs
+    bits = sign << 15 | np.where(exponent == 0, 0, exponent + base - 1) << 7 | mantissa
+    bad = (exponent + base > 255) & (exponent > 0) | (exponent == 0) & (mantissa > 0)
+    for expert, i in np.argwhere(bad):
+        raise ValueError(f"level_words: expert {expert}, row {i // num_levels} holds a level that is not a number.")
+    return bits.astype(np.uint16).reshape(experts, out, num_levels).view(ml_dtypes.bfloat16)

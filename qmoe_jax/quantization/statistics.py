@@ -1,0 +1,173 @@
+"""What calibration tokens tell of a group of experts: weighted Hessians of their inputs and of their hidden units.
+
+Tokens come in chunks; of each chunk every expert has its own. X are an expert's inputs, A = activation(wi X) its hidden
+units; wi, wo stand for kernels [in, out], as T5X has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from qmoe_jax.models.layers import activate
+from qmoe_jax.quantization.hessian import accumulate_weighted
+
+TOKENS_PER_CHUNK = 512
+SAMPLE = 256  # tokens of the layer that `shrinkage` stands for
+
+
+class Samples(NamedTuple):
+    """Rows of the layer's inputs, and what each counts: one expert's tokens."""
+
+    rows: np.ndarray  # int [tokens]
+    weights: np.ndarray  # float32 [tokens]
+
+
+def weighted_tokens(
+    tokens: Sequence[np.ndarray],
+    gates: Sequence[np.ndarray],
+    calibration: np.ndarray,
+    *,
+    router_weighted: bool,
+    shrinkage: float,
+) -> list[Samples]:
+    """The tokens of each expert, with weights.
+
+    Args:
+      tokens: per expert, rows of the calibration tokens routed to it.
+      gates: per expert, their router probabilities. An output is multiplied by its own, so its squared error counts
+        with the square.
+      calibration: rows of all calibration tokens.
+      router_weighted: weight by the squares, otherwise equally.
+      shrinkage: weight, in tokens, of a sample from all calibration tokens. It gives directions that an expert has not
+        seen the weight that they have in the layer; a starved expert is quantized for the layer's tokens.
+    """
+    weights = [g.astype(np.float32) ** 2 if router_weighted else np.ones(len(g), np.float32) for g in gates]
+    if not shrinkage or len(calibration) == 0:
+        return list(map(Samples, tokens, weights))
+    sample = calibration[np.linspace(0, len(calibration) - 1, min(SAMPLE, len(calibration))).astype(int)]
+    every = np.concatenate(weights)
+    each = shrinkage / len(sample) * (every.mean() if len(every) else 1.0)
+    return [
+        Samples(np.concatenate([t, sample]), np.concatenate([w, np.full(len(sample), each, np.float32)]))
+        for t, w in zip(tokens, weights, strict=True)
+    ]
+
+
+def input_hessians(inputs: np.ndarray, samples: Sequence[Samples], sharding: NamedSharding) -> jax.Array:
+    """2/n X'X, weighted, of the inputs of wi: float32 [experts, d_model, d_model].
+
+    Args:
+      inputs: [all tokens, d_model].
+      samples: per expert.
+      sharding: of the expert axis.
+    """
+    H, n = _zeros(sharding, len(samples), inputs.shape[1], inputs.shape[1])
+    for X, weight in _chunks(inputs, samples, sharding):
+        H, n = accumulate_weighted(H, n, X, X, weight)
+    return H
+
+
+def hidden_importance(
+    kernels: dict[str, jax.Array], inputs: np.ndarray, samples: Sequence[Samples], sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """What the squared error of each hidden unit counts in the expert's output: float32 [experts, d_ff], for each wi.
+
+    An error of unit j's sum comes out as error * activation'(sum) * wo[j]: its square counts |wo[j]|^2 times the
+    mean square of the derivative over the expert's tokens. At least a thousandth of the mean.
+    """
+    names = [m for m in sorted(kernels) if m != "wo"]
+    experts, d_ff, _ = kernels["wo"].shape
+    state = jax.device_put((jnp.zeros((experts, len(names), d_ff)), jnp.zeros(experts)), sharding)
+    for X, weight in _chunks(inputs, samples, sharding):
+        state = _accumulate_slopes(state, [kernels[m] for m in names], X, weight)
+    return dict(zip(names, _importance(state[0], kernels["wo"]), strict=True))
+
+
+@jax.jit
+def _accumulate_slopes(state, wi, X, weight):
+    slopes, n = state
+    sums = jnp.stack([_hidden_sums(X, k) for k in wi])  # [matrices, experts, tokens, d_ff]
+    _, derivative = jax.vjp(lambda s: activate(list(s)), sums)
+    (slope,) = derivative(jnp.ones(sums.shape[1:], sums.dtype))
+    total = n + weight.sum(-1)
+    per_token = 1 / jnp.where(total > 0, total, 1.0)
+    new = jnp.einsum("metf,et->emf", slope**2, weight, precision=jax.lax.Precision.HIGHEST)
+    return slopes * (n * per_token)[:, None, None] + per_token[:, None, None] * new, total
+
+
+@jax.jit
+def _importance(slopes, wo):
+    found = slopes * jnp.sum(wo.astype(jnp.float32) ** 2, -1)[:, None]  # [experts, matrices, d_ff]
+    mean = found.mean(-1, keepdims=True)
+    found = jnp.where(mean > 0, jnp.maximum(found, 1e-3 * mean), 1.0)
+    return list(jnp.unstack(found, axis=1))
+
+
+def hidden_statistics(
+    kernels: dict[str, jax.Array],
+    wi: dict[str, jax.Array],
+    inputs: np.ndarray,
+    samples: Sequence[Samples],
+    sharding: NamedSharding,
+    *,
+    residuals: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Statistics of wo's inputs, which are those of the (quantized) wi.
+
+    Args:
+      kernels: by name, float32 [experts, in, out], unquantized.
+      wi: those that make the hidden units.
+      inputs, samples, sharding: as in `input_hessians`.
+      residuals: whether R is wanted.
+
+    Returns:
+      H = 2/n sum of â â', [experts, d_ff, d_ff], for the hidden units â that wi makes; and, or None,
+      R = 2/n sum of wo'(a - â) â', [experts, d_model, d_ff], where a are the unquantized expert's.
+    """
+    experts, d_ff, d_model = kernels["wo"].shape
+    H, n = _zeros(sharding, experts, d_ff, d_ff)
+    R, n_R = _zeros(sharding, experts, d_model, d_ff)
+    for X, weight in _chunks(inputs, samples, sharding):
+        now = _hidden(X, wi)
+        H, n = accumulate_weighted(H, n, now, now, weight)
+        if residuals:
+            R, n_R = accumulate_weighted(R, n_R, _lacking(X, now, kernels), now, weight)
+    return H, R if residuals else None
+
+
+def _hidden_sums(X, kernel):
+    return jnp.einsum("eti,eio->eto", X.astype(jnp.float32), kernel)
+
+
+@jax.jit
+def _hidden(X, kernels):
+    return activate([_hidden_sums(X, k) for m, k in sorted(kernels.items()) if m != "wo"])
+
+
+@jax.jit
+def _lacking(X, now, kernels):
+    return jnp.einsum("etf,efo->eto", _hidden(X, kernels) - now, kernels["wo"])
+
+
+def _zeros(sharding, experts, rows, columns):
+    return jax.device_put((jnp.zeros((experts, rows, columns)), jnp.zeros(experts)), sharding)
+
+
+def _chunks(inputs, samples: Sequence[Samples], sharding) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """X [experts, chunk, d_model] and weights [experts, chunk], until all experts' tokens have come."""
+    most = max(len(s.rows) for s in samples)
+    chunk = min(TOKENS_PER_CHUNK, max(16, 1 << (most - 1).bit_length()))
+    for first in range(0, most, chunk):
+        index = np.zeros((len(samples), chunk), np.int64)
+        weight = np.zeros((len(samples), chunk), np.float32)
+        for e, (rows, weights) in enumerate(samples):
+            rows, weights = rows[first : first + chunk], weights[first : first + chunk]
+            index[e, : len(rows)] = rows
+            weight[e, : len(rows)] = weights
+        yield jax.device_put((inputs[index], weight), sharding)

@@ -1,0 +1,243 @@
+"""experiments/convert.py, and that the other experiments take what it makes."""
+
+import json
+import pathlib
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import tiny_model
+from absl import app, flags
+
+from qmoe_jax.checkpoints import CompressedWriter, open_checkpoint
+from qmoe_jax.codecs.experts import CompressedExperts
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALL = ("--config.memory.tokens_per_batch=512", "--config.memory.experts_per_group=4", "--config.compare=false")
+
+app.define_help_flags()  # Otherwise the first script would, and only once.
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run('convert', *flags) -> (exit code, output, errors), as `python experiments/convert.py ...`."""
+
+    def run_here(experiment, *args):
+        script = ROOT / f"experiments/{experiment}.py"
+        known = set(flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
+        capfd.readouterr()
+        code, message = 0, ""
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as e:  # Python prints what isn't a number, and exits with 1.
+            code, message = (e.code, "") if isinstance(e.code, int | None) else (1, e.code)
+        finally:
+            for name in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, name)
+        out, err = capfd.readouterr()
+        return code or 0, out, err + message
+
+    return run_here
+
+
+@pytest.fixture
+def convert(run, tmp_path):
+    """convert(checkpoint, name, codec) -> the path of a new checkpoint."""
+
+    def run_with(checkpoint, name, codec):
+        code, _, errors = run(
+            "convert", f"--checkpoint={checkpoint}", f"--output={tmp_path / name}", f"--codec={codec}"
+        )
+        assert code == 0, errors
+        return tmp_path / name
+
+    return run_with
+
+
+def write(directory, codec, num_levels=2, zeros=0.885):
+    """A compressed checkpoint of the tiny model's shapes: random symbols, levels and dense parameters."""
+    config, rng = tiny_model.CONFIG, np.random.default_rng(0)
+    shapes = {"wi": (config.d_ff, config.d_model), "wo": (config.d_model, config.d_ff)}
+    p = [zeros] + [(1 - zeros) / num_levels] * num_levels
+    with CompressedWriter(
+        directory, config, {"bits": 1.5, "method": "made up"}, codec, {"origin": "nowhere"}
+    ) as writer:
+        for layer in config.sparse_layers:
+            matrices = {}
+            for name, (out, width) in shapes.items():
+                symbols = rng.choice(num_levels + 1, (config.num_experts, out, width), p=p).astype(np.uint8)
+                levels = np.sort(rng.standard_normal((config.num_experts, out, num_levels)), axis=-1)
+                matrices[name] = CompressedExperts.from_symbols(symbols, levels, codec)
+            writer.write_layer(layer, matrices)
+        writer.finish({n: v for n, v in tiny_model.random_params(config).items() if "/mlp/expert/" not in n})
+    return directory
+
+
+def assert_same_weights(a, b):
+    """Symbols, levels and dense parameters are bitwise the same, and the manifest says the same of the model."""
+    a, b = open_checkpoint(a), open_checkpoint(b)
+    assert a.config == b.config and a.provenance == b.provenance
+    assert a.manifest["quantization"] == b.manifest["quantization"]
+    for layer in a.config.sparse_layers:
+        ((_, _, found),), ((_, _, expected),) = a.experts(layer), b.experts(layer)
+        assert list(found) == list(expected)
+        for name in expected:
+            np.testing.assert_array_equal(found[name].symbols(), expected[name].symbols())
+            assert np.asarray(found[name].levels).tobytes() == np.asarray(expected[name].levels).tobytes()
+    assert set(a.specs) == set(b.specs)
+    for name in b.specs:
+        assert a.read(name).tobytes() == b.read(name).tobytes()
+
+
+def stored(path):
+    """{layer and matrix: {array's name: bytes}} of all experts."""
+    checkpoint = open_checkpoint(path)
+    return {
+        (layer, name): {n: a.tobytes() for n, a in matrix.stored().items()}
+        for layer in checkpoint.config.sparse_layers
+        for _, _, matrices in checkpoint.experts(layer)
+        for name, matrix in matrices.items()
+    }
+
+
+def assert_fails(result, *names):
+    code, _, errors = result
+    assert code == 1 and "Traceback" not in errors
+    (line,) = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    for name in names:
+        assert str(name) in line
+
+
+# --- Lossless --------------------------------------------------------------------------------------------------------
+
+
+def test_there_and_back_is_the_identity(convert, tmp_path):
+    original = write(tmp_path / "original", "dictionary")
+    gap = convert(original, "gap", "gap")
+    back = convert(gap, "back", "dictionary")
+    assert open_checkpoint(gap).codec == "gap" and open_checkpoint(back).codec == "dictionary"
+    assert_same_weights(gap, original)
+    assert_same_weights(back, original)
+    assert stored(back) == stored(original)
+    assert stored(convert(gap, "again", "gap")) == stored(gap)
+
+
+def test_three_levels_stay(convert, tmp_path):
+    original = write(tmp_path / "original", "gap", num_levels=3)
+    assert_same_weights(convert(original, "copy", "gap"), original)
+
+
+def test_report_counts_the_bytes_of_both(run, tmp_path):
+    original = write(tmp_path / "original", "dictionary")
+    code, out, errors = run("convert", f"--checkpoint={original}", f"--output={tmp_path / 'gap'}", "--codec=gap")
+    assert code == 0, errors
+    report = json.loads((tmp_path / "gap" / "convert.json").read_text())
+    for path, sizes in ((original, report["before"]), (tmp_path / "gap", report["after"])):
+        arrays = stored(path)
+        size = sum(len(a) for matrix in arrays.values() for a in matrix.values())
+        config = tiny_model.CONFIG
+        weights = len(arrays) * config.num_experts * config.d_ff * config.d_model
+        dense = sum(2 * np.prod(spec.shape) for spec in open_checkpoint(path).specs.values())
+        assert (sizes["codec"], sizes["bytes_experts"]) == (open_checkpoint(path).codec, size)
+        assert sizes["bytes_model"] == size + dense
+        assert sizes["bits_per_weight"] == pytest.approx(8 * size / weights)
+        assert sizes["compression_experts"] == pytest.approx(2 * weights / size)
+        assert f"{sizes['bits_per_weight']:.4f}" in out
+    assert report["provenance"] == {"origin": "nowhere"}
+    assert "converting: 100%" in errors
+
+
+def test_what_compress_makes_evaluates_to_the_same_loss(run, convert, tiny, tmp_path):
+    """With either codec, and converted; generate takes them too."""
+    losses = {}
+    for codec in ("dictionary", "gap"):
+        where = (f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / codec}", f"--config.codec.name={codec}")
+        code, _, errors = run("compress", *where, *tiny.flags(), *SMALL)
+        assert code == 0, errors
+        losses[codec] = json.loads((tmp_path / codec / "report.json").read_text())["loss"]
+    assert losses["gap"] == losses["dictionary"]
+    assert_same_weights(tmp_path / "gap", tmp_path / "dictionary")
+    for path in (tmp_path / "gap", convert(tmp_path / "gap", "converted", "dictionary")):
+        report = tmp_path / "evaluation.json"
+        code, _, errors = run("evaluate", f"--checkpoint={path}", f"--report={report}", *tiny.flags(), *SMALL)
+        assert code == 0, errors
+        assert json.loads(report.read_text())["loss"] == pytest.approx(losses["gap"], abs=1e-6)
+        prompt = ("--prompt=the cat <extra_id_0> on the mat", "--config.generation.max_length=8")
+        code, out, errors = run("generate", f"--checkpoint={path}", *prompt, *tiny.flags())
+        assert code == 0, errors
+        assert "text: " in out
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_two_bits_are_saved_by_the_gap_codec(method, run, tiny, tmp_path):
+    settings = ("--config.quantization.bits=2", f"--config.quantization.method={method}", "--config.codec.name=gap")
+    where = (f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / 'two'}")
+    code, _, errors = run("compress", *where, *settings, *tiny.flags(), *SMALL)
+    assert code == 0, errors
+    compressed = json.loads((tmp_path / "two" / "report.json").read_text())
+    report = tmp_path / "evaluation.json"
+    code, _, errors = run("evaluate", f"--checkpoint={tmp_path / 'two'}", f"--report={report}", *tiny.flags(), *SMALL)
+    assert code == 0, errors
+    assert json.loads(report.read_text())["loss"] == pytest.approx(compressed["loss"], abs=1e-6)
+    assert 1 < compressed["bits_per_weight"] < 10 and compressed["compression_experts"] > 1.6
+    assert open_checkpoint(tmp_path / "two").manifest["quantization"]["bits"] == 2
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_two_bits_are_not_saved_by_the_dictionary(run, tiny, tmp_path):
+    where = (f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / 'out'}", "--config.codec.name=dictionary")
+    for settings in (("bits=2",), ("bits=2", "group_size=4"), ("group_size=4",)):
+        settings = [f"--config.quantization.{setting}" for setting in settings]
+        result = run("compress", *where, "--config.save=true", *settings, *tiny.flags(), *SMALL)
+        assert_fails(result, "config.save", "group_size" if len(settings) == 2 else "can't be stored")
+    assert_fails(run("compress", *where, "--config.save=true", "--config.quantization.bits=2"), "codec 'gap'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_three_levels_are_refused_by_the_dictionary_before_anything_is_replaced(run, tmp_path):
+    original = write(tmp_path / "original", "gap", num_levels=3)
+    kept = write(tmp_path / "kept", "gap")
+    before = sorted(kept.rglob("*"))
+    args = (f"--checkpoint={original}", f"--output={kept}", "--codec=dictionary", "--overwrite")
+    assert_fails(run("convert", *args), original, "encoder/layers_0", "3 in a row", "gap")
+    assert sorted(kept.rglob("*")) == before
+
+
+def test_what_is_no_compressed_checkpoint(run, tiny, tmp_path):
+    for path, names in ((tiny.checkpoint, ["is not compressed", "compress.py"]), (tmp_path / "nowhere", ["nowhere"])):
+        assert_fails(run("convert", f"--checkpoint={path}", f"--output={tmp_path / 'out'}"), *names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_codec(run, tmp_path):
+    result = run("convert", f"--checkpoint={tmp_path}", f"--output={tmp_path / 'out'}", "--codec=zip")
+    assert_fails(result, "'zip'", "dictionary, gap")
+
+
+def test_output_that_is_in_use(run, tmp_path):
+    original = write(tmp_path / "original", "dictionary")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    args = (f"--checkpoint={original}", "--codec=gap")
+    assert_fails(run("convert", *args, f"--output={tmp_path / 'out'}"), "not empty", "--overwrite")
+    assert_fails(run("convert", *args, f"--output={original}", "--overwrite"), "overlap")
+    code, _, errors = run("convert", *args, f"--output={tmp_path / 'out'}", "--overwrite")
+    assert code == 0, errors
+    assert_same_weights(tmp_path / "out", original)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_changed_byte_in_a_later_layer_leaves_no_checkpoint(run, tmp_path):
+    original = write(tmp_path / "original", "dictionary")
+    damaged = shutil.copytree(original, tmp_path / "damaged")
+    layer = damaged / "layers" / tiny_model.CONFIG.sparse_layers[-1].replace("/", ".")
+    file = layer / "wo.codewords" / "0"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert_fails(run("convert", f"--checkpoint={damaged}", f"--output={tmp_path / 'out'}", "--codec=gap"), layer)
+    assert not list((tmp_path / "out").iterdir())
