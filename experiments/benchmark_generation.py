@@ -326,7 +326,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     sizes = list(dict.fromkeys((row["model"], row["experts_per_layer"]) for row in rows))
     baseline = "one dense expert per layer" if any(s == 1 for _, s in sizes) else "dense"
     dtype = variants[0][1]
-    fig, axes = plt.subplots(1, len(batches), figsize=(1.5 + 4.5 * len(batches), 3.8), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(batches), figsize=(3 + 4.5 * len(batches), 3.8), squeeze=False, sharey=True)
     for ax, batch in zip(axes[0], batches, strict=True):
         least = min(s for _, s in sizes)
         (reference,) = (
@@ -343,10 +343,10 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
             x = np.arange(len(sizes)) + (i - (len(variants) - 1) / 2) * 0.8 / len(variants)
             ax.bar(x, [found.get(s, 0) for s in sizes], 0.8 / len(variants), label=" ".join(variant))
         ax.axhline(1, color="black", linewidth=0.8)
-        ax.set_xticks(range(len(sizes)), [f"{name}\n{experts} experts per layer" for name, experts in sizes])
+        ax.set_xticks(range(len(sizes)), [f"{name}\n{experts} per layer" for name, experts in sizes])
         ax.set_title(f"batch {batch}")
-    axes[0][0].set_ylabel(f"tokens/s, {baseline}, {dtype} = 1")
-    axes[0][-1].legend()
+    axes[0][0].set_ylabel(f"tokens per second\n({baseline}, {dtype} = 1)")
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     plt.close(fig)

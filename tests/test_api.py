@@ -34,7 +34,7 @@ def checkpoints(tmp_path_factory):
         if "/expert/" in name:
             trits = rng.integers(0, 3, shape).astype(np.uint8).swapaxes(1, 2)  # [experts, out, in]
             levels = np.broadcast_to(LEVELS, (*trits.shape[:2], 2))
-            experts[name.split("/")[-2]] = qmoe_jax.CompressedExperts.from_symbols(trits, levels)
+            experts[name.split("/")[-2]] = qmoe_jax.CompressedExperts.from_symbols(trits, levels, codec="dictionary")
             flat[name] = np.append(np.float32(0), LEVELS)[trits].swapaxes(1, 2)
         else:
             flat[name] = rng.normal(size=shape).astype(ml_dtypes.bfloat16)

@@ -50,7 +50,7 @@ PAPER = dict(
     refits=0,
 )
 DEFAULT_TARGET_BITS = 0.7
-MOST_TARGET_BITS = 1.6
+MOST_TARGET_BITS = 1.8
 RATE_DISTORTION = dict(
     activation_order=True,
     mask_special_tokens=False,

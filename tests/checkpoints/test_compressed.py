@@ -457,7 +457,7 @@ def test_a_full_disk_at_a_part(part, small_disk, experts):
     matrices = {m: e for m, (_, _, e) in experts[LAYERS[0]].items()}
     if part == "layer":
         trits = np.random.default_rng(0).integers(0, 3, (8, 1024, 1024)).astype(np.uint8)
-        matrices["wi"] = CompressedExperts.from_symbols(trits, np.sort(random((8, 1024, 2))))
+        matrices["wi"] = CompressedExperts.from_symbols(trits, np.sort(random((8, 1024, 2))), codec="dictionary")
     out = small_disk / "out"
     with pytest.raises(CheckpointError, match=r"out/(dense|layers/encoder\.layers_0): cannot be written: .*No space"):
         with writer(out) as w:

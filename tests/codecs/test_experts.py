@@ -35,7 +35,7 @@ def example(experts=3, out=8, width=22, zeros=0.8, seed=0):
 )
 def test_dense_weights_are_the_levels_of_the_trits(experts, out, width, zeros, seed):
     trits, levels, weights = example(experts, out, width, zeros, seed)
-    compressed = CompressedExperts.from_symbols(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     np.testing.assert_array_equal(compressed.to_dense(), weights)
     np.testing.assert_array_equal(compressed.symbols(), trits)
     np.testing.assert_array_equal(compressed.expert(experts - 1), weights[-1])
@@ -45,7 +45,7 @@ def test_experts_of_unequal_rates_are_told_apart():
     trits, levels, weights = example(experts=4, out=16, width=100)
     trits[0] = weights[0] = 0
     trits[3] = weights[3] = 0
-    compressed = CompressedExperts.from_symbols(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     for expert in range(4):
         np.testing.assert_array_equal(compressed.expert(expert), weights[expert])
 
@@ -67,28 +67,31 @@ def test_published_edge_rows_decode_to_their_weights(fixture_path):
 def test_nbytes_counts_codewords_offsets_and_levels():
     trits, levels, _ = example(experts=3, out=8, width=22)
     n = sum(codecs.get("dictionary").encode(matrix)[0].size for matrix in trits)
-    assert CompressedExperts.from_symbols(trits, levels).nbytes == 2 * n + 4 * 3 * (8 + 1) + 2 * 3 * 8 * 2
+    assert (
+        CompressedExperts.from_symbols(trits, levels, codec="dictionary").nbytes
+        == 2 * n + 4 * 3 * (8 + 1) + 2 * 3 * 8 * 2
+    )
 
 
 def test_concatenated_groups_equal_the_whole():
     trits, levels, weights = example(experts=5)
-    whole = CompressedExperts.from_symbols(trits, levels)
+    whole = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     groups = [slice(0, 2), slice(2, 3), slice(3, 5)]
-    joined = concatenate([CompressedExperts.from_symbols(trits[g], levels[g]) for g in groups])
+    joined = concatenate([CompressedExperts.from_symbols(trits[g], levels[g], codec="dictionary") for g in groups])
     assert jax.tree.structure(joined) == jax.tree.structure(whole)
     jax.tree.map(np.testing.assert_array_equal, joined, whole)
     np.testing.assert_array_equal(joined.to_dense(), weights)
 
 
 def test_groups_of_other_width_are_not_joined():
-    parts = [CompressedExperts.from_symbols(*example(width=w)[:2]) for w in (8, 10)]
+    parts = [CompressedExperts.from_symbols(*example(width=w)[:2], codec="dictionary") for w in (8, 10)]
     with pytest.raises(ValueError, match="differ in"):
         concatenate(parts)
 
 
 def test_is_a_pytree_that_goes_through_jit():
     trits, levels, weights = example()
-    compressed = CompressedExperts.from_symbols(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     leaves, structure = jax.tree.flatten(compressed)
     assert sorted(str(leaf.dtype) for leaf in leaves) == ["bfloat16", "int32", "uint16"]
     np.testing.assert_array_equal(jax.tree.unflatten(structure, leaves).to_dense(), weights)
@@ -100,7 +103,7 @@ def test_is_a_pytree_that_goes_through_jit():
 
 def test_one_expert_by_traced_index_in_a_scan():
     trits, levels, weights = example(experts=4)
-    compressed = CompressedExperts.from_symbols(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     order = jnp.array([2, 0, 3, 3, 1])
     _, found = jax.lax.scan(lambda _, e: (None, compressed.expert(e)), None, order)
     np.testing.assert_array_equal(found, weights[np.array(order)])
@@ -117,19 +120,19 @@ def test_bad_levels_are_refused_with_expert_and_row(bad):
     trits, levels, _ = example()
     levels[1, 5] = bad
     with pytest.raises(ValueError, match="levels: expert 1, row 5"):
-        CompressedExperts.from_symbols(trits, levels)
+        CompressedExperts.from_symbols(trits, levels, codec="dictionary")
 
 
 def test_three_levels_are_refused_by_the_dictionary():
     trits, levels, _ = example()
     with pytest.raises(ValueError, match="3 in a row, .* Codec gap"):
-        CompressedExperts.from_symbols(trits, np.append(levels, levels[..., 1:], axis=-1))
+        CompressedExperts.from_symbols(trits, np.append(levels, levels[..., 1:], axis=-1), codec="dictionary")
 
 
 def test_levels_of_another_shape_are_refused():
     trits, levels, _ = example()
     with pytest.raises(ValueError, match=r"levels: shape \[3, 7, 2\], expected \[3, 8, 2\]"):
-        CompressedExperts.from_symbols(trits, levels[:, 1:])
+        CompressedExperts.from_symbols(trits, levels[:, 1:], codec="dictionary")
 
 
 def corrupt_codeword(data):
@@ -187,7 +190,7 @@ def no_offsets(data):
 )
 def test_malformed_streams_are_refused_by_name(damage, message):
     trits, levels, _ = example(zeros=0.5)
-    compressed = CompressedExperts.from_symbols(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     stored = {name: np.array(array) for name, array in compressed.stored().items()}
     damage(stored)
     with pytest.raises(ValueError, match=message):
@@ -196,7 +199,7 @@ def test_malformed_streams_are_refused_by_name(damage, message):
 
 def test_validate_finds_what_changed_after_construction():
     trits, levels, _ = example()
-    compressed = CompressedExperts.from_symbols(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     compressed.validate()
     with pytest.raises(ValueError, match="expert 0, row"):
         jax.tree.map(lambda a: a + 1 if a.dtype == jnp.uint16 else a, compressed).validate()
@@ -205,7 +208,7 @@ def test_validate_finds_what_changed_after_construction():
 def test_decoding_garbage_stays_within_bounds():
     """Nothing is promised about the weights, but they come from the arrays that were given."""
     trits, levels, _ = example(experts=2, out=8, width=40)
-    compressed = CompressedExperts.from_symbols(trits, levels)
+    compressed = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
     rng = np.random.default_rng(0)
 
     def garbage(a):

@@ -112,7 +112,9 @@ def test_generation_from_compressed_experts_equals_that_from_dense_ones():
     for stack, layer in (("encoder", "layers_1"), ("decoder", "layers_0")):
         for matrix, (width, out) in {"wi": (12, 20), "wo": (20, 12)}.items():
             trits = rng.integers(0, 3, (4, out, width)).astype(np.uint8)
-            experts = qmoe_jax.CompressedExperts.from_symbols(trits, np.tile(np.float32([-0.5, 0.75]), (4, out, 1)))
+            experts = qmoe_jax.CompressedExperts.from_symbols(
+                trits, np.tile(np.float32([-0.5, 0.75]), (4, out, 1)), codec="dictionary"
+            )
             compressed[stack][layer]["mlp"]["expert"][matrix]["kernel"] = experts
             values = np.float32([0, -0.5, 0.75])[trits]
             dense[stack][layer]["mlp"]["expert"][matrix]["kernel"] = values.swapaxes(1, 2)

@@ -156,7 +156,7 @@ def test_dense_and_compressed_experts_stand_side_by_side():
         experts, columns, out = kernel.shape
         trits = rng.integers(0, 3, (experts, out, columns)).astype(np.uint8)
         levels = np.sort(rng.integers(-8, 8, (experts, out, 2)) / 4, -1).astype(np.float32)
-        compressed.append(CompressedExperts.from_symbols(trits, levels))
+        compressed.append(CompressedExperts.from_symbols(trits, levels, codec="dictionary"))
         rows = np.concatenate([np.zeros((experts, out, 1)), levels], -1)  # value of trit 0, 1, 2
         dense.append(np.take_along_axis(rows, trits.astype(int), -1).swapaxes(1, 2).astype(np.float32))
     x = rng.normal(size=(9, 6)).astype(np.float32)
@@ -203,7 +203,7 @@ def test_compressed_experts_at_finite_capacity(which):
         trits = rng.integers(0, 3, kernel.swapaxes(1, 2).shape).astype(np.uint8)
         levels = np.broadcast_to(np.float32([-0.5, 1.0]), (*trits.shape[:2], 2))
         dense[name] = {"kernel": np.float32([0, -0.5, 1.0])[trits].swapaxes(1, 2)}
-        compressed = {"kernel": CompressedExperts.from_symbols(trits, levels)}
+        compressed = {"kernel": CompressedExperts.from_symbols(trits, levels, codec="dictionary")}
         mixed[name] = compressed if is_compressed else dense[name]
     router = {"router_weights": {"w": {"kernel": rng.normal(size=(12, 4)).astype(np.float32)}}}
     layer = moe.MoeMlp(SWITCH, jnp.float32, False)

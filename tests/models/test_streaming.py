@@ -83,7 +83,7 @@ def test_compressed_checkpoint_gives_the_loss_of_its_dequantized_weights(tmp_pat
                 count, width, out = flat[name].shape
                 trits = rng.choice(3, (count, out, width), p=[0.6, 0.2, 0.2]).astype(np.uint8)
                 levels = np.tile(np.float32([-0.5, 0.75]), (count, out, 1))
-                experts[matrix] = qmoe_jax.CompressedExperts.from_symbols(trits, levels)
+                experts[matrix] = qmoe_jax.CompressedExperts.from_symbols(trits, levels, codec="dictionary")
                 flat[name] = np.float32([0, -0.5, 0.75])[trits].swapaxes(1, 2)  # [experts, in, out]
             writer.write_layer(layer, experts)
         writer.finish({name: value for name, value in flat.items() if "/mlp/expert/" not in name})

@@ -199,7 +199,7 @@ def compressed_and_dequantized(params, config):
             # Minima and maxima are weights, so the grid of bfloat16 weights is exact in bfloat16.
             kernel = kernel.astype(ml_dtypes.bfloat16).astype(np.float32)
             q = round_to_nearest(jnp.asarray(kernel.swapaxes(1, 2)), bits=1.5)
-            experts = qmoe_jax.CompressedExperts.from_symbols(np.asarray(q.symbols), q.levels)
+            experts = qmoe_jax.CompressedExperts.from_symbols(np.asarray(q.symbols), q.levels, codec="dictionary")
             compressed[stack][name]["mlp"]["expert"][matrix] = {"kernel": experts}
             dense[stack][name]["mlp"]["expert"][matrix] = {"kernel": np.asarray(q.Q).swapaxes(1, 2)}
     return compressed, dense

@@ -1,0 +1,165 @@
+"""The Lagrangian that gives a target rate, on synthetic models; and which settings ask for one."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qmoe_jax.quantization.pipeline import DEFAULT_TARGET_BITS, METHODS, QuantizationSettings, entropy
+from qmoe_jax.quantization.rate_control import RateControl
+from qmoe_jax.quantization.rate_distortion import rate_distortion
+
+EXPERTS, D_MODEL, D_FF, LAYERS = 4, 32, 64, 10
+
+
+def layers(growth=1.0, seed=0):
+    """(matrix, W, H, importance) in the order in which they come; scales differ by layer and matrix.
+
+    growth: of the weights from layer to layer.
+    """
+    rng = np.random.default_rng(seed)
+    for layer in range(LAYERS):
+        for matrix, rows, columns in (("wi", D_FF, D_MODEL), ("wo", D_MODEL, D_FF)):
+            scale = (1.0 if matrix == "wi" else 0.2) * 2 ** rng.normal(scale=0.3) * growth**layer
+            W = rng.normal(size=(EXPERTS, rows, columns)) * scale
+            mix = np.eye(columns) + 0.3 * rng.normal(size=(EXPERTS, columns, columns))
+            X = rng.normal(size=(EXPERTS, 2 * columns, columns)) @ mix * rng.lognormal(sigma=0.5, size=columns)
+            H = X.swapaxes(1, 2) @ X / columns
+            importance = rng.lognormal(size=(EXPERTS, rows)) if matrix == "wi" else None
+            yield matrix, *(None if x is None else jnp.asarray(x, jnp.float32) for x in (W, H, importance))
+
+
+def quantize_all(target, stored=None, growth=1.0):
+    """As the pipeline does; `stored` gives bits from entropy. Returns mean bits per weight and all Lagrangians."""
+    control = RateControl(target, dict.fromkeys(("wi", "wo"), LAYERS * EXPERTS * D_MODEL * D_FF))
+    found, total = [], 0.0
+    for matrix, W, H, importance in layers(growth):
+        lagrangian = control.lagrangian(matrix, W, H, importance)
+        per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance
+        symbols = np.asarray(rate_distortion(W, H, per_row, block_size=32).symbols)
+        bits = float(np.mean([entropy(s) for s in symbols]))
+        experts = SimpleNamespace(nbytes=round(stored(bits) * symbols.size / 8)) if stored else None
+        control.spent(matrix, lagrangian, symbols, bits, experts)
+        total += stored(bits) if stored else bits
+        found.append(lagrangian)
+    return total / len(found), np.array(found)
+
+
+def with_overhead(bits):
+    """What a codec makes of entropy: a little above it, and levels."""
+    return 1.03 * bits + 0.05
+
+
+@pytest.mark.parametrize("target", [0.3, 0.7, 1.2])
+@pytest.mark.parametrize("stored", [None, with_overhead], ids=["entropy", "overhead"])
+def test_all_matrices_together_have_the_target_rate_at_about_one_lagrangian(target, stored):
+    bits, lagrangians = quantize_all(target, stored)
+    assert abs(bits / target - 1) < 0.03
+    later = lagrangians[6:]
+    assert later.max() / later.min() < 4
+
+
+@pytest.mark.parametrize("target", [0.3, 0.7, 1.2])
+def test_last_matrices_do_not_pay_for_a_trend(target):
+    bits, lagrangians = quantize_all(target, growth=1.05)  # squares of weights grow by more than twice
+    assert abs(bits / target - 1) < 0.08
+    assert lagrangians.max() / lagrangians.min() < 20
+
+
+def test_more_bits_are_a_smaller_lagrangian():
+    lagrangians = [np.median(quantize_all(target)[1]) for target in (0.3, 0.7, 1.2)]
+    assert lagrangians[0] > 2 * lagrangians[1] > 4 * lagrangians[2]
+
+
+@pytest.mark.parametrize("change", ["hessians", "weights"])
+def test_lagrangian_has_the_scale_of_the_error(change):
+    matrix, W, H, importance = next(layers())
+    weights = {"wi": 10 * W.size, "wo": 10 * W.size}
+    plain = RateControl(0.7, weights).lagrangian(matrix, W, H, importance)
+    scaled = (W, 16 * H) if change == "hessians" else (4 * W, H)
+    np.testing.assert_allclose(RateControl(0.7, weights).lagrangian(matrix, *scaled, importance), 16 * plain, rtol=0.01)
+    np.testing.assert_allclose(
+        RateControl(0.7, weights).lagrangian(matrix, W, H, 16 * importance), 16 * plain, rtol=0.01
+    )
+
+
+@pytest.mark.parametrize("hopeless", ["starved", "zeros", "out_of_reach"])
+def test_hopeless_matrices_do_not_break_it(hopeless):
+    control = RateControl(0.7, dict.fromkeys(("wi", "wo"), LAYERS * EXPERTS * D_MODEL * D_FF))
+    for i, (matrix, W, H, importance) in enumerate(layers()):
+        W = W * (hopeless != "zeros" or i > 3)
+        H = H * (hopeless != "starved" or i > 3)
+        lagrangian = control.lagrangian(matrix, W, H, importance)
+        assert np.isfinite(lagrangian) and lagrangian > 0 and np.isfinite(np.float32(lagrangian))
+        per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance
+        symbols = np.asarray(rate_distortion(W, H, per_row, block_size=32).symbols)
+        bits = float(np.mean([entropy(s) for s in symbols]))
+        stored = SimpleNamespace(nbytes=symbols.size // 4) if hopeless == "out_of_reach" else None  # 2 bits, always
+        control.spent(matrix, lagrangian, symbols, bits, stored)
+    assert not any(control.left.values())
+    if hopeless == "out_of_reach":
+        assert not symbols.any()
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_that_are_not_given_are_the_methods_own(method):
+    s = QuantizationSettings(method=method)
+    ours = method == "rd"
+    assert (s.activation_order, s.router_weighted, s.sequential, s.asymmetric) == (ours,) * 4
+    assert s.mask_special_tokens is not ours
+    assert s.shrinkage == 0 and s.refits == (2 if ours else 0)
+    assert s.lagrangian is None and s.target_bits == (DEFAULT_TARGET_BITS if ours else None)
+    assert s.calibrated is (method != "rtn")
+
+
+def test_settings_that_are_given_are_kept():
+    s = QuantizationSettings(
+        method="rd",
+        activation_order=False,
+        mask_special_tokens=True,
+        router_weighted=False,
+        sequential=False,
+        asymmetric=False,
+        shrinkage=3.0,
+        refits=0,
+        lagrangian=0.5,
+    )
+    assert not (s.activation_order or s.router_weighted or s.sequential or s.asymmetric)
+    assert s.mask_special_tokens and s.shrinkage == 3 and s.refits == 0
+    assert s.lagrangian == 0.5 and s.target_bits is None
+    s = QuantizationSettings(method="gptq", sequential=True, asymmetric=True, refits=1, activation_order=True)
+    assert s.sequential and s.asymmetric and s.refits == 1 and s.activation_order
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(method="gptq", lagrangian=0.1), "only method 'rd'"),
+        (dict(method="rtn", target_bits=0.7), "only method 'rd'"),
+        (dict(method="rd", lagrangian=0.1, target_bits=0.7), "not both"),
+        (dict(method="rd", bits=2), "makes ternary experts"),
+        (dict(method="rd", group_size=16), "without group_size"),
+        (dict(method="rd", lagrangian=0.0), "lagrangian: found 0.0"),
+        (dict(method="rd", lagrangian=float("nan")), "lagrangian: found nan"),
+        (dict(method="rd", target_bits=float("inf")), "target_bits: found inf"),
+        (dict(method="rd", target_bits=0.01), "target_bits: found 0.01, expected 0.05 to"),
+        (dict(method="rd", target_bits=1.7), "target_bits: found 1.7, .* what ternary weights can carry"),
+        (dict(method="rd", level_bits=8), "level_bits: found 8"),
+        (dict(method="rd", refits=-1), "refits: found -1"),
+        (dict(method="gptq", refits=2), "refits: found 2"),
+        (dict(method="gptq", refits=1, bits=2), "only ternary levels"),
+        (dict(method="gptq", refits=1, group_size=16), "only ternary levels"),
+        (dict(method="gptq", asymmetric=True), "needs quantization.sequential"),
+        (dict(method="rd", sequential=False), "needs quantization.sequential"),
+        (dict(method="rd", shrinkage=-1.0), "shrinkage: found -1.0"),
+        (dict(method="gptq", shrinkage=float("inf")), "shrinkage: found inf"),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizationSettings(**settings)

@@ -1,0 +1,206 @@
+"""Statistics of calibration tokens against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qmoe_jax.quantization import statistics
+from qmoe_jax.quantization.pipeline import expert_sharding
+from qmoe_jax.quantization.statistics import Samples
+
+D_MODEL, D_FF, TOKENS = 8, 12, 200
+CASES = [(3, False), (8, True)]  # experts (on one device, on eight), gated
+ids = ["plain", "gated"]
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(statistics, "TOKENS_PER_CHUNK", 16)
+
+
+def problem(experts, gated, seed=0):
+    """Kernels [experts, in, out], inputs [tokens, d_model] and samples; expert 1 has no tokens."""
+    rng = np.random.default_rng(seed)
+    names = ["wi_0", "wi_1"] if gated else ["wi"]
+    kernels = {m: rng.normal(size=(experts, D_MODEL, D_FF)).astype(np.float32) for m in names}
+    kernels["wo"] = rng.normal(size=(experts, D_FF, D_MODEL)).astype(np.float32)
+    inputs = rng.normal(size=(TOKENS, D_MODEL)).astype(np.float32)
+    samples = []
+    for e in range(experts):
+        rows = np.sort(rng.choice(TOKENS, size=0 if e == 1 else 5 + 13 * e % 50, replace=False))
+        samples.append(Samples(rows, rng.uniform(0.1, 1, size=len(rows)).astype(np.float32)))
+    return kernels, inputs, samples
+
+
+def on_devices(kernels):
+    sharding = expert_sharding(len(kernels["wo"]))
+    return {m: jax.device_put(jnp.asarray(k), sharding) for m, k in kernels.items()}, sharding
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def activation(sums):
+    """Hidden units of the sums, [matrices, tokens, d_ff]."""
+    return np.maximum(sums[0], 0) if len(sums) == 1 else gelu(sums[0]) * sums[1]
+
+
+def sums_of(kernels, e, X):
+    return np.stack([X @ kernels[m][e].astype(np.float64) for m in sorted(kernels) if m != "wo"])
+
+
+def weighted(Y, X, weight):
+    return 2 / weight.sum() * (Y * weight[:, None]).T @ X if len(weight) else np.zeros((Y.shape[1], X.shape[1]))
+
+
+@pytest.mark.parametrize(("experts", "gated"), CASES, ids=ids)
+def test_input_hessians(experts, gated):
+    _, inputs, samples = problem(experts, gated)
+    H = statistics.input_hessians(inputs, samples, expert_sharding(experts))
+    assert H.dtype == jnp.float32 and H.sharding.is_equivalent_to(expert_sharding(experts), 3)
+    for e, (rows, weight) in enumerate(samples):
+        X = inputs[rows].astype(np.float64)
+        np.testing.assert_allclose(H[e], weighted(X, X, weight.astype(np.float64)), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_inputs():
+    _, inputs, samples = problem(3, False)
+    inputs = np.asarray(jnp.asarray(inputs, jnp.bfloat16))
+    H = statistics.input_hessians(inputs, samples, expert_sharding(3))
+    X = inputs[samples[2].rows].astype(np.float64)
+    np.testing.assert_allclose(H[2], weighted(X, X, samples[2].weights), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "gated"), CASES, ids=ids)
+def test_hidden_importance_is_what_an_error_of_a_sum_does_to_the_output(experts, gated):
+    kernels, inputs, samples = problem(experts, gated)
+    kernels["wo"][2, 4] = 0  # a unit that nothing comes of
+    arrays, sharding = on_devices(kernels)
+    found = statistics.hidden_importance(arrays, inputs, samples, sharding)
+    assert sorted(found) == sorted(m for m in kernels if m != "wo")
+    for e, (rows, weight) in enumerate(samples):
+        sums = sums_of(kernels, e, inputs[rows].astype(np.float64))
+        for k, name in enumerate(sorted(found)):
+            if len(rows) == 0:
+                np.testing.assert_array_equal(found[name][e], 1)
+                continue
+            step = 1e-6 * np.eye(len(sums))[k][:, None, None]
+            slope = (activation(sums + step) - activation(sums - step)) / 2e-6  # [tokens, d_ff]
+            outputs = slope[..., None] * kernels["wo"][e].astype(np.float64)  # [tokens, d_ff, d_model]
+            expected = np.average((outputs**2).sum(-1), axis=0, weights=weight)
+            expected = np.maximum(expected, expected.mean() / 1000)
+            np.testing.assert_allclose(found[name][e], expected, rtol=1e-3)
+    assert found[name].sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.parametrize(("experts", "gated"), CASES, ids=ids)
+def test_hidden_statistics(experts, gated):
+    kernels, inputs, samples = problem(experts, gated)
+    rng = np.random.default_rng(1)
+    now = {m: (k + 0.3 * rng.normal(size=k.shape)).astype(np.float32) for m, k in kernels.items() if m != "wo"}
+    arrays, sharding = on_devices(kernels)
+    wi = {m: jax.device_put(jnp.asarray(k), sharding) for m, k in now.items()}
+    H, R = statistics.hidden_statistics(arrays, wi, inputs, samples, sharding, residuals=True)
+    for e, (rows, weight) in enumerate(samples):
+        X = inputs[rows].astype(np.float64)
+        before, after = activation(sums_of(kernels, e, X)), activation(sums_of(now, e, X))
+        np.testing.assert_allclose(H[e], weighted(after, after, weight), rtol=1e-3, atol=1e-3)
+        lacking = (before - after) @ kernels["wo"][e].astype(np.float64)
+        np.testing.assert_allclose(R[e], weighted(lacking, after, weight), rtol=1e-3, atol=1e-3)
+    for found in (H, R):
+        assert found.dtype == jnp.float32 and found.sharding.is_equivalent_to(sharding, 3)
+    alone, none = statistics.hidden_statistics(arrays, wi, inputs, samples, sharding, residuals=False)
+    assert none is None
+    np.testing.assert_array_equal(alone, H)
+
+
+def test_unchanged_kernels_lack_nothing():
+    kernels, inputs, samples = problem(3, False)
+    arrays, sharding = on_devices(kernels)
+    _, R = statistics.hidden_statistics(arrays, arrays, inputs, samples, sharding, residuals=True)
+    np.testing.assert_array_equal(R, 0)
+
+
+def test_chunks_are_a_matter_of_memory(monkeypatch):
+    kernels, inputs, samples = problem(3, False)
+    arrays, sharding = on_devices(kernels)
+
+    def found():
+        H = statistics.input_hessians(inputs, samples, sharding)
+        importance = statistics.hidden_importance(arrays, inputs, samples, sharding)["wi"]
+        return H, importance, *statistics.hidden_statistics(arrays, arrays, inputs, samples, sharding, residuals=True)
+
+    several = found()
+    monkeypatch.setattr(statistics, "TOKENS_PER_CHUNK", 512)
+    for a, b in zip(several, found(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_has_tokens():
+    kernels, inputs, _ = problem(3, False)
+    arrays, sharding = on_devices(kernels)
+    samples = [Samples(np.zeros(0, int), np.zeros(0, np.float32))] * 3
+    np.testing.assert_array_equal(statistics.input_hessians(inputs, samples, sharding), 0)
+    np.testing.assert_array_equal(statistics.hidden_importance(arrays, inputs, samples, sharding)["wi"], 1)
+    for found in statistics.hidden_statistics(arrays, arrays, inputs, samples, sharding, residuals=True):
+        np.testing.assert_array_equal(found, 0)
+
+
+# --- Which tokens, and what they count -------------------------------------------------------------------------------
+
+
+def routed(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = [np.sort(rng.choice(TOKENS, size=n, replace=False)) for n in (30, 0, 7)]
+    return tokens, [rng.uniform(0.2, 1, size=len(t)).astype(np.float32) for t in tokens]
+
+
+@pytest.mark.parametrize("router_weighted", [False, True])
+def test_tokens_count_with_the_square_of_their_gate(router_weighted):
+    tokens, gates = routed()
+    calibration = np.arange(0, TOKENS, 2)
+    found = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=router_weighted, shrinkage=0.0)
+    for (rows, weights), t, g in zip(found, tokens, gates, strict=True):
+        np.testing.assert_array_equal(rows, t)
+        np.testing.assert_allclose(weights, g.astype(np.float64) ** 2 if router_weighted else np.ones(len(t)), 1e-6)
+
+
+@pytest.mark.parametrize("router_weighted", [False, True])
+def test_shrinkage_adds_the_layer_as_so_many_mean_tokens(router_weighted):
+    tokens, gates = routed()
+    _, inputs, _ = problem(3, False)
+    calibration = np.arange(0, TOKENS, 2)  # fewer than the sample may hold
+    samples = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=router_weighted, shrinkage=20.0)
+    H = statistics.input_hessians(inputs, samples, expert_sharding(3))
+    weights = [g.astype(np.float64) ** (2 if router_weighted else 0) for g in gates]
+    prior = 20 * np.concatenate(weights).mean()
+    X = inputs.astype(np.float64)
+    layer = X[calibration].T @ X[calibration] / len(calibration)
+    for e in range(3):
+        own = (X[tokens[e]] * weights[e][:, None]).T @ X[tokens[e]]
+        expected = 2 * (own + prior * layer) / (weights[e].sum() + prior)
+        np.testing.assert_allclose(H[e], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shrinkage_takes_a_sample_of_many_tokens():
+    tokens, gates = routed()
+    calibration = 3 * np.arange(10_000)
+    plain = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=True, shrinkage=0.0)
+    found = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=True, shrinkage=4.0)
+    added = [f.rows[len(p.rows) :] for f, p in zip(found, plain, strict=True)]
+    for rows in added:
+        np.testing.assert_array_equal(rows, added[0])
+        assert len(np.unique(rows)) == statistics.SAMPLE and np.isin(rows, calibration).all()
+        assert rows.min() < 1000 and rows.max() > 29_000  # from all over
+
+
+def test_shrinkage_without_calibration_or_routed_tokens():
+    none = [np.zeros(0, int)] * 2
+    gates = [np.zeros(0, np.float32)] * 2
+    options = dict(router_weighted=True, shrinkage=8.0)
+    assert all(len(s.rows) == 0 for s in statistics.weighted_tokens(none, gates, np.zeros(0, int), **options))
+    for rows, weights in statistics.weighted_tokens(none, gates, np.arange(10), **options):
+        np.testing.assert_array_equal(rows, np.arange(10))
+        np.testing.assert_allclose(weights.sum(), 8, rtol=1e-6)
