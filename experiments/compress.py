@@ -96,7 +96,7 @@ def main(_):
     reporting.say("\n" + reporting.table(reporting.COMPRESSION_HEADER, rows) + "\n")
     reporting.say(
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "
-        f"{report['experts_fallback']} rounded to nearest instead"
+        f"{report['experts_fallback']} fell back (report.json says why)"
     )
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items())
     reporting.say(f"seconds: {seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")

@@ -136,7 +136,7 @@ class Factored(NamedTuple):
       U: for each panel, U' left of its diagonal block, [panel, columns before the panel], where UU' = H is damped and U
         upper triangular; zero for a fallback.
       L: for each panel, its diagonal block of H^-1's lower triangular factor, [panel, panel]; identity for a fallback.
-      H: damped, [padded columns, padded columns].
+      H: damped, [padded columns, padded columns]; identity for a fallback.
       order: int32 [columns].
       reordered: whether that isn't simply the columns' own order.
       fallback: bool, H was of no use.
@@ -175,6 +175,7 @@ def factor(H: jax.Array, damping, block: int, *, unit: int, activation_order: bo
     fallback = (trace == 0) | ~jnp.all(jnp.isfinite(jnp.stack(L)))
     U = [jnp.where(fallback, 0.0, u) for u in U]
     L = [jnp.where(fallback, jnp.eye(panel), l) for l in L]
+    H = jnp.where(fallback, jnp.eye(len(H)), H)
     return Factored(U, L, H, order.astype(jnp.int32), activation_order, fallback)
 
 

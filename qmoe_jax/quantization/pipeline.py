@@ -51,6 +51,7 @@ PAPER = dict(
 )
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 1.8
+TRIAL_EXPERTS = 4
 RATE_DISTORTION = dict(
     activation_order=True,
     mask_special_tokens=False,
@@ -180,7 +181,7 @@ class LayerAccount(NamedTuple):
 
     Attributes:
       tokens: calibration tokens in each expert's Hessian.
-      fallback: why, for each expert that was rounded to nearest instead.
+      fallback: why, for each expert that wasn't quantized by its own tokens: most are rounded to nearest.
       zeros: share of zero weights.
       entropy: empirical entropy of the symbols of all its matrices, in bits per weight (mean over matrices).
       weights: how many weights it has.
@@ -302,7 +303,7 @@ class Quantizer:
             if R is not None:
                 W = match_outputs(W, H, R, damping=s.damping, block_size=s.block_size)
             if s.method == "rd":
-                lagrangian = s.lagrangian or self.control.lagrangian(matrix, W, H, importance)
+                lagrangian = s.lagrangian or self._find_lagrangian(matrix, W, H, importance)
                 quantized = self._rate_distortion(W, H, lagrangian, importance)
             else:
                 quantized = gptq(
@@ -319,10 +320,16 @@ class Quantizer:
             jax.block_until_ready(quantized)
         result = self._encode(quantized)
         if self.control is not None:
-            symbols = np.asarray(result.quantized.symbols)
-            mean_entropy = float(np.mean([entropy(s) for s in symbols]))
-            self.control.spent(matrix, lagrangian, symbols, mean_entropy, result.experts)
+            self.control.spent(matrix, lagrangian, *_rate(result), W.size)
         return result
+
+    def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
+        if self.control.see(matrix, W, H, importance):
+            few = slice(0, TRIAL_EXPERTS)
+            lagrangian = self.control.lagrangian()
+            trial = self._rate_distortion(W[few], H[few], lagrangian, None if importance is None else importance[few])
+            self.control.learn(matrix, lagrangian, *_rate(self._encode(trial)))
+        return self.control.lagrangian()
 
     def _rate_distortion(self, W, H, lagrangian: float, importance) -> Quantized:
         s = self.settings
@@ -357,6 +364,8 @@ class Quantizer:
             if failed:
                 unusable = f"the Hessian of {', '.join(failed)} is zero or its Cholesky factorisation failed"
                 fallback[group.start + i] = "no calibration tokens" if tokens[i] == 0 else unusable
+            elif tokens[i] == 0 and self.settings.calibrated:
+                fallback[group.start + i] = "no calibration tokens; a sample of the layer's stood for them"
         return _Group(
             tokens=dict(zip(range(group.start, group.stop), tokens, strict=True)),
             fallback=fallback,
@@ -400,6 +409,13 @@ class _Matrix(NamedTuple):
 
     quantized: Quantized
     experts: CompressedExperts | None
+
+
+def _rate(matrix: _Matrix) -> tuple[float, float]:
+    """Entropy of the symbols, and bits as stored, per weight; without a codec the entropy is all that counts."""
+    symbols = np.asarray(matrix.quantized.symbols)
+    mean = float(np.mean([entropy(s) for s in symbols]))
+    return mean, mean if matrix.experts is None else 8 * matrix.experts.nbytes / symbols.size
 
 
 class _Group(NamedTuple):

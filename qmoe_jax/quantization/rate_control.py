@@ -9,7 +9,8 @@ offsets; both differ little from group to group, and are learnt:
     bits(lambda) = curve(shift * lambda) + extra
 
 The Lagrangian is the one for which all that is still to come, taken for like what has been, uses up what the target
-leaves. So it settles early, and the last groups make good what the first ones missed.
+leaves. So it settles early, and the last groups make good what the first ones missed. Before the first matrix of a
+name is quantized, a few of its experts are, as a trial.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.quantization.rate_distortion import start_entropy
 
 # Of the curve: Lagrangians relative to the mean weighted square of a weight, and rows of each matrix.
@@ -29,7 +29,10 @@ POINTS = 2.0 ** np.arange(-14, 5)
 ROWS = 32
 # What is left is taken for at least this share of the whole, so that the last group isn't made to pay for everything.
 LEAST_LEFT = 0.08
+# From one matrix to the next the Lagrangian changes by this factor at most.
+MOST_CHANGE = 2.0
 MEMORY = 0.5  # of the last group in what is learnt
+INFORMATIVE = (0.03, 1.5)  # entropies that tell where on its curve a matrix is
 
 
 class RateControl:
@@ -41,60 +44,58 @@ class RateControl:
     """
 
     def __init__(self, target_bits: float, weights: dict[str, int]):
-        self.target_bits, self.left = target_bits, dict(weights)
-        self.total = sum(weights.values())
+        self.target_bits, self.weights, self.left = target_bits, dict(weights), dict(weights)
         self.bits_spent = 0.0
+        self.last: float | None = None
         self.kinds: dict[str, _Kind] = {}
 
-    def lagrangian(self, matrix: str, W: jax.Array, H: jax.Array, importance: jax.Array | None) -> float:
-        """For the matrices W [experts, rows, columns], with Hessians H and the rows' importance [experts, rows]."""
-        kind = self.kinds.setdefault(matrix, _Kind.like(self.kinds.values()))
-        kind.add_curve(W, H, importance)
-        left = sum(self.left.values())
-        horizon = max(left, LEAST_LEFT * self.total)
-        allowed = (self.target_bits * self.total - self.bits_spent + (horizon - left) * self.target_bits) / horizon
+    def see(self, matrix: str, W: jax.Array, H: jax.Array, importance: jax.Array | None) -> bool:
+        """Takes note of the matrices to come, W [experts, rows, columns], with Hessians H and the rows' importance.
 
-        def bits(log_lagrangian: float) -> float:
-            return sum(n * self.kinds.get(m, kind).bits(log_lagrangian) for m, n in self.left.items()) / left
+        Returns whether a trial is wanted: the first of this name.
+        """
+        first = matrix not in self.kinds
+        self.kinds.setdefault(matrix, _Kind()).add_curve(W, H, importance)
+        return first
+
+    def lagrangian(self) -> float:
+        """For the matrices seen last."""
+        total, left = sum(self.weights.values()), sum(self.left.values())
+        more = max(0.0, LEAST_LEFT * total - left)  # beyond the last group, as if the model began anew
+        share = {m: self.left[m] + more * n / total for m, n in self.weights.items()}
+        allowed = self.target_bits * (total + more) - self.bits_spent
+
+        def bits(log_lagrangian: float) -> float:  # Of names not seen yet, the target is expected.
+            expected = {m: k.bits(log_lagrangian) for m, k in self.kinds.items()}
+            return sum(n * expected.get(m, self.target_bits) for m, n in share.items())
 
         low, high = -60.0, 60.0  # of log2; bits fall
+        if all(self.left[m] < n for m, n in self.weights.items()):  # At first it may jump.
+            low, high = math.log2(self.last / MOST_CHANGE), math.log2(self.last * MOST_CHANGE)
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if bits(middle) > allowed else (low, middle)
         return 2.0**low
 
-    def spent(
-        self, matrix: str, lagrangian: float, symbols: np.ndarray, entropy: float, experts: CompressedExperts | None
-    ) -> None:
-        """Tells what became of the matrices that `lagrangian` was last called for.
-
-        Args:
-          matrix, lagrangian: of that call.
-          symbols: uint8 [experts, rows, columns].
-          entropy: of the symbols, bits per weight.
-          experts: as stored; None: entropy is all that counts.
-        """
-        stored = 8 * experts.nbytes / symbols.size if experts is not None else entropy
-        self.left[matrix] -= symbols.size
-        self.bits_spent += stored * symbols.size
+    def learn(self, matrix: str, lagrangian: float, entropy: float, stored: float) -> None:
+        """Tells what a trial came to: entropy of the symbols and stored bits, per weight."""
         self.kinds[matrix].learn(math.log2(lagrangian), entropy, stored)
+
+    def spent(self, matrix: str, lagrangian: float, entropy: float, stored: float, weights: int) -> None:
+        """Tells what the matrices seen last came to, and how many weights they have."""
+        self.learn(matrix, lagrangian, entropy, stored)
+        self.last = lagrangian
+        self.left[matrix] -= weights
+        self.bits_spent += stored * weights
 
 
 class _Kind:
     """Matrices of one name: their mean curve, bits [points] against log2 of the Lagrangian, and what was learnt."""
 
-    def __init__(self, log_shift: float = 0.0, extra: float = 0.0):
-        self.log_shift, self.extra = log_shift, extra
+    def __init__(self):
+        self.log_shift = self.extra = 0.0
         self.curves: list[tuple[np.ndarray, np.ndarray]] = []
         self.learnt = 0
-
-    @classmethod
-    def like(cls, others) -> _Kind:
-        """Before anything is known: what the others have learnt."""
-        known = [k for k in others if k.learnt]
-        if not known:
-            return cls()
-        return cls(np.mean([k.log_shift for k in known]), np.mean([k.extra for k in known]))
 
     def add_curve(self, W, H, importance) -> None:
         scale, bits = _curve(W, H, jnp.ones(W.shape[:2]) if importance is None else importance)
@@ -110,7 +111,9 @@ class _Kind:
         x, y = self.curves[-1]
         found = np.interp(entropy, y[::-1], x[::-1])  # where the curve has as many bits
         rate = MEMORY if self.learnt else 1.0
-        self.log_shift += rate * (found - log_lagrangian - self.log_shift)
+        if INFORMATIVE[0] < entropy < INFORMATIVE[1]:  # Elsewhere curves are flat.
+            change = found - log_lagrangian - self.log_shift
+            self.log_shift += rate * change if not self.learnt else np.clip(rate * change, -1, 1)
         self.extra += rate * (stored - entropy - self.extra)
         self.learnt += 1
 

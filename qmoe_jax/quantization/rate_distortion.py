@@ -160,14 +160,15 @@ def refit_levels(W, H, quantized: Quantized, *, damping: float = 0.1, level_bits
       level_bits: mantissa bits of a level.
     """
 
-    def one(W, H, symbols, levels, loss):
+    def one(W, H, symbols, levels, loss, fallback):
         columns = W.shape[1]
         damp = jnp.maximum(damping / columns * sum_in_order(jnp.diag(H)), LEAST_DAMPING)
-        levels, change = _refit(W.T, H + damp * jnp.eye(columns), symbols.T, levels.T, jnp.zeros(len(W)), level_bits)
+        H = jnp.where(fallback, jnp.eye(columns), H + damp * jnp.eye(columns))
+        levels, change = _refit(W.T, H, symbols.T, levels.T, jnp.zeros(len(W)), level_bits)
         return _values(symbols.T, levels).T, levels.T, loss + sum_in_order(change)
 
     W, H = jnp.asarray(W, jnp.float32), jnp.asarray(H, jnp.float32)
-    Q, levels, loss = jax.vmap(one)(W, H, quantized.symbols, quantized.levels, quantized.loss)
+    Q, levels, loss = jax.vmap(one)(W, H, quantized.symbols, quantized.levels, quantized.loss, quantized.fallback)
     return quantized._replace(Q=Q, levels=levels, loss=loss)
 
 

@@ -45,18 +45,21 @@ def weighted_tokens(
       calibration: rows of all calibration tokens.
       router_weighted: weight by the squares, otherwise equally.
       shrinkage: weight, in tokens, of a sample from all calibration tokens. It gives directions that an expert has not
-        seen the weight that they have in the layer; a starved expert is quantized for the layer's tokens.
+        seen the weight that they have in the layer. An expert without tokens of its own gets the sample in any case.
     """
     weights = [g.astype(np.float32) ** 2 if router_weighted else np.ones(len(g), np.float32) for g in gates]
-    if not shrinkage or len(calibration) == 0:
-        return list(map(Samples, tokens, weights))
     sample = calibration[np.linspace(0, len(calibration) - 1, min(SAMPLE, len(calibration))).astype(int)]
     every = np.concatenate(weights)
-    each = shrinkage / len(sample) * (every.mean() if len(every) else 1.0)
-    return [
-        Samples(np.concatenate([t, sample]), np.concatenate([w, np.full(len(sample), each, np.float32)]))
-        for t, w in zip(tokens, weights, strict=True)
-    ]
+    mean = every.mean() if len(every) else 1.0
+
+    def with_sample(rows, weight):
+        total = shrinkage if len(rows) else shrinkage or 1.0
+        if not total or not len(sample):
+            return Samples(rows, weight)
+        each = np.full(len(sample), total * mean / len(sample), np.float32)
+        return Samples(np.concatenate([rows, sample]), np.concatenate([weight, each]))
+
+    return list(map(with_sample, tokens, weights))
 
 
 def input_hessians(inputs: np.ndarray, samples: Sequence[Samples], sharding: NamedSharding) -> jax.Array:

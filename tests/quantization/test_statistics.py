@@ -162,9 +162,18 @@ def test_tokens_count_with_the_square_of_their_gate(router_weighted):
     tokens, gates = routed()
     calibration = np.arange(0, TOKENS, 2)
     found = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=router_weighted, shrinkage=0.0)
-    for (rows, weights), t, g in zip(found, tokens, gates, strict=True):
-        np.testing.assert_array_equal(rows, t)
-        np.testing.assert_allclose(weights, g.astype(np.float64) ** 2 if router_weighted else np.ones(len(t)), 1e-6)
+    for e in (0, 2):
+        (rows, weights), g = found[e], gates[e].astype(np.float64)
+        np.testing.assert_array_equal(rows, tokens[e])
+        np.testing.assert_allclose(weights, g**2 if router_weighted else np.ones(len(g)), 1e-6)
+
+
+def test_an_expert_without_tokens_gets_the_layer():
+    tokens, gates = routed()
+    calibration = np.arange(0, TOKENS, 2)
+    found = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=True, shrinkage=0.0)
+    np.testing.assert_array_equal(found[1].rows, calibration)
+    assert (found[1].weights == found[1].weights[0]).all() and found[1].weights[0] > 0
 
 
 @pytest.mark.parametrize("router_weighted", [False, True])
@@ -187,9 +196,8 @@ def test_shrinkage_adds_the_layer_as_so_many_mean_tokens(router_weighted):
 def test_shrinkage_takes_a_sample_of_many_tokens():
     tokens, gates = routed()
     calibration = 3 * np.arange(10_000)
-    plain = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=True, shrinkage=0.0)
     found = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=True, shrinkage=4.0)
-    added = [f.rows[len(p.rows) :] for f, p in zip(found, plain, strict=True)]
+    added = [f.rows[len(t) :] for f, t in zip(found, tokens, strict=True)]
     for rows in added:
         np.testing.assert_array_equal(rows, added[0])
         assert len(np.unique(rows)) == statistics.SAMPLE and np.isin(rows, calibration).all()
