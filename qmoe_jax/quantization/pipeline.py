@@ -234,6 +234,7 @@ class Quantizer:
 
     def __call__(self, group: streaming.ExpertGroup) -> dict[str, Any]:
         s = self.settings
+        self._layer_begins = group.start == 0
         sharding = expert_sharding(group.stop - group.start)
         kernels = {m: jax.device_put(jnp.asarray(k, jnp.float32), sharding) for m, k in group.kernels.items()}
         tokens = [t[self.calibration[group.stack][t]] for t in group.tokens]
@@ -324,7 +325,8 @@ class Quantizer:
         return result
 
     def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
-        if self.control.see(matrix, W, H, importance):
+        self.control.see(matrix, W, H, importance)
+        if self._layer_begins:
             few = slice(0, TRIAL_EXPERTS)
             lagrangian = self.control.lagrangian()
             trial = self._rate_distortion(W[few], H[few], lagrangian, None if importance is None else importance[few])

@@ -9,8 +9,8 @@ offsets; both differ little from group to group, and are learnt:
     bits(lambda) = curve(shift * lambda) + extra
 
 The Lagrangian is the one for which all that is still to come, taken for like what has been, uses up what the target
-leaves. So it settles early, and the last groups make good what the first ones missed. Before the first matrix of a
-name is quantized, a few of its experts are, as a trial.
+leaves. So it settles early, and the last groups make good what the first ones missed. Before a layer's first matrices
+are quantized, those of a few experts are, as a trial.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ LEAST_LEFT = 0.08
 # From one matrix to the next the Lagrangian changes by this factor at most.
 MOST_CHANGE = 2.0
 MEMORY = 0.5  # of the last group in what is learnt
+MOST_SHIFT = 3.0  # powers of two
 INFORMATIVE = (0.03, 1.5)  # entropies that tell where on its curve a matrix is
 
 
@@ -49,14 +50,9 @@ class RateControl:
         self.last: float | None = None
         self.kinds: dict[str, _Kind] = {}
 
-    def see(self, matrix: str, W: jax.Array, H: jax.Array, importance: jax.Array | None) -> bool:
-        """Takes note of the matrices to come, W [experts, rows, columns], with Hessians H and the rows' importance.
-
-        Returns whether a trial is wanted: the first of this name.
-        """
-        first = matrix not in self.kinds
+    def see(self, matrix: str, W: jax.Array, H: jax.Array, importance: jax.Array | None) -> None:
+        """Takes note of the matrices to come, W [experts, rows, columns], with Hessians H and the rows' importance."""
         self.kinds.setdefault(matrix, _Kind()).add_curve(W, H, importance)
-        return first
 
     def lagrangian(self) -> float:
         """For the matrices seen last."""
@@ -79,11 +75,11 @@ class RateControl:
 
     def learn(self, matrix: str, lagrangian: float, entropy: float, stored: float) -> None:
         """Tells what a trial came to: entropy of the symbols and stored bits, per weight."""
-        self.kinds[matrix].learn(math.log2(lagrangian), entropy, stored)
+        self.kinds[matrix].learn(math.log2(lagrangian), entropy, stored, 1.0)
 
     def spent(self, matrix: str, lagrangian: float, entropy: float, stored: float, weights: int) -> None:
         """Tells what the matrices seen last came to, and how many weights they have."""
-        self.learn(matrix, lagrangian, entropy, stored)
+        self.kinds[matrix].learn(math.log2(lagrangian), entropy, stored, MEMORY)
         self.last = lagrangian
         self.left[matrix] -= weights
         self.bits_spent += stored * weights
@@ -95,11 +91,11 @@ class _Kind:
     def __init__(self):
         self.log_shift = self.extra = 0.0
         self.curves: list[tuple[np.ndarray, np.ndarray]] = []
-        self.learnt = 0
 
     def add_curve(self, W, H, importance) -> None:
         scale, bits = _curve(W, H, jnp.ones(W.shape[:2]) if importance is None else importance)
-        self.curves.append((np.log2(np.maximum(np.float64(scale), 1e-30) * POINTS), np.asarray(bits, np.float64)))
+        falling = np.maximum.accumulate(np.asarray(bits, np.float64)[::-1])[::-1]
+        self.curves.append((np.log2(np.maximum(np.float64(scale), 1e-30) * POINTS), falling))
 
     def scalar_bits(self, log_lagrangian: float, curves) -> float:
         return float(np.mean([np.interp(log_lagrangian, x, y) for x, y in curves]))
@@ -107,15 +103,13 @@ class _Kind:
     def bits(self, log_lagrangian: float) -> float:
         return self.scalar_bits(log_lagrangian + self.log_shift, self.curves) + self.extra
 
-    def learn(self, log_lagrangian: float, entropy: float, stored: float) -> None:
+    def learn(self, log_lagrangian: float, entropy: float, stored: float, rate: float) -> None:
         x, y = self.curves[-1]
         found = np.interp(entropy, y[::-1], x[::-1])  # where the curve has as many bits
-        rate = MEMORY if self.learnt else 1.0
         if INFORMATIVE[0] < entropy < INFORMATIVE[1]:  # Elsewhere curves are flat.
-            change = found - log_lagrangian - self.log_shift
-            self.log_shift += rate * change if not self.learnt else np.clip(rate * change, -1, 1)
+            change = np.clip(found - log_lagrangian, -MOST_SHIFT, MOST_SHIFT) - self.log_shift
+            self.log_shift += rate * change
         self.extra += rate * (stored - entropy - self.extra)
-        self.learnt += 1
 
 
 @functools.partial(jax.jit, static_argnames="rows")

@@ -29,7 +29,7 @@ def layers(growth=1.0, seed=0):
 
 
 def quantize(control, matrix, W, H, importance, stored=None):
-    """As the pipeline does: a trial of half of the experts for the first of a name. Returns Lagrangian and bits."""
+    """As the pipeline does: a trial of half of the experts first. Returns Lagrangian and bits."""
 
     def rate(lagrangian, experts):
         per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance
@@ -37,9 +37,9 @@ def quantize(control, matrix, W, H, importance, stored=None):
         bits = float(np.mean([entropy(s) for s in symbols]))
         return bits, stored(bits) if stored else bits
 
-    if control.see(matrix, W, H, importance):
-        lagrangian = control.lagrangian()
-        control.learn(matrix, lagrangian, *rate(lagrangian, slice(0, EXPERTS // 2)))
+    control.see(matrix, W, H, importance)
+    lagrangian = control.lagrangian()
+    control.learn(matrix, lagrangian, *rate(lagrangian, slice(0, EXPERTS // 2)))
     lagrangian = control.lagrangian()
     found = rate(lagrangian, slice(None))
     control.spent(matrix, lagrangian, *found, W.size)
@@ -86,7 +86,7 @@ def test_lagrangian_has_the_scale_of_the_error(change):
 
     def first(W, H, importance):
         control = RateControl(0.7, weights)
-        assert control.see(matrix, W, H, importance)
+        control.see(matrix, W, H, importance)
         return control.lagrangian()
 
     plain = first(W, H, importance)
