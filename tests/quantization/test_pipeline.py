@@ -188,7 +188,7 @@ def test_every_layer_is_gptq_under_its_experts_own_calibration_tokens(
 def compressed(tiny, documents, tmp_path_factory):
     """(report, directory) of the tiny model."""
     output = tmp_path_factory.mktemp("compressed") / "out"
-    return run(open_checkpoint(tiny.checkpoint), documents, output=output), output
+    return run(open_checkpoint(tiny.checkpoint), documents, output=output, codec="dictionary"), output
 
 
 def test_an_expert_without_tokens_falls_back_to_rounding_and_is_named(documents, tmp_path):
