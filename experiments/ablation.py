@@ -98,7 +98,13 @@ def main(_):
     )
     reporting.write_json(
         output / "ablation.json",
-        dict(bfloat16=bfloat16, seeds=SEEDS.value, rows=found, config=config.to_dict(), target_bits=TARGET.value),
+        dict(
+            bfloat16=bfloat16,
+            seeds=SEEDS.value,
+            rows=found,
+            config=experiment.without_folders(config),
+            target_bits=TARGET.value,
+        ),
     )
     (output / "ablation.md").write_text(table + "\n", encoding="utf-8")
     reporting.say(f"\n{table}\n\nbfloat16: {bfloat16['loss']:.4f} nats per token; {len(SEEDS.value)} seeds.")

@@ -90,7 +90,7 @@ def main(_):
             for p in points
         ],
     )
-    report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=config.to_dict())
+    report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=experiment.without_folders(config))
     reporting.write_json(output / "frontier.json", report)
     (output / "frontier.md").write_text(table + "\n", encoding="utf-8")
     plot_frontier(report, output / "frontier.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +88,14 @@ def examples(config: config_dict.ConfigDict, which: str, vocabulary: Vocabulary)
         append_eos=config.data.append_eos,
         window=config.data.window,
     )
+
+
+def without_folders(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """The config as JSON values, its files by name only: for reports that others are to read."""
+    fields = config.to_dict()
+    files = ("vocabulary", "calibration", "validation")
+    fields["data"] |= {f: re.sub(r"[^,]*/", "", fields["data"][f] or "") or None for f in files}
+    return fields
 
 
 def _given(config: config_dict.ConfigDict, field: str) -> str:
