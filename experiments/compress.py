@@ -98,6 +98,12 @@ def main(_):
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "
         f"{report['experts_fallback']} fell back (report.json says why)"
     )
+    target, stored = report["target_bits"], report["bits_per_weight"] or report["entropy_per_weight"]
+    if target is not None and abs(stored / target - 1) > 0.03:
+        reporting.say(
+            f"warning: {stored:.3f} bits per weight, {stored / target - 1:+.0%} from target_bits {target:g}. Levels take "
+            "bits of their own, much in narrow rows, and few layers leave little room to correct; see report.json."
+        )
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items())
     reporting.say(f"seconds: {seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")
     reporting.say(

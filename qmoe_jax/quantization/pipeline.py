@@ -564,6 +564,7 @@ def compress(
         **validation_losses.summary(),
         "method": quantization.method,
         "bits": quantization.bits,
+        "target_bits": quantization.target_bits,
         "codec": codec,
         "num_calibration_documents": num_calibration,
         **_sizes(accounts, dense_weights),

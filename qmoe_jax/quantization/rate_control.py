@@ -97,11 +97,9 @@ class _Kind:
         falling = np.maximum.accumulate(np.asarray(bits, np.float64)[::-1])[::-1]
         self.curves.append((np.log2(np.maximum(np.float64(scale), 1e-30) * POINTS), falling))
 
-    def scalar_bits(self, log_lagrangian: float, curves) -> float:
-        return float(np.mean([np.interp(log_lagrangian, x, y) for x, y in curves]))
-
     def bits(self, log_lagrangian: float) -> float:
-        return self.scalar_bits(log_lagrangian + self.log_shift, self.curves) + self.extra
+        at = log_lagrangian + self.log_shift
+        return float(np.mean([np.interp(at, x, y) for x, y in self.curves])) + self.extra
 
     def learn(self, log_lagrangian: float, entropy: float, stored: float, rate: float) -> None:
         x, y = self.curves[-1]
