@@ -101,8 +101,8 @@ def main(_):
     target, stored = report["target_bits"], report["bits_per_weight"] or report["entropy_per_weight"]
     if target is not None and abs(stored / target - 1) > 0.03:
         reporting.say(
-            f"warning: {stored:.3f} bits per weight, {stored / target - 1:+.0%} from target_bits {target:g}. Levels take "
-            "bits of their own, much in narrow rows, and few layers leave little room to correct; see report.json."
+            f"warning: {stored:.3f} bits per weight, {stored / target - 1:+.0%} from target_bits {target:g}. Levels "
+            "take bits too, many in narrow rows, and few layers leave little room to correct; see report.json."
         )
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items())
     reporting.say(f"seconds: {seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")
