@@ -18,6 +18,8 @@ each of which concatenates over experts along its first axis; and what is stored
     unpack(stored, shape) -> data, levels
         Inverse of `pack`. Raises ValueError that names the expert and row (or block) of what is malformed, so that
         kernels need not check.
+    take(data, start, stop) -> data
+        Of experts start:stop alone. Outside `jit`, as sizes depend on the values.
     static_bound(data) -> int
         What `decode_expert` has to know at compile time about the sizes in `data`; the largest of several
         groups of experts holds for all of them together.

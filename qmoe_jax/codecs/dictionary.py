@@ -193,6 +193,12 @@ def _decode_one(data, shape, bound):
     return decode_expert(data, shape, 2, bound, 0)
 
 
+def take(data: Mapping[str, np.ndarray], start: int, stop: int) -> dict[str, np.ndarray]:
+    """`data` of experts start:stop alone."""
+    ends = np.append(0, np.cumsum(np.asarray(data["row_offsets"])[:, -1], dtype=np.int64))
+    return {"codewords": data["codewords"][ends[start] : ends[stop]], "row_offsets": data["row_offsets"][start:stop]}
+
+
 def static_bound(data: Mapping[str, np.ndarray]) -> int:
     """The most codewords an expert has."""
     return min(int(np.max(data["row_offsets"][:, -1], initial=0)), data["codewords"].size)

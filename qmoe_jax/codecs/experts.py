@@ -106,6 +106,23 @@ class CompressedExperts:
                 raise ValueError(f"{name}: expert {expert}, row {row} has {found[where]}, expected {expected[where]}.")
 
 
+def split(experts: CompressedExperts, parts: int) -> list[CompressedExperts]:
+    """Consecutive groups of equally many experts: the inverse of `concatenate`. Not for use inside `jit`.
+
+    Raises ValueError where `parts` doesn't divide the experts.
+    """
+    number, *matrix = experts.shape
+    if parts < 1 or number % parts:
+        raise ValueError(f"{number} experts can't be split into {parts} equal parts.")
+    each = number // parts
+
+    def part(start):
+        data = codecs.get(experts.codec).take(experts.data, start, start + each)
+        return _resident(data, experts.levels[start : start + each], experts.codec, (each, *matrix))
+
+    return [part(start) for start in range(0, number, each)]
+
+
 def concatenate(parts: Sequence[CompressedExperts]) -> CompressedExperts:
     """Joins groups of experts of one layer, in order. Raises ValueError where codec, levels, out or in differ."""
     if not parts:

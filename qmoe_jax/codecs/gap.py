@@ -233,6 +233,13 @@ def _window(words, first_word, bit):
     return (window & ((1 << WINDOW) - 1)).astype(jnp.int32)
 
 
+def take(data: Mapping[str, np.ndarray], start: int, stop: int) -> dict[str, np.ndarray]:
+    """`data` of experts start:stop alone."""
+    ends = np.append(0, np.cumsum(np.asarray(data["word_counts"]), dtype=np.int64))
+    own = {name: array[start:stop] for name, array in data.items() if name != "words"}
+    return {"words": data["words"][ends[start] : ends[stop]], **own}
+
+
 def static_bound(data: Mapping[str, np.ndarray]) -> int:
     """Nothing: loops end when all lanes have."""
     return 0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_jax import codecs
-from qmoe_jax.codecs.experts import CompressedExperts, concatenate
+from qmoe_jax.codecs.experts import CompressedExperts, concatenate, split
 
 
 def example(experts=3, out=8, width=22, zeros=0.8, seed=0):
@@ -81,6 +81,20 @@ def test_concatenated_groups_equal_the_whole():
     assert jax.tree.structure(joined) == jax.tree.structure(whole)
     jax.tree.map(np.testing.assert_array_equal, joined, whole)
     np.testing.assert_array_equal(joined.to_dense(), weights)
+
+
+@pytest.mark.parametrize("codec", codecs.CODECS)
+def test_split_parts_hold_their_experts_and_join_to_the_whole(codec):
+    trits, levels, weights = example(experts=6, out=40)
+    trits[2] = weights[2] = 0  # Streams differ in length.
+    whole = CompressedExperts.from_symbols(trits, levels, codec)
+    parts = split(whole, 3)
+    for i, part in enumerate(parts):
+        np.testing.assert_array_equal(part.to_dense(), weights[2 * i : 2 * i + 2])
+        part.validate()
+    jax.tree.map(np.testing.assert_array_equal, concatenate(parts), whole)
+    with pytest.raises(ValueError, match="6 experts can't be split into 4"):
+        split(whole, 4)
 
 
 def test_groups_of_other_width_are_not_joined():
