@@ -19,12 +19,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -200,12 +204,86 @@ void Work(Call<Codec>& call) {
   }
 }
 
+// Threads of the pool that have helped and stay awake for a moment: the next call, wo after wi, comes soon, and waking
+// a thread takes about as long as the half of a small product.
+template <typename Codec>
+class Helpers {
+ public:
+  using Shared = std::shared_ptr<Call<Codec>>;
+
+  static Helpers& Get() {
+    static Helpers* helpers = new Helpers;  // Never destroyed: threads may outlive main.
+    return *helpers;
+  }
+
+  // Hands the call to at most `wanted` waiting threads; returns to how many.
+  int64_t Share(const Shared& call, int64_t wanted) {
+    int64_t waiting = waiting_.load(), taken;
+    do {
+      taken = std::min(waiting, wanted);
+    } while (taken > 0 && !waiting_.compare_exchange_weak(waiting, waiting - taken));
+    if (taken > 0) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      shared_.insert(shared_.end(), taken, call);
+      count_.store(shared_.size(), std::memory_order_release);
+    }
+    return taken;
+  }
+
+  void Help(Shared call) {
+    for (; call != nullptr; call = Wait()) Work(*call);
+  }
+
+ private:
+  // The next call, or null when none came.
+  Shared Wait() {
+    waiting_.fetch_add(1);
+    const auto until = std::chrono::steady_clock::now() + kPatience;
+    for (;;) {
+      for (int i = 0; i < 64; ++i) {
+        if (count_.load(std::memory_order_acquire) > 0) {
+          if (Shared call = Take()) return call;
+        }
+        Pause();
+      }
+      if (std::chrono::steady_clock::now() < until) continue;
+      // Whoever lowered the count meanwhile has a call for a thread, and this may be the last one.
+      for (int64_t waiting = waiting_.load(); waiting > 0;) {
+        if (waiting_.compare_exchange_weak(waiting, waiting - 1)) return nullptr;
+      }
+    }
+  }
+
+  Shared Take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (shared_.empty()) return nullptr;
+    Shared call = std::move(shared_.back());
+    shared_.pop_back();
+    count_.store(shared_.size(), std::memory_order_release);
+    return call;
+  }
+
+  static void Pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  static constexpr std::chrono::microseconds kPatience{50};
+
+  std::atomic<int64_t> waiting_{0};  // threads that wait and that no call was promised to
+  std::atomic<size_t> count_{0};     // of shared_
+  std::mutex mutex_;
+  std::vector<Shared> shared_;
+};
+
 // Works on the calling thread and on the pool's. Does not wait for helpers that never got to run: those find
 // no work left and touch nothing but `call`.
 template <typename Codec>
 void WorkTogether(const std::shared_ptr<Call<Codec>>& call, ffi::ThreadPool& pool, int64_t threads) {
-  for (int64_t i = 1; i < threads; ++i) {
-    pool.Schedule([call] { Work(*call); });
+  auto& helpers = Helpers<Codec>::Get();
+  for (int64_t i = 1 + helpers.Share(call, threads - 1); i < threads; ++i) {
+    pool.Schedule([call, &helpers] { helpers.Help(call); });
   }
   Work(*call);
   while (call->done.load(std::memory_order_acquire) < call->pieces) std::this_thread::yield();
