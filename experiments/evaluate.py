@@ -34,6 +34,7 @@ def main(_):
     config = CONFIG.value
     memory = experiment.memory_settings(config)
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+    memory = memory._replace(mesh=experiment.mesh(config, checkpoint))
     validation = experiment.examples(config, "validation", vocabulary)
     stages = reporting.Stages()
     losses = streaming.run(checkpoint, validation.pairs, memory, stages=stages)

@@ -6,6 +6,7 @@ A prompt without <extra_id_N> is continued. --config.generation.temperature and 
 likeliest token.
 """
 
+import functools
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
@@ -21,6 +22,7 @@ from ml_collections import config_flags
 import qmoe_jax
 from qmoe_jax import experiment, reporting
 from qmoe_jax.data import EOS, PAD, Vocabulary
+from qmoe_jax.models.expert_parallel import place_param
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
@@ -66,8 +68,9 @@ def write(model, params, vocabulary: Vocabulary, prompt: str, settings) -> str:
 def main(_):
     config = CONFIG.value
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    model = qmoe_jax.SwitchTransformer(checkpoint.config, experiment.activation_dtype(config))
-    params = jax.device_put(checkpoint.load())
+    mesh = experiment.mesh(config, checkpoint)
+    model = qmoe_jax.SwitchTransformer(checkpoint.config, experiment.activation_dtype(config), mesh)
+    params = checkpoint.load(functools.partial(place_param, mesh=mesh))
     started = time.perf_counter()
     text = write(model, params, vocabulary, PROMPT.value, config.generation)
     reporting.say(f"prompt: {PROMPT.value}\n\ntext:   {text}\n\n{time.perf_counter() - started:.1f} s with compilation")

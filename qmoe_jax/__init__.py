@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qmoe_jax import codecs, kernels, quantization
 from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import PRESETS, ModelConfig
 from qmoe_jax.models.decoding import generate
+from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh, place_param
 from qmoe_jax.models.switch import SwitchTransformer, as_tokens
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "SwitchTransformer",
     "codecs",
+    "expert_mesh",
     "forward",
     "generate",
     "kernels",
@@ -37,12 +40,15 @@ __all__ = [
 ]
 
 
-def load(path: str | os.PathLike, *, dtype: Any = jnp.float32, **overrides: Any) -> tuple[SwitchTransformer, Any]:
+def load(
+    path: str | os.PathLike, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **overrides: Any
+) -> tuple[SwitchTransformer, Any]:
     """The model and its whole parameter tree from a checkpoint of any layout.
 
     Args:
       path: a compressed checkpoint; or a T5X checkpoint: step directory, its parent (newest complete step), or file.
       dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
+      mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
       **overrides: fields of `ModelConfig` that the checkpoint doesn't tell, such as top_k=2.
 
     Returns:
@@ -50,12 +56,15 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32, **overrides: Any)
 
     Raises:
       CheckpointError: nothing readable there; says what was found and what was expected.
-      ValueError: another dtype, or fields that `ModelConfig` doesn't have.
+      ValueError: another dtype, fields that `ModelConfig` doesn't have, or devices that don't divide the experts.
     """
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype {dtype!r}: expected float32 or bfloat16.")
     checkpoint = open_checkpoint(path, **overrides)
-    return SwitchTransformer(checkpoint.config, dtype), jax.device_put(checkpoint.load())
+    if mesh is not None:
+        check_mesh(mesh, checkpoint.config.num_experts)
+    params = checkpoint.load(functools.partial(place_param, mesh=mesh))
+    return SwitchTransformer(checkpoint.config, dtype, mesh), params
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity_factor"))

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from absl import flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from qmoe_jax.checkpoints import Checkpoint, check_preset, open_checkpoint
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
+from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
 from qmoe_jax.quantization.pipeline import QuantizationSettings
 
 OPTIONAL_TYPES = dict(
@@ -61,6 +63,7 @@ def default_config() -> config_dict.ConfigDict:
         codec=dict(name="gap"),
         save=config_dict.placeholder(bool),  # None: if the codec holds them (2-bit experts: gap)
         compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
+        mesh=dict(experts=1),  # devices that a layer's experts are spread over, in evaluation and generation
         memory=dict(tokens_per_batch=8_192, tokens_per_expert_call=16_384, experts_per_group=16),
         generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
     )
@@ -119,6 +122,19 @@ def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
         if value < 1:
             raise ValueError(f"config.memory.{field}: found {value}, expected at least 1.")
     return streaming.Settings(dtype=activation_dtype(config), **config.memory)
+
+
+def mesh(config: config_dict.ConfigDict, checkpoint: Checkpoint) -> Mesh | None:
+    """The devices that experts are spread over; None: one."""
+    devices = config.mesh.experts
+    if devices == 1:
+        return None
+    try:
+        found = expert_mesh(devices)
+        check_mesh(found, checkpoint.config.num_experts)
+    except ValueError as e:
+        raise ValueError(f"config.mesh.experts: {e}") from e
+    return found
 
 
 def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:

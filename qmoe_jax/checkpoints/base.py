@@ -54,20 +54,24 @@ class Checkpoint(abc.ABC):
         flat = {n[len(prefix) :]: self.read(n) for n in names}
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def load(self) -> dict[str, Any]:
+    def load(self, put: Callable[[str, Any], Any] = lambda name, value: value) -> dict[str, Any]:
         """The whole parameter tree: T5X's names; an experts' kernel may be `CompressedExperts`.
+
+        Args:
+          put: put(name, value) is kept in place of each parameter, once it is read: where it is to be.
 
         Raises CheckpointError for NaN or Inf, naming parameter and expert.
         """
         flat = traverse_util.flatten_dict(self.params(), sep="/")
         for name, value in flat.items():
             check_finite(name, value)
+            flat[name] = put(name, value)
         for layer in self.config.sparse_layers:
             ((_, _, kernels),) = self.experts(layer)
             for matrix, kernel in kernels.items():
                 if not isinstance(kernel, CompressedExperts):
                     check_finite(f"{layer}/mlp/expert/{matrix}/kernel", kernel)
-                flat[f"{layer}/mlp/expert/{matrix}/kernel"] = kernel
+                flat[f"{layer}/mlp/expert/{matrix}/kernel"] = put(f"{layer}/mlp/expert/{matrix}/kernel", kernel)
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def dense_leaves(self) -> dict[str, Callable[[], np.ndarray]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qmoe_jax.models.layers import MASKED
 from qmoe_jax.models.switch import SwitchTransformer, as_tokens
@@ -106,4 +107,7 @@ def _generate(model, settings, params, encoder_input_tokens, key):
 
     start = jnp.zeros(batch, jnp.int32)  # The decoder's first input is the padding token.
     state = (jnp.int32(0), start, jnp.zeros(batch, bool), jnp.zeros((batch, max_length), jnp.int32), caches, key)
-    return jax.lax.while_loop(more, step, state)[3]
+    written = jax.lax.while_loop(more, step, state)[3]
+    if model.mesh is not None:  # On every device, so that every process has it.
+        written = jax.lax.with_sharding_constraint(written, NamedSharding(model.mesh, PartitionSpec()))
+    return written

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.kernels import compressed_ragged_dot, ragged_dot
+from qmoe_jax.models.expert_parallel import exchange
 from qmoe_jax.models.layers import Kernel, MlpKernels, activate
 
 
@@ -98,17 +100,25 @@ def grouped(group_sizes: jax.Array) -> Callable:
     return dot
 
 
-def apply_experts(x: jax.Array, routing: Routing, kernels: list) -> jax.Array:
-    """Sum over a token's choices of gate * expert(token): [tokens, d_model].
+def run_experts(rows: jax.Array, expert: jax.Array, kernels: list) -> jax.Array:
+    """expert[i] of rows[i]: [n, d_model]. Rows of an expert that there isn't come out as zeros.
 
-    The tokens are sorted by expert once; each matrix is then one ragged dot. A dropped choice has gate 0.
+    The rows are sorted by expert once; each matrix is then one ragged dot.
     """
-    tokens, top_k = routing.expert.shape
-    expert = routing.expert.reshape(-1)
     order = jnp.argsort(expert, stable=True)
     group_sizes = jnp.bincount(expert, length=kernels[0].shape[0]).astype(jnp.int32)
-    y = expert_mlp(x[order // top_k], kernels, grouped(group_sizes))  # [tokens * top_k, d_model], sorted by expert
-    y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(tokens, top_k, -1)
+    y = expert_mlp(rows[order], kernels, grouped(group_sizes))  # [n, d_model], sorted by expert
+    return jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+
+
+def apply_experts(x: jax.Array, routing: Routing, kernels: list, mesh: Mesh | None = None) -> jax.Array:
+    """Sum over a token's choices of gate * expert(token): [tokens, d_model]. A dropped choice has gate 0.
+
+    With a mesh the experts are over its devices, and each token's row goes there and back.
+    """
+    rows, expert = jnp.repeat(x, routing.expert.shape[1], axis=0), routing.expert.reshape(-1)  # [tokens * top_k, ...]
+    y = run_experts(rows, expert, kernels) if mesh is None else exchange(run_experts, rows, expert, kernels, mesh)
+    y = y.reshape(*routing.expert.shape, -1)
     return jnp.sum(y * routing.gate[..., None].astype(y.dtype), axis=1)
 
 
@@ -161,6 +171,7 @@ class MoeMlp(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     prioritized: bool  # Batch-prioritised slots at finite capacity.
+    mesh: Mesh | None = None  # Over whose devices the experts are.
 
     def setup(self):
         self.router = Router(self.config)
@@ -190,8 +201,8 @@ class MoeMlp(nn.Module):
             routing = Routing(routing.expert, jnp.where(free, routing.gate, 0.0))
         # T5X's least capacity makes mostly empty slots of a small batch; then sorting is cheaper.
         bounded = capacity_factor is not None and c.num_experts * groups * capacity <= 4 * routing.expert.size
-        if not bounded or any(isinstance(k, CompressedExperts) for k in kernels):
-            y = apply_experts(tokens, routing, kernels)
+        if not bounded or self.mesh is not None or any(isinstance(k, CompressedExperts) for k in kernels):
+            y = apply_experts(tokens, routing, kernels, self.mesh)
         else:
             y = apply_experts_in_slots(tokens, routing, kernels, min(groups * capacity, len(tokens)))
 

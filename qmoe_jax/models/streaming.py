@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from qmoe_jax import reporting
 from qmoe_jax.checkpoints.base import Checkpoint
@@ -26,8 +27,9 @@ from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.data import Batch, make_batches
+from qmoe_jax.models.expert_parallel import part_of_mesh, place_batch, place_experts, replicate
 from qmoe_jax.models.layers import RelativePositionBias, RMSNorm
-from qmoe_jax.models.moe import expert_mlp, grouped
+from qmoe_jax.models.moe import Routing, apply_experts, expert_mlp, grouped
 from qmoe_jax.models.switch import (
     DecoderLayer,
     EncoderLayer,
@@ -108,6 +110,7 @@ class Settings(NamedTuple):
       tokens_per_batch: most tokens, padding included, that go through a layer's attention at once.
       tokens_per_expert_call: most tokens that go through a group of experts at once.
       experts_per_group: experts that are read, and quantized, together.
+      mesh: over whose devices a batch and a group of experts are, as far as they divide them; None: one device.
     """
 
     dtype: Any = jnp.float32
@@ -115,6 +118,7 @@ class Settings(NamedTuple):
     tokens_per_batch: int = 8_192
     tokens_per_expert_call: int = 16_384
     experts_per_group: int = 16
+    mesh: Mesh | None = None
 
 
 class DocumentLosses(NamedTuple):
@@ -248,7 +252,8 @@ class _Pass:
             positions = x.positions(batch.indices, batch.encoder_input_tokens.shape[1])
             bias = self.shared_bias("encoder", relpos, positions.shape[1])
             tokens = batch.encoder_input_tokens
-            return positions, _encoder_layer(layer, params, x.get(positions), tokens, bias)
+            x_batch, tokens = place_batch((x.get(positions), tokens), self.settings.mesh)
+            return positions, _encoder_layer(layer, params, x_batch, tokens, bias)
 
         self.layers("encoder", EncoderLayer, x, attend)
         norm = self.params("encoder/encoder_norm/")
@@ -265,7 +270,8 @@ class _Pass:
             positions = x.positions(batch.indices, batch.decoder_input_tokens.shape[1])
             bias = self.shared_bias("decoder", relpos, positions.shape[1])
             memory = encoded.get(encoded.positions(batch.indices, batch.encoder_input_tokens.shape[1]))
-            return positions, _decoder_layer(layer, params, x.get(positions), memory, tuple(batch[1:]), bias)
+            x_batch, memory, tokens = place_batch((x.get(positions), memory, tuple(batch[1:])), self.settings.mesh)
+            return positions, _decoder_layer(layer, params, x_batch, memory, tokens, bias)
 
         self.layers("decoder", DecoderLayer, x, attend)
         return x
@@ -276,7 +282,7 @@ class _Pass:
         for i in range(c.num_encoder_layers if stack == "encoder" else c.num_decoder_layers):
             sparse = i in sparse_layers
             layer = kind(c, sparse, stack == "decoder", dtype)
-            params = jax.device_put(self.params(f"{stack}/layers_{i}/"))
+            params = replicate(self.params(f"{stack}/layers_{i}/"), self.settings.mesh)
             h = self.documents.buffer(stack, c.d_model, dtype) if sparse else None
             expert = self.documents.buffer(stack, c.top_k, np.int32) if sparse else None
             gate = self.documents.buffer(stack, c.top_k, np.float32) if sparse else None
@@ -310,9 +316,14 @@ class _Pass:
                     gates.append(weights[in_order])
                 kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, tokens, gates))
             with self.stages("experts"):
-                kernels = jax.device_put([kernels[n] for n in names])
+                mesh = None if self.settings.mesh is None else part_of_mesh(self.settings.mesh, stop - start)
+                kernels = [place_experts(kernels[n], mesh) for n in names]
                 for choice in range(top_k):  # In one choice no token occurs twice.
                     group = orders[choice][begins[choice][start] : begins[choice][stop]]
+                    if mesh is not None:
+                        own = expert[:, choice] - start
+                        self.experts_over_mesh(mesh, np.sort(group), x, h, own, gate[:, choice], kernels)
+                        continue
                     for rows in _chunks(group, self.settings.tokens_per_expert_call):
                         sizes = np.bincount(expert[rows, choice] - start, minlength=stop - start)
                         padded = _pad(rows, len(x))
@@ -325,6 +336,16 @@ class _Pass:
                         )
                         x[rows] = np.asarray(new)[: len(rows)]
             self.bar.update(-(-(stop - start) // self.settings.experts_per_group))
+
+    def experts_over_mesh(self, mesh, group, x, h, expert, gate, kernels) -> None:
+        """x += gate * expert(h) for rows `group`, in any order; `expert` counts from the first of `kernels`."""
+        for rows in _chunks(group, self.settings.tokens_per_expert_call):
+            padded = _pad(rows, len(x))
+            whose = np.full(len(padded), kernels[0].shape[0], np.int32)
+            whose[: len(rows)] = expert[rows]
+            inputs = (np.take(h, padded, axis=0, mode="clip"), whose, np.take(gate, padded, mode="clip"))
+            y = _experts_over_mesh(mesh, *place_batch(inputs, mesh), kernels)
+            x[rows] += np.asarray(y)[: len(rows)]
 
     def read_experts(self, layer: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         groups = self.checkpoint.experts(layer, self.settings.experts_per_group)
@@ -406,6 +427,11 @@ def _norm(config: ModelConfig, dtype, params, x):
 def _add_experts(x, h, gate, kernels, group_sizes):
     """x + gate * expert(h) for rows sorted by expert."""
     return x + gate[:, None].astype(x.dtype) * expert_mlp(h, kernels, grouped(group_sizes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _experts_over_mesh(mesh: Mesh, h, expert, gate, kernels):
+    return apply_experts(h, Routing(expert[:, None], gate[:, None]), kernels, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,8 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qmoe_jax.config import ModelConfig
+from qmoe_jax.models.expert_parallel import shard_batch
 from qmoe_jax.models.layers import Attention, DenseMlp, Kernel, RelativePositionBias, RMSNorm, mask_bias
 from qmoe_jax.models.moe import MoeMlp
 
@@ -77,6 +79,7 @@ class Layer(nn.Module):
     sparse: bool
     decoder: bool
     dtype: jnp.dtype
+    mesh: Mesh | None = None
 
     def _norm(self) -> RMSNorm:
         return RMSNorm(self.config.d_model, self.dtype)
@@ -86,7 +89,7 @@ class Layer(nn.Module):
         self.pre_mlp_layer_norm = self._norm()
         if self.sparse:
             prioritized = c.batch_prioritized if c.batch_prioritized is not None else c.top_k > 1
-            self.mlp = MoeMlp(c, self.dtype, prioritized and not self.decoder)
+            self.mlp = MoeMlp(c, self.dtype, prioritized and not self.decoder, self.mesh)
         else:
             self.mlp = DenseMlp(c, dtype=self.dtype)
         if c.relpos_per_layer:
@@ -200,11 +203,13 @@ class TokenEmbedder(nn.Module):
 class Encoder(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
+    mesh: Mesh | None = None
 
     def setup(self):
         c = self.config
         self.layers = [
-            EncoderLayer(c, i in c.encoder_sparse_layers, False, self.dtype) for i in range(c.num_encoder_layers)
+            EncoderLayer(c, i in c.encoder_sparse_layers, False, self.dtype, self.mesh)
+            for i in range(c.num_encoder_layers)
         ]
         self.encoder_norm = RMSNorm(c.d_model, self.dtype)
         if not c.relpos_per_layer:
@@ -231,11 +236,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
+    mesh: Mesh | None = None
 
     def setup(self):
         c = self.config
         self.layers = [
-            DecoderLayer(c, i in c.decoder_sparse_layers, True, self.dtype) for i in range(c.num_decoder_layers)
+            DecoderLayer(c, i in c.decoder_sparse_layers, True, self.dtype, self.mesh)
+            for i in range(c.num_decoder_layers)
         ]
         self.decoder_norm = RMSNorm(c.d_model, self.dtype)
         if not c.relpos_per_layer:
@@ -282,18 +289,21 @@ class SwitchTransformer(nn.Module):
     Attributes:
       config: architecture.
       dtype: activations; the router and the logits are always float32.
+      mesh: over whose devices the experts, and the batch where it divides evenly, are; None: one device. For inference.
+        Parameters are placed by `load`, or `expert_parallel.place_param`.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    mesh: Mesh | None = None
 
     def setup(self):
         self.token_embedder = TokenEmbedder(self.config, self.dtype)
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.mesh)
+        self.decoder = Decoder(self.config, self.dtype, self.mesh)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.token_embedder(tokens)
+        return shard_batch(self.token_embedder(tokens), self.mesh)
 
     def logits(self, y: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocabulary] of the decoder's final output."""

@@ -191,6 +191,26 @@ def test_generate_from_both_layouts(run, tiny, elsewhere):
             assert text.startswith("the cat") and "<extra_id_0>" not in text
 
 
+def test_evaluate_and_generate_over_several_devices(run, tiny, elsewhere, tmp_path):
+    output, _ = elsewhere
+    losses, texts = [], []
+    for devices in (1, 4):
+        args = (CONFIG, *tiny.flags(), f"--checkpoint={output}", f"--config.mesh.experts={devices}")
+        result = run("evaluate", *args, *memory_flags(), f"--report={tmp_path / 'report.json'}")
+        assert result.code == 0, result.err
+        losses.append(read_json(tmp_path / "report.json")["loss"])
+        texts.append(run("generate", *args, "--config.generation.max_length=12").out.split("\n\n")[1])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert texts[1] == texts[0]
+
+
+@pytest.mark.parametrize("experiment", ["evaluate", "generate"])
+@pytest.mark.parametrize("devices", [0, 3, 99])
+def test_devices_that_there_are_not_or_that_do_not_divide_the_experts(experiment, devices, run, tiny):
+    args = (*tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--config.mesh.experts={devices}")
+    assert_fails(run(experiment, *args), "config.mesh.experts", str(devices))
+
+
 @pytest.mark.parametrize(
     ("method", "bits"), [("gptq", "1.5"), ("rtn", "1.5"), ("rd", "1.5"), ("gptq", "2"), ("rtn", "2")]
 )
