@@ -160,11 +160,10 @@ def test_generated_tokens_are_those_of_one_device(batch):
     np.testing.assert_array_equal(many, one)
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_streamed_losses_are_those_of_one_device(top_k, tmp_path):
-    config, flat = small_model(top_k)
-    checkpoint = qmoe_jax.open_checkpoint(write_t5x(tmp_path, flat), top_k=top_k)
-    pairs = random_pairs(config, [(7, 5), (9, 4), (30, 9), (12, 12), (3, 2)])
+def test_streamed_losses_are_those_of_one_device(tmp_path):
+    config, flat = small_model(top_k=2)
+    checkpoint = qmoe_jax.open_checkpoint(write_t5x(tmp_path, flat), top_k=2)
+    pairs = random_pairs(config, [(7, 5), (9, 4), (30, 9), (12, 8), (3, 2)])
     settings = streaming.Settings(tokens_per_batch=128, tokens_per_expert_call=24, experts_per_group=4)
     one, many = (streaming.run(checkpoint, pairs, settings._replace(mesh=mesh)) for mesh in (None, expert_mesh(8)))
     np.testing.assert_allclose(many.total, one.total, rtol=1e-5)
