@@ -1,91 +1,152 @@
-"""Re-encodes a compressed checkpoint with another codec, losslessly; one layer in memory at a time.
+"""Converts a checkpoint of any layout to another: native T5X, Hugging Face's, compressed, the published QMoE models'.
 
-    python experiments/convert.py --checkpoint=IN --output=OUT --codec=gap
+    python experiments/convert.py --checkpoint=IN --output=OUT --format=huggingface
 
-OUT gets the compressed checkpoint and convert.json. Symbols, levels and all other parameters are those of IN, bit by
-bit, and so is what its manifest says about where the model came from.
+What the new layout can't hold is refused, or named as lost. Compressed experts become dense ones for t5x and
+huggingface. Dense experts don't become compressed ones here: that is experiments/compress.py. With --codec (and format
+compressed, the default) a compressed checkpoint is re-encoded, losslessly.
+
+OUT gets the checkpoint, convert.json and, where the checkpoint has none of its own, checksums (`sha256sum --check
+SHA256SUMS`). A conversion that was stopped goes on where it was when the same command is given again.
 """
 
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
-import itertools
 import math
-from collections.abc import Iterator
+import pathlib
 
 from absl import app, flags
 
 from qmoe_jax import codecs, experiment, reporting
-from qmoe_jax.checkpoints import CompressedCheckpoint, CompressedWriter, open_checkpoint
-from qmoe_jax.codecs import experts as compressed
+from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", "out/compressed", "Compressed checkpoint.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "out/compressed", "Checkpoint of any layout.")
 OUTPUT = flags.DEFINE_string("output", "out/converted", "Directory for the new checkpoint and convert.json.")
-CODEC = flags.DEFINE_string("codec", "gap", f"One of {', '.join(codecs.CODECS)}.")
+FORMAT = flags.DEFINE_enum("format", "compressed", list(TARGETS), "Layout of the new checkpoint.")
+CODEC = flags.DEFINE_string("codec", "gap", f"Of compressed experts, one of {', '.join(codecs.CODECS)}.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Cast all uncompressed parameters (t5x, huggingface); default: as they are."
+)
+SHARD_MB = flags.DEFINE_float("shard_mb", 2048, "About how large files of several tensors are (10^6 bytes).")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what would be read and written.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
 
 
-def converted(checkpoint: CompressedCheckpoint, codec: str) -> Iterator[tuple[str, dict]]:
-    """The matrices of each sparse layer in another codec."""
-    for layer in checkpoint.config.sparse_layers:
-        ((_, _, matrices),) = checkpoint.experts(layer)
-        try:
-            yield layer, {name: compressed.convert(matrix, codec) for name, matrix in matrices.items()}
-        except ValueError as e:
-            raise ValueError(f"{checkpoint.path}: {layer}: {e}") from e
-
-
-def sizes(checkpoint: CompressedCheckpoint) -> dict:
-    """Sizes against bfloat16."""
-    layers, dense_bytes = checkpoint.manifest["layers"].values(), checkpoint.manifest["dense"]["bytes"]
-    weights = sum(math.prod(m["shape"]) for layer in layers for m in layer["matrices"].values())
-    expert_bytes = sum(layer["bytes"] for layer in layers)
+def sizes(checkpoint: Checkpoint) -> dict:
+    """Parameters, and of compressed experts the sizes against bfloat16."""
+    dense = sum(math.prod(spec.shape) for spec in checkpoint.specs.values())
+    matrices = [m for layer in checkpoint.expert_sizes.values() for m in layer.values()]
+    weights, expert_bytes = sum(math.prod(m.shape) for m in matrices), sum(m.nbytes for m in matrices)
+    if not matrices:
+        return {"parameters": dense}
     return {
+        "parameters": dense + weights,
         "codec": checkpoint.codec,
         "bits_per_weight": 8 * expert_bytes / weights,
         "compression_experts": 2 * weights / expert_bytes,
-        "compression_model": (2 * weights + dense_bytes) / (expert_bytes + dense_bytes),
+        "compression_model": 2 * (weights + dense) / (expert_bytes + 2 * dense),
         "bytes_experts": expert_bytes,
-        "bytes_model": expert_bytes + dense_bytes,
+        "bytes_model": expert_bytes + 2 * dense,
         "expert_weights": weights,
     }
+
+
+def sources(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Files and bytes that would be read, by the file's or folder's name; empty if they aren't local."""
+    path = pathlib.Path(checkpoint.path)
+    if path.is_file() and path.name != "checkpoint":
+        return {path.name: (1, path.stat().st_size)}
+    found = {}
+    for entry in sorted((path.parent if path.is_file() else path).glob("*")):
+        if not entry.name.startswith(("state.", "train_ds")):  # Optimizer and input pipeline are never read.
+            files = [f for f in (entry.rglob("*") if entry.is_dir() else [entry]) if f.is_file()]
+            found[entry.name] = (len(files), sum(f.stat().st_size for f in files))
+    return found
+
+
+def describe(checkpoint: Checkpoint, plan: conversion.Plan) -> None:
+    """Prints what would be read and written."""
+    read = [[name, count, size] for name, (count, size) in sources(checkpoint).items()]
+    read.append(["all", sum(row[1] for row in read), sum(row[2] for row in read)])
+    reporting.say(f"{checkpoint.path} would be read:\n\n{reporting.table(('read', 'files', 'bytes'), read)}\n")
+    written = [[part.name, part.nbytes] for part in plan.parts]
+    known = None if any(size is None for _, size in written) else sum(size for _, size in written)
+    written.append(["all", known])
+    reporting.say(
+        f"Written (bytes of arrays, before they are packed):\n\n{reporting.table(('write', 'bytes'), written)}"
+    )
+
+
+def clear(output: pathlib.Path) -> None:
+    """Makes room in --output, as --overwrite asks: removes what an earlier conversion says that it wrote.
+
+    Raises FileExistsError for a checkpoint of another layout, or one that says nothing.
+    """
+    layouts = [name for name, fits, _ in LAYOUTS if fits(output)]
+    ours = [output / name for name in conversion.written_before(output)]
+    if layouts and layouts[0] != FORMAT.value or (layouts and layouts[0] != "compressed" and not ours):
+        raise FileExistsError(
+            f"--output={output} holds a {layouts[0]} checkpoint that --overwrite doesn't replace by {FORMAT.value}: "
+            "remove it, or choose another directory."
+        )
+    for file in ours:
+        file.unlink(missing_ok=True)
 
 
 def main(_):
     codecs.get(CODEC.value)
     checkpoint = open_checkpoint(CHECKPOINT.value)
-    if not isinstance(checkpoint, CompressedCheckpoint):
-        raise ValueError(f"--checkpoint={CHECKPOINT.value} is not compressed. Compress it: experiments/compress.py.")
-    output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value, CHECKPOINT.value)
+    output = pathlib.Path(OUTPUT.value)
+    options = conversion.Options(DTYPE.value, CODEC.value, int(SHARD_MB.value * 1e6))
+    identity = conversion.fingerprint(checkpoint, FORMAT.value, options)
+    progress = conversion.read_progress(output)
+    continued = progress is not None and progress["identity"] == identity
+    if progress is not None and not continued and not OVERWRITE.value:
+        raise FileExistsError(
+            f"--output={output} holds an unfinished conversion of something else, or with other settings. Give those "
+            "again, choose another directory, or give --overwrite."
+        )
+    if not DRY_RUN.value:
+        experiment.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
+    plan = TARGETS[FORMAT.value](checkpoint, output, options)
+    for what in plan.lost:
+        reporting.say(f"lost: {what}")
+    if DRY_RUN.value:
+        describe(checkpoint, plan)
+        return
+
     stages = reporting.Stages()
-    layers = converted(checkpoint, CODEC.value)
-    # Levels that the codec can't hold are refused before anything in --output is touched.
-    layers = itertools.chain([next(layers)], layers)
-    (output / "convert.json").unlink(missing_ok=True)  # An earlier run's, with --overwrite.
-    quantization = checkpoint.manifest["quantization"]
-    with (
-        CompressedWriter(output, checkpoint.config, quantization, CODEC.value, checkpoint.provenance) as writer,
-        reporting.progress(len(checkpoint.config.sparse_layers), "converting", unit="layer") as bar,
-    ):
-        for layer, matrices in layers:
-            writer.write_layer(layer, matrices)
-            bar.update()
-        writer.finish({name: checkpoint.read(name) for name in checkpoint.specs})
+    if continued:
+        reporting.say(f"{output}: going on after {len(progress['parts'])} of {len(plan.parts)} parts")
+    elif OVERWRITE.value:
+        clear(output)
+    files = conversion.run(plan, output, identity)
 
     before, after = sizes(checkpoint), sizes(open_checkpoint(output))
     report = {
         "checkpoint": checkpoint.path,
+        "format": FORMAT.value,
         "before": before,
         "after": after,
+        "lost": plan.lost,
         "provenance": checkpoint.provenance,
         "seconds": stages.report()["total"],
         "peak_rss_bytes": reporting.peak_rss_bytes(),
     }
-    reporting.write_json(output / "convert.json", report)
-    rows = [[s["codec"], s["bits_per_weight"], f"{s['bytes_model'] / 1e6:.2f}"] for s in (before, after)]
-    reporting.say("\n" + reporting.table(("codec", "bits/weight", "MB"), rows) + "\n")
-    reporting.say(f"{output}: compressed checkpoint, convert.json")
+    names = conversion.write_report(plan, output, report, files)
+    rows = [
+        [
+            f"{s['parameters'] / 1e6:.2f}",
+            s.get("codec", "-"),
+            s.get("bits_per_weight"),
+            s.get("bytes_model", 0) / 1e6 or None,
+        ]
+        for s in (before, after)
+    ]
+    reporting.say("\n" + reporting.table(("M parameters", "codec", "bits/weight", "MB"), rows) + "\n")
+    reporting.say(f"{output}: {FORMAT.value} checkpoint, {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """QMoE in JAX: mixture-of-experts models below one bit per parameter, from native T5X checkpoints.
 
-model, params = qmoe_jax.load("checkpoint")     # T5X or compressed
+model, params = qmoe_jax.load("checkpoint")     # of any layout
 logits = qmoe_jax.forward(model, params, encoder_input_tokens, decoder_input_tokens)
 """
 
@@ -46,7 +46,8 @@ def load(
     """The model and its whole parameter tree from a checkpoint of any layout.
 
     Args:
-      path: a compressed checkpoint; or a T5X checkpoint: step directory, its parent (newest complete step), or file.
+      path: a compressed checkpoint; a directory of Hugging Face's SwitchTransformers; or a T5X checkpoint: step
+        directory, its parent (newest complete step), or file.
       dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
       mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
       **overrides: fields of `ModelConfig` that the checkpoint doesn't tell, such as top_k=2.

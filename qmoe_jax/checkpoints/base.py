@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import functools
+import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +22,13 @@ def is_expert_kernel(name: str) -> bool:
     return "/mlp/expert/" in name
 
 
+class StoredMatrix(NamedTuple):
+    """A compressed matrix of all experts of a layer: what is known without reading it."""
+
+    shape: tuple[int, int, int]  # experts, out, in
+    nbytes: int
+
+
 class Checkpoint(abc.ABC):
     """A model on disk.
 
@@ -29,12 +37,18 @@ class Checkpoint(abc.ABC):
       config: its architecture.
       specs: shape and dtype by '/'-joined parameter name, experts' kernels left out where they are compressed.
       provenance: what is known of its origin, as JSON values.
+      codec: name of the codec of the experts, None where they are uncompressed.
+      expert_sizes: of compressed experts, by layer and matrix; empty where they are uncompressed.
+      quantization: settings of the quantizer, as JSON values; empty where it isn't known.
     """
 
     path: str
     config: ModelConfig
     specs: Mapping[str, jax.ShapeDtypeStruct]
     provenance: dict[str, Any]
+    codec: str | None = None
+    expert_sizes: Mapping[str, Mapping[str, StoredMatrix]] = types.MappingProxyType({})
+    quantization: Mapping[str, Any] = types.MappingProxyType({})
 
     @abc.abstractmethod
     def read(self, name: str, index: tuple = ()) -> np.ndarray:

@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.base import Checkpoint, StoredMatrix
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.t5x_files import reason
 from qmoe_jax.codecs.experts import CompressedExperts
@@ -197,6 +197,11 @@ class CompressedCheckpoint(Checkpoint):
             self.config = ModelConfig.from_dict({**manifest["model"], **overrides})
             self.codec = manifest["codec"]["name"]
             self.provenance = manifest["provenance"]
+            self.quantization = manifest["quantization"]
+            self.expert_sizes = {
+                layer: {m: StoredMatrix(tuple(d["shape"]), d["bytes"]) for m, d in part["matrices"].items()}
+                for layer, part in manifest["layers"].items()
+            }
             parts = [part["directory"] for part in (manifest["dense"], *manifest["layers"].values())]
             missing = [layer for layer in self.config.sparse_layers if layer not in manifest["layers"]]
         except (KeyError, TypeError, ValueError) as e:

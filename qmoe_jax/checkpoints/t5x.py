@@ -227,10 +227,7 @@ def write_t5x(
             name: _write_array(unfinished, name, value() if callable(value) else value, dtype, codec)
             for name, value in flat.items()
         }
-        target = traverse_util.unflatten_dict(placeholders, sep="/")
-        state = {"step": step, "param_states": {}}
-        index = {"version": t5x_index.VERSION, "optimizer": {"target": target, "state": state}}
-        (unfinished / "checkpoint").write_bytes(msgpack.packb(index))
+        (unfinished / "checkpoint").write_bytes(index_file(placeholders, step))
         if final.exists():
             replaced = directory / f"{final.name}.tmp-replaced-{stamp}"
             final.rename(replaced)
@@ -264,25 +261,70 @@ def _write_array(
     array = np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise CheckpointError(f"{directory}: parameter {name!r} is {array.dtype}, expected floating-point.")
-    chunks = {"chunks": list(t5x_chunks(array.shape)), "compressor": {"id": codec, "level": 1}}
-    metadata = {**chunks, "shape": list(array.shape)}
-    path = f"target.{name.replace('/', '.')}/"
-    spec = {
+    entry = placeholder(name, array.shape, t5x_chunks(array.shape), dtype, codec)
+    ArrayWriter(directory, name, entry).write((), array)
+    return entry
+
+
+def placeholder(name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, codec: str) -> dict[str, Any]:
+    """What the index file says of a parameter that lies in a zarr directory."""
+    return {
         "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{directory}/{path}"},
-        "metadata": {
-            **metadata,
-            "dtype": "bfloat16" if dtype == "bfloat16" else "<f4",
-            "dimension_separator": ".",
-        },
+        "dtype": dtype,
+        "kvstore": {"driver": "file", "path": f"target.{name.replace('/', '.')}/"},
+        "metadata": {"chunks": list(chunks), "compressor": {"id": codec, "level": 1}, "shape": list(shape)},
     }
-    try:
-        store = ts.open(spec, create=True).result()
-        store.write(array.astype(t5x_index.np_dtype(dtype), copy=False)).result()
-    except ValueError as e:
-        raise CheckpointError(f"{directory}: cannot write parameter {name!r}: {t5x_files.reason(e)}.") from e
-    kvstore = {"driver": "file", "path": path}
-    return {"driver": "zarr", "dtype": dtype, "kvstore": kvstore, "metadata": metadata}
+
+
+class ArrayWriter:
+    """A parameter's zarr directory, written slice by slice; one that is there is replaced.
+
+    Args:
+      directory: of the checkpoint.
+      name: '/'-joined.
+      entry: its `placeholder`.
+
+    Raises CheckpointError, as `write` does, if it cannot be written.
+    """
+
+    def __init__(self, directory: pathlib.Path, name: str, entry: dict[str, Any]):
+        self._directory, self._name = directory, name
+        self._dtype = t5x_index.np_dtype(entry["dtype"])
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{directory}/{entry['kvstore']['path']}"},
+            "metadata": {
+                **entry["metadata"],
+                "dtype": "bfloat16" if entry["dtype"] == "bfloat16" else "<f4",
+                "dimension_separator": ".",
+            },
+        }
+        try:
+            self._store = ts.open(spec, create=True, delete_existing=True).result()
+        except ValueError as e:
+            raise self._error(e) from e
+
+    def write(self, index: Index, values: np.ndarray) -> None:
+        """Writes a slice, cast to the dtype of the array."""
+        try:
+            self._store[index].write(values.astype(self._dtype, copy=False)).result()
+        except ValueError as e:
+            raise self._error(e) from e
+
+    def _error(self, error: ValueError) -> CheckpointError:
+        return CheckpointError(f"{self._directory}: cannot write parameter {self._name!r}: {t5x_files.reason(error)}.")
+
+
+def index_file(entries: Mapping[str, Any], step: int) -> bytes:
+    """The index file of a checkpoint (legacy layout, version 3) whose parameters are all in zarr directories.
+
+    Args:
+      entries: their placeholders by '/'-joined name.
+      step: training step.
+    """
+    target = traverse_util.unflatten_dict(entries, sep="/")
+    state = {"step": step, "param_states": {}}
+    return msgpack.packb({"version": t5x_index.VERSION, "optimizer": {"target": target, "state": state}})
 
 
 def _explicit(index: Index, shape: tuple[int, ...]) -> tuple[int | slice, ...]:

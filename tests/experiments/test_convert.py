@@ -1,5 +1,6 @@
 """experiments/convert.py, and that the other experiments take what it makes."""
 
+import hashlib
 import json
 import pathlib
 import runpy
@@ -11,7 +12,7 @@ import pytest
 import tiny_model
 from absl import app, flags
 
-from qmoe_jax.checkpoints import CompressedWriter, open_checkpoint
+from qmoe_jax.checkpoints import CompressedWriter, NativeCheckpoint, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -241,3 +242,107 @@ def test_a_changed_byte_in_a_later_layer_leaves_no_checkpoint(run, tmp_path):
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert_fails(run("convert", f"--checkpoint={damaged}", f"--output={tmp_path / 'out'}", "--codec=gap"), layer)
     assert not list((tmp_path / "out").iterdir())
+
+
+# --- Other layouts ---------------------------------------------------------------------------------------------------
+
+
+def assert_same_parameters(found, expected):
+    """Bitwise, names and dtypes included."""
+    found, expected = open_checkpoint(found), open_checkpoint(expected)
+    assert dict(found.specs) == dict(expected.specs)
+    for name in expected.specs:
+        assert found.read(name).tobytes() == expected.read(name).tobytes(), name
+
+
+def test_t5x_to_hugging_face_and_back(run, tiny, tmp_path):
+    hf, back = tmp_path / "hf", tmp_path / "back"
+    code, out, errors = run("convert", f"--checkpoint={tiny.checkpoint}", f"--output={hf}", "--format=huggingface")
+    assert code == 0, errors
+    assert "lost: T5X's capacity factor" in out and "converting: 100%" in errors
+    assert sorted(f.name for f in hf.iterdir()) == ["SHA256SUMS", "config.json", "convert.json", "model.safetensors"]
+    code, _, errors = run("convert", f"--checkpoint={hf}", f"--output={back}", "--format=t5x")
+    assert code == 0, errors
+    assert_same_parameters(back, tiny.checkpoint)
+    for directory in (hf, back):  # The checksums are those of all files, in the form of sha256sum.
+        lines = (directory / "SHA256SUMS").read_text().splitlines()
+        named = {name: sha for sha, name in (line.split("  ") for line in lines)}
+        files = {f.relative_to(directory).as_posix(): f for f in directory.rglob("*") if f.is_file()}
+        assert set(files) - {"SHA256SUMS", "convert.json"} == set(named)
+        assert all(hashlib.sha256(files[n].read_bytes()).hexdigest() == sha for n, sha in named.items())
+
+
+@pytest.mark.parametrize("target", ["t5x", "huggingface"])
+def test_compressed_experts_become_dense_ones(run, target, tmp_path):
+    original, output = open_checkpoint(write(tmp_path / "original", "gap")), tmp_path / "out"
+    code, _, errors = run("convert", f"--checkpoint={original.path}", f"--output={output}", f"--format={target}")
+    assert code == 0, errors
+    found = open_checkpoint(output)
+    assert found.config == original.config
+    for name, read in original.dense_leaves().items():
+        np.testing.assert_array_equal(found.read(name), read())
+        assert found.specs[name].dtype.name == "bfloat16"
+
+
+def test_the_other_experiments_take_hugging_faces_layout(run, tiny, tmp_path):
+    hf, report = tmp_path / "hf", tmp_path / "report.json"
+    run("convert", f"--checkpoint={tiny.checkpoint}", f"--output={hf}", "--format=huggingface")
+    losses = []
+    for path in (tiny.checkpoint, hf):
+        code, _, errors = run("evaluate", f"--checkpoint={path}", f"--report={report}", *tiny.flags(), *SMALL)
+        assert code == 0, errors
+        losses.append(json.loads(report.read_text())["loss"])
+    assert losses[0] == losses[1]
+    code, _, errors = run("compress", f"--checkpoint={hf}", f"--output={tmp_path / 'c'}", *tiny.flags(), *SMALL)
+    assert code == 0, errors
+    assert open_checkpoint(tmp_path / "c").provenance["layout"] == "huggingface"
+
+
+def test_dry_run_lists_and_writes_nothing(run, tiny, tmp_path):
+    args = (f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / 'out'}", "--format=huggingface", "--dry_run")
+    code, out, errors = run("convert", *args, "--shard_mb=0.05")
+    assert code == 0, errors
+    assert "target.encoder.encoder_norm.scale" in out and "model-00001-of-" in out
+    total = sum(4 * np.prod(s.shape) for s in open_checkpoint(tiny.checkpoint).specs.values())
+    assert str(total) in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_replaced_only_if_asked_and_ours(run, tiny, tmp_path):
+    out = tmp_path / "out"
+    args = (f"--checkpoint={tiny.checkpoint}", f"--output={out}", "--format=huggingface")
+    assert run("convert", *args, "--shard_mb=0.05")[0] == 0
+    (out / "notes.txt").write_text("mine")
+    assert_fails(run("convert", *args), "not empty", "--overwrite")
+    code, _, errors = run("convert", *args, "--overwrite")
+    assert code == 0, errors
+    assert sorted(f.suffix for f in out.iterdir()) == ["", ".json", ".json", ".safetensors", ".txt"]
+    assert_same_parameters(out, tiny.checkpoint)
+    assert_fails(run("convert", *args[:2], "--format=t5x", "--overwrite"), "huggingface checkpoint", "t5x")
+    for name in ("SHA256SUMS", "convert.json"):
+        (out / name).unlink()
+    assert_fails(run("convert", *args, "--overwrite"), "doesn't replace")
+
+
+def test_a_conversion_that_was_stopped_goes_on(run, tiny, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    args = (f"--checkpoint={tiny.checkpoint}", "--format=t5x")
+    assert run("convert", *args, f"--output={whole}")[0] == 0
+    read, calls = NativeCheckpoint.experts, []
+
+    def fails_later(self, layer, *rest):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise OSError("the disk went away")
+        return read(self, layer, *rest)
+
+    monkeypatch.setattr(NativeCheckpoint, "experts", fails_later)
+    assert_fails(run("convert", *args, f"--output={out}"), "the disk went away")
+    assert_fails(run("evaluate", f"--checkpoint={out}", *tiny.flags()), out, "never finished")
+    assert_fails(run("convert", *args, f"--output={out}", "--dtype=bfloat16"), "unfinished conversion")
+    code, text, errors = run("convert", *args, f"--output={out}")
+    assert code == 0, errors
+    assert "going on after 3 of 4 parts" in text
+    assert calls == [*tiny_model.CONFIG.sparse_layers, tiny_model.CONFIG.sparse_layers[-1]]
+    assert (out / "SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
+    assert sorted(f.name for f in out.iterdir()) == ["SHA256SUMS", "checkpoint_3", "convert.json"]

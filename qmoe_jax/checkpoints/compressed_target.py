@@ -1,0 +1,63 @@
+"""A compressed checkpoint of any layout as this project's own, its experts in any codec that holds them; lossless."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import pathlib
+
+from qmoe_jax import codecs
+from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
+from qmoe_jax.checkpoints.compressed import CompressedWriter
+from qmoe_jax.checkpoints.conversion import Options, Part, Plan
+from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.codecs.experts import CompressedExperts, convert
+
+
+def refuse_dense(checkpoint: Checkpoint, target: str) -> None:
+    """Raises CheckpointError for a checkpoint whose experts aren't compressed."""
+    if any(map(is_expert_kernel, checkpoint.specs)):
+        raise CheckpointError(
+            f"{checkpoint.path} is not compressed, but {target!r} holds compressed experts. Compress it: "
+            "experiments/compress.py."
+        )
+
+
+def in_codec(checkpoint: Checkpoint, layer: str, codec: str) -> dict[str, CompressedExperts]:
+    """The matrices of a layer. Raises CheckpointError, naming it, for levels that the codec can't hold."""
+    ((_, _, matrices),) = checkpoint.experts(layer)
+    try:
+        return {m: e if e.codec == codec else convert(e, codec) for m, e in matrices.items()}
+    except ValueError as e:
+        raise CheckpointError(f"{checkpoint.path}: {layer}: {e}") from e
+
+
+def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan:
+    """How `checkpoint` is re-encoded into `output`; see `conversion`. The manifest keeps what was known of it."""
+    refuse_dense(checkpoint, "compressed")
+    codecs.get(options.codec)
+    layers = checkpoint.config.sparse_layers
+    # Levels that the codec can't hold are refused before anything in `output` is touched.
+    first = {layer: in_codec(checkpoint, layer, options.codec) for layer in itertools.islice(layers, 1)}
+    writers: list[CompressedWriter] = []
+
+    @contextlib.contextmanager
+    def writing():
+        settings = (checkpoint.config, checkpoint.quantization, options.codec, checkpoint.provenance)
+        with CompressedWriter(output, *settings) as writer:
+            writers.append(writer)
+            yield
+
+    def write_layer(layer):
+        writers[0].write_layer(layer, first.pop(layer, None) or in_codec(checkpoint, layer, options.codec))
+        return []  # The manifest has the checksums.
+
+    def finish():
+        writers[0].finish({name: checkpoint.read(name) for name in checkpoint.specs})
+        return []
+
+    parts = [Part(layer, None, functools.partial(write_layer, layer)) for layer in layers]
+    rounded = sorted({str(spec.dtype) for spec in checkpoint.specs.values()} - {"bfloat16"})
+    lost = [f"{', '.join(rounded)} parameters beside the experts are rounded to bfloat16"] if rounded else []
+    return Plan(parts, finish, lost, context=writing(), keeps_parts=False)

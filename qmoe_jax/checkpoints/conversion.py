@@ -1,0 +1,250 @@
+"""From one layout to another, part by part: bounded memory, continued where it was stopped, checksums at the end.
+
+A layout that can be written has a function `plan(checkpoint, output, options) -> Plan`, listed in `TARGETS`. A part's
+files are written whole or not at all. What makes them a checkpoint comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from qmoe_jax import reporting
+from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
+from qmoe_jax.codecs.experts import CompressedExperts
+
+PROGRESS = "convert.partial.json"
+CHECKSUMS = "SHA256SUMS"
+REPORT = "convert.json"
+README = "Written by experiments/convert.py of qmoe_jax. Check it with `sha256sum --check README.md`."
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a checkpoint is written.
+
+    Attributes:
+      dtype: 'float32' or 'bfloat16', to which all uncompressed parameters are cast; None: as they are.
+      codec: of compressed experts, where the layout leaves a choice.
+      shard_bytes: files with several tensors are about this large, and so is what is in memory.
+    """
+
+    dtype: str | None = None
+    codec: str = "gap"
+    shard_bytes: int = 2 * 1024**3
+
+    def __post_init__(self):
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype: found {self.dtype!r}, expected 'float32' or 'bfloat16'.")
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes: found {self.shard_bytes}, expected at least 1.")
+
+    def dtype_of(self, stored: np.dtype) -> np.dtype:
+        """What a parameter of a stored dtype is written as."""
+        return {None: np.dtype(stored), "float32": np.dtype(np.float32), "bfloat16": BFLOAT16}[self.dtype]
+
+
+class Part(NamedTuple):
+    """What is written, and kept, together.
+
+    Attributes:
+      name: of the file or layer.
+      nbytes: of its arrays; None if only writing it tells.
+      write: writes it; returns the files.
+    """
+
+    name: str
+    nbytes: int | None
+    write: Callable[[], list[pathlib.Path]]
+
+
+class Plan(NamedTuple):
+    """How a checkpoint is written to another layout.
+
+    Attributes:
+      parts: in order.
+      finish: writes what makes the parts a checkpoint; returns those files.
+      lost: what the layout can't hold of this checkpoint, in words.
+      renamed: the directory that `finish` renames, and its new name; where there is one.
+      context: what is around all of it.
+      keeps_parts: whether parts survive a failure.
+      closed: the layout's readers take no files but its own and README.md.
+    """
+
+    parts: list[Part]
+    finish: Callable[[], list[pathlib.Path]]
+    lost: list[str]
+    renamed: tuple[pathlib.Path, pathlib.Path] | None = None
+    context: contextlib.AbstractContextManager = contextlib.nullcontext()
+    keeps_parts: bool = True
+    closed: bool = False
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to, which becomes `path` when the block ends; nothing is left if it raises."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # Some libraries make files for the user alone.
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- Reading experts -------------------------------------------------------------------------------------------------
+
+
+def expert_dtype(checkpoint: Checkpoint, name: str) -> np.dtype:
+    """dtype of an experts' kernel; compressed ones are bfloat16, which holds their levels."""
+    return checkpoint.specs[name].dtype if name in checkpoint.specs else BFLOAT16
+
+
+class ExpertReader:
+    """Ranges of a layer's experts, dense, while the checkpoint is read once from front to back."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._layer: str | None = None
+
+    def read(self, layer: str, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Matrices of experts start:stop by name, [experts, in, out]; compressed ones as bfloat16."""
+        if layer != self._layer or start < self._first:
+            self._layer, self._groups, self._held, self._first = layer, None, [], 0
+        if self._groups is None:
+            self._groups = self._checkpoint.experts(layer, stop - start)
+        self._held = [group for group in self._held if group[1] > start]
+        self._first = start
+        while not self._held or self._held[-1][1] < stop:
+            group = next(self._groups)
+            if group[1] > start:
+                self._held.append(group)
+        parts = [
+            {m: _dense(k, max(start, a) - a, min(stop, b) - a) for m, k in kernels.items()}
+            for a, b, kernels in self._held
+            if a < stop
+        ]
+        return {m: np.concatenate([p[m] for p in parts]) if len(parts) > 1 else parts[0][m] for m in parts[0]}
+
+
+def _dense(kernel: np.ndarray | CompressedExperts, start: int, stop: int) -> np.ndarray:
+    if not isinstance(kernel, CompressedExperts):
+        return kernel[start:stop]
+    return np.stack([np.asarray(kernel.expert(e)).T.astype(BFLOAT16) for e in range(start, stop)])
+
+
+# --- Running a plan --------------------------------------------------------------------------------------------------
+
+
+def sha256(file: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint, target: str, options: Options) -> str:
+    """What two runs have in common that give the same files: the source, its norms' values, and how it is written."""
+    digest = hashlib.sha256()
+    for name, spec in sorted(checkpoint.specs.items()):
+        digest.update(f"{name} {spec.shape} {spec.dtype}\n".encode())
+        if name.endswith("/scale") and not is_expert_kernel(name):
+            digest.update(checkpoint.read(name).tobytes())
+    how = [checkpoint.config.to_dict(), checkpoint.provenance, target, dataclasses.asdict(options)]
+    digest.update(json.dumps(how, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def run(plan: Plan, output: pathlib.Path, identity: str) -> dict[str, dict[str, Any]]:
+    """Writes all parts but those that an earlier run with the same `identity` finished, and then the rest.
+
+    Returns:
+      Bytes and SHA-256 of every file, by path below `output`.
+    """
+    progress = read_progress(output)
+    done = progress["parts"] if progress and progress["identity"] == identity and plan.keeps_parts else {}
+    output.mkdir(parents=True, exist_ok=True)
+    finished: dict[str, dict[str, Any]] = {}
+    with plan.context, reporting.progress(len(plan.parts), "converting", unit="part") as bar:
+        for part in plan.parts:
+            files = done.get(part.name)
+            if files is None or not _intact(output, files):
+                files = _described(output, part.write())
+            finished[part.name] = files
+            if plan.keeps_parts:
+                reporting.write_json(output / PROGRESS, {"identity": identity, "parts": finished})
+            bar.update()
+        last = plan.finish()
+    files = {name: d for part in finished.values() for name, d in part.items()}
+    if plan.renamed:
+        old, new = (p.relative_to(output).as_posix() for p in plan.renamed)
+        files = {new + name.removeprefix(old) if name.startswith(f"{old}/") else name: d for name, d in files.items()}
+    files |= _described(output, last)
+    (output / PROGRESS).unlink(missing_ok=True)
+    return files
+
+
+def read_progress(output: pathlib.Path) -> dict[str, Any] | None:
+    """What an unfinished conversion left in `output`; None if there is none."""
+    try:
+        progress = json.loads((output / PROGRESS).read_text(encoding="utf-8"))
+        return progress if {"identity", "parts"} <= progress.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def write_report(plan: Plan, output: pathlib.Path, report: dict[str, Any], files: dict[str, Any]) -> list[str]:
+    """Writes what a conversion did, and the SHA-256 of its files in the form of `sha256sum`; returns the names."""
+    sums = "".join(f"{d['sha256']}  {name}\n" for name, d in sorted(files.items()))
+    if plan.closed:
+        text = f"{README}\n\n```\n{json.dumps(report, indent=1)}\n```\n\n```\n{sums}```\n"
+        written = {"README.md": text}
+    else:
+        written = {CHECKSUMS: sums} if sums else {}
+        reporting.write_json(output / REPORT, report)
+    for name, text in written.items():
+        with replacing(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return list(written) if plan.closed else [REPORT, *written]
+
+
+def written_before(output: pathlib.Path) -> list[str]:
+    """Files below `output` that a conversion, finished or not, wrote there."""
+    names = [name for name in (REPORT, CHECKSUMS) if (output / name).is_file()]
+    progress = read_progress(output)
+    if progress:
+        names += [PROGRESS, *(name for part in progress["parts"].values() for name in part)]
+    for file in (output / CHECKSUMS, output / "README.md"):
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            found = [match[1] for line in lines if (match := re.fullmatch(r"[0-9a-f]{64}  (\S.*)", line))]
+            if found and file.name == "README.md":
+                names.append(file.name)
+            names += found
+    # A file that was tampered with names nothing outside.
+    root = output.resolve()
+    return [name for name in dict.fromkeys(names) if root in (output / name).resolve().parents]
+
+
+def _described(output: pathlib.Path, files: list[pathlib.Path]) -> dict[str, dict[str, Any]]:
+    return {f.relative_to(output).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+
+
+def _intact(output: pathlib.Path, files: dict[str, dict[str, Any]]) -> bool:
+    return all((output / name).is_file() and sha256(output / name) == d["sha256"] for name, d in files.items())
