@@ -41,6 +41,7 @@ def main(_):
     # --- Input -------------------------------------------------------------------------------------------------------
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value, CHECKPOINT.value)
+    memory = memory._replace(scratch=memory.scratch or str(output.parent))
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
     which = ("calibration", "validation") if quantization.calibrated else ("validation",)

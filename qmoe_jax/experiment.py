@@ -64,7 +64,13 @@ def default_config() -> config_dict.ConfigDict:
         save=config_dict.placeholder(bool),  # None: if the codec holds them (2-bit experts: gap)
         compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
         mesh=dict(experts=1),  # devices that a layer's experts are spread over, in evaluation and generation
-        memory=dict(tokens_per_batch=8_192, tokens_per_expert_call=16_384, experts_per_group=16),
+        memory=dict(
+            tokens_per_batch=8_192,
+            tokens_per_expert_call=16_384,
+            experts_per_group=16,
+            weights_bytes=config_dict.placeholder(int),  # for experts that are read; None: half of the host's memory
+            scratch=config_dict.placeholder(str),  # folder for those that don't fit; None: beside the output
+        ),
         generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
     )
 
@@ -119,7 +125,7 @@ def activation_dtype(config: config_dict.ConfigDict) -> Any:
 
 def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
     for field, value in config.memory.items():
-        if value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"config.memory.{field}: found {value}, expected at least 1.")
     return streaming.Settings(dtype=activation_dtype(config), **config.memory)
 

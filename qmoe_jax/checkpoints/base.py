@@ -5,14 +5,16 @@ from __future__ import annotations
 import abc
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from qmoe_jax.checkpoints import reading
 from qmoe_jax.checkpoints.checks import check_finite
+from qmoe_jax.checkpoints.reading import Reading, prefetched
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import ModelConfig
 
@@ -27,6 +29,11 @@ class StoredMatrix(NamedTuple):
 
     shape: tuple[int, int, int]  # experts, out, in
     nbytes: int
+
+
+def check_group_size(group_size: int) -> None:
+    if group_size < 1:
+        raise ValueError(f"group_size: found {group_size}, expected at least 1 expert.")
 
 
 class Checkpoint(abc.ABC):
@@ -61,6 +68,41 @@ class Checkpoint(abc.ABC):
         Yields (start, stop, kernels) with the matrices of experts start:stop by name (wi, wo, ...): either arrays
         [experts, in, out] or `CompressedExperts`.
         """
+
+    def stream(
+        self, layers: Sequence[str], group_size: int, how: Reading = reading.DEFAULT, experts: range | None = None
+    ) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+        """The experts of many layers one after the other; the next are read while the caller has the present ones.
+
+        Args:
+          layers: such as 'encoder/layers_1', in the order in which they are wanted.
+          group_size: about how many experts are handed out together.
+          how: memory, dtype and patience. A layout that hands out whole layers heeds the dtype only.
+          experts: those that are wanted of every layer, None: all. Groups may hold others beside them.
+
+        Yields:
+          (layer, start, stop, kernels) as from `experts`; arrays are checked to be finite, and cast.
+
+        Raises:
+          CheckpointError: something can't be read, or is NaN or Inf.
+        """
+        check_group_size(group_size)
+        wanted = experts or range(self.config.num_experts)
+
+        def groups():
+            for layer in layers:
+                for start, stop, kernels in self.experts(layer, group_size):
+                    if start >= wanted.stop or stop <= wanted.start:
+                        continue
+                    for matrix, kernel in kernels.items():
+                        if not isinstance(kernel, CompressedExperts):
+                            cast = kernel if how.dtype is None else kernel.astype(how.dtype)
+                            check_finite(f"{layer}/mlp/expert/{matrix}/kernel", cast, start)
+                            kernels[matrix] = cast
+                    yield layer, start, stop, kernels
+                    del kernels
+
+        return prefetched(groups())
 
     def params(self, prefix: str = "") -> dict[str, Any]:
         """Nested dict of all parameters below `prefix` (such as 'encoder/layers_1/'), experts' kernels left out."""

@@ -1,5 +1,6 @@
 """What every parameter has to be before anything is computed from it."""
 
+import ml_dtypes
 import numpy as np
 
 from qmoe_jax.checkpoints.errors import CheckpointError
@@ -21,10 +22,18 @@ def check_finite(name: str, array: np.ndarray, first_expert: int = 0) -> None:
     is_expert = "/mlp/expert/" in f"/{name}"
     stride = 1 if is_expert else max(1, (1 << 22) // max(1, rows.shape[1]))
     for start in range(0, len(rows), stride):
-        bad = ~np.isfinite(rows[start : start + stride])
-        if bad.any():
-            expert = f", expert {first_expert + start}" if is_expert else ""
-            first = np.unravel_index(start * rows.shape[1] + np.argmax(bad), array.shape)
-            raise CheckpointError(
-                f"Parameter {name!r}{expert}: NaN or Inf, first {array[first]} at {[int(i) for i in first]}."
-            )
+        some = rows[start : start + stride]
+        if _all_finite(some):
+            continue
+        expert = f", expert {first_expert + start}" if is_expert else ""
+        first = np.unravel_index(start * rows.shape[1] + np.argmin(np.isfinite(some)), array.shape)
+        raise CheckpointError(
+            f"Parameter {name!r}{expert}: NaN or Inf, first {array[first]} at {[int(i) for i in first]}."
+        )
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    if array.dtype != ml_dtypes.bfloat16:
+        return bool(np.isfinite(array).all())
+    # Many times as fast as bfloat16's own isfinite: an exponent of ones.
+    return array.size == 0 or int((array.view(np.uint16) & 0x7FFF).max()) < 0x7F80

@@ -1,15 +1,19 @@
-"""A native T5X checkpoint as a `Checkpoint`: architecture inferred, experts read as a slice of one array."""
+"""A native T5X checkpoint as a `Checkpoint`: architecture inferred, experts read along their chunks."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from qmoe_jax.checkpoints import reading
 from qmoe_jax.checkpoints.architecture import infer_config
-from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.base import Checkpoint, check_group_size
+from qmoe_jax.checkpoints.reading import Reading, Source
 from qmoe_jax.checkpoints.t5x import open_t5x
 
 
@@ -35,10 +39,20 @@ class NativeCheckpoint(Checkpoint):
         return self._t5x.read(name, index)
 
     def experts(self, layer: str, group_size: int | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        size = self.config.num_experts if group_size is None else group_size
-        if size < 1:
-            raise ValueError(f"group_size: found {size}, expected at least 1 expert.")
-        for start in range(0, self.config.num_experts, size):
-            stop = min(start + size, self.config.num_experts)
-            names = {m: f"{layer}/mlp/expert/{m}/kernel" for m in self.config.expert_matrices}
-            yield start, stop, {m: self.read(name, (slice(start, stop),)) for m, name in names.items()}
+        if group_size is None:
+            yield 0, self.config.num_experts, {m: self.read(s.name) for m, s in self.sources(layer).items()}
+            return
+        with contextlib.closing(self.stream([layer], group_size)) as groups:
+            for _, start, stop, kernels in groups:
+                yield start, stop, kernels
+
+    def stream(
+        self, layers: Sequence[str], group_size: int, how: Reading = reading.DEFAULT, experts: range | None = None
+    ) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+        check_group_size(group_size)
+        opened = [(layer, functools.partial(self.sources, layer)) for layer in layers]
+        return reading.stream(opened, group_size, how, experts or range(self.config.num_experts))
+
+    def sources(self, layer: str) -> dict[str, Source]:
+        """The matrices of a sparse layer as they are stored, by name."""
+        return {m: self._t5x.experts(f"{layer}/mlp/expert/{m}/kernel") for m in self.config.expert_matrices}

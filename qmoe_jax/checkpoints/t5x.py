@@ -24,7 +24,7 @@ import numpy as np
 import tensorstore as ts
 from flax import traverse_util
 
-from qmoe_jax.checkpoints import t5x_files, t5x_index
+from qmoe_jax.checkpoints import reading, retry, t5x_files, t5x_index
 from qmoe_jax.checkpoints.errors import CheckpointError, listed
 
 Entry = int | slice | types.EllipsisType
@@ -100,6 +100,25 @@ class T5XCheckpoint:
           CheckpointError: no such parameter; a chunk that is missing, truncated or corrupt; an unknown codec.
           IndexError: the index is out of bounds.
         """
+        array = self._array(name)
+        part = array[_explicit(index, array.shape)]
+        return np.asarray(retry.result(part.read, f"{self.path}: cannot read parameter {name!r}"))
+
+    def experts(self, name: str) -> reading.Source:
+        """A matrix of all experts of a layer, opened, with the grid of its chunks."""
+        array = self._array(name)
+        source, block = self._names[name]
+        stored = self._arrays[source]
+        # An array within the index file is in memory already.
+        inlined = isinstance(self._leaves[source], np.ndarray)
+        chunks = (1, *stored.shape[1:]) if inlined else tuple(stored.chunk_layout.read_chunk.shape)
+        layers = 1
+        if block is not None:
+            layers, chunks = chunks[1], (chunks[0], *chunks[2:])
+        itemsize = array.dtype.numpy_dtype.itemsize
+        return reading.Source(name, array, reading.Grid(tuple(array.shape), chunks, itemsize, layers), self.path)
+
+    def _array(self, name: str) -> ts.TensorStore:
         if name not in self._names:
             raise CheckpointError(f"{self.path}: no parameter {name!r}; it has {len(self.specs)} others.")
         source, block = self._names[name]
@@ -110,16 +129,7 @@ class T5XCheckpoint:
             else:
                 self._arrays[source] = self._opened(source, self._start_opening(source))
         array = self._arrays[source]
-        if block is not None:
-            array = array[ts.d[1][block]]
-        array = array[_explicit(index, array.shape)]
-        try:
-            return np.asarray(array.read().result())
-        except ValueError as e:
-            raise CheckpointError(
-                f"{self.path}: cannot read parameter {name!r}: {t5x_files.reason(e)}. "
-                "A file that is missing, truncated or corrupt has to be copied again."
-            ) from e
+        return array if block is None else array[ts.d[1][block]]
 
     def _start_opening(self, name: str) -> ts.Future:
         kvstore = t5x_files.child(self._directory, self._leaves[name].array + "/")

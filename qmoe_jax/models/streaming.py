@@ -10,6 +10,7 @@ Compression is this pass with a hook that replaces each group of experts by its 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from jax.sharding import Mesh
 from qmoe_jax import reporting
 from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.checks import check_finite
-from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.checkpoints.reading import Reading
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.data import Batch, make_batches
 from qmoe_jax.models.expert_parallel import part_of_mesh, place_batch, place_experts, replicate
@@ -109,8 +110,10 @@ class Settings(NamedTuple):
       round_weights: round weights to bfloat16 first, as a compressed checkpoint stores those it doesn't quantize.
       tokens_per_batch: most tokens, padding included, that go through a layer's attention at once.
       tokens_per_expert_call: most tokens that go through a group of experts at once.
-      experts_per_group: experts that are read, and quantized, together.
+      experts_per_group: experts that are quantized together, or computed.
       mesh: over whose devices a batch and a group of experts are, as far as they divide them; None: one device.
+      weights_bytes: most memory for experts that are read; None: half of the host's.
+      scratch: folder for what of them doesn't fit; None: the system's for temporary files.
     """
 
     dtype: Any = jnp.float32
@@ -119,6 +122,12 @@ class Settings(NamedTuple):
     tokens_per_expert_call: int = 16_384
     experts_per_group: int = 16
     mesh: Mesh | None = None
+    weights_bytes: int | None = None
+    scratch: str | None = None
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(ml_dtypes.bfloat16 if self.round_weights else None, self.weights_bytes, self.scratch)
 
 
 class DocumentLosses(NamedTuple):
@@ -175,8 +184,13 @@ def run(
     stages = stages or reporting.Stages()
     documents = Documents(pairs, settings.tokens_per_batch)
     units = sum(_units(config, settings, len(documents.batches)).values())
-    with reporting.progress(units, what, "step") as bar:
-        forward = _Pass(checkpoint, config, documents, settings, hook, stages, bar)
+    with (
+        contextlib.closing(
+            checkpoint.stream(config.sparse_layers, settings.experts_per_group, settings.reading)
+        ) as experts,
+        reporting.progress(units, what, "step") as bar,
+    ):
+        forward = _Pass(checkpoint, experts, config, documents, settings, hook, stages, bar)
         encoded = forward.encoder()
         return forward.losses(forward.decoder(encoded))
 
@@ -210,14 +224,14 @@ def _units(config: ModelConfig, settings: Settings, batches: int) -> dict[str, i
 class _Pass:
     """One streamed forward pass; the state that its steps share."""
 
-    def __init__(self, checkpoint, config, documents, settings, hook, stages, bar):
-        self.checkpoint, self.config, self.documents = checkpoint, config, documents
+    def __init__(self, checkpoint, experts, config, documents, settings, hook, stages, bar):
+        self.checkpoint, self.stream, self.config, self.documents = checkpoint, experts, config, documents
         self.settings, self.hook, self.stages, self.bar = settings, hook, stages, bar
         self.embedder = self.params("token_embedder/")
 
-    def weights(self, name: str, value: np.ndarray, first_expert: int = 0) -> np.ndarray:
+    def weights(self, name: str, value: np.ndarray) -> np.ndarray:
         """Checked, and rounded to bfloat16 where that is asked for."""
-        check_finite(name, value, first_expert)
+        check_finite(name, value)
         return value.astype(ml_dtypes.bfloat16) if self.settings.round_weights else value
 
     def params(self, prefix: str) -> dict[str, Any]:
@@ -348,18 +362,15 @@ class _Pass:
             x[rows] += np.asarray(y)[: len(rows)]
 
     def read_experts(self, layer: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        groups = self.checkpoint.experts(layer, self.settings.experts_per_group)
         done = 0
         while done < self.config.num_experts:
-            with self.stages("reading"):
-                start, stop, kernels = next(groups, (None, None, None))
-                if start != done:
-                    raise RuntimeError(f"{layer}: experts from {done} on were expected, but {start} came next.")
-                done = stop
-                for name, kernel in kernels.items():
-                    if not isinstance(kernel, CompressedExperts):
-                        kernels[name] = self.weights(f"{layer}/mlp/expert/{name}/kernel", kernel, start)
+            with self.stages("reading"):  # What isn't done in the background already.
+                found, start, stop, kernels = next(self.stream, (None,) * 4)
+            if (found, start) != (layer, done):
+                raise RuntimeError(f"{layer}: experts from {done} on were expected, but {found}, {start} came next.")
+            done = stop
             yield start, stop, kernels
+            del kernels
 
     # --- loss --------------------------------------------------------------------------------------------------------
 
