@@ -13,7 +13,7 @@ from models import numpy_switch
 from models.random_models import padded
 from tiny_model import NUM_CALIBRATION, NUM_VALIDATION, bfloat16, random_params
 
-from qmoe_jax.checkpoints import open_checkpoint
+from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
@@ -226,6 +226,8 @@ class Incomplete:
 
     def __getattr__(self, name):
         return getattr(self.checkpoint, name)
+
+    stream = Checkpoint.stream
 
     def experts(self, layer, group_size=None):
         if layer != "encoder/layers_1":
