@@ -3,7 +3,7 @@
     python experiments/compress.py --config=configs/tiny.py --checkpoint=DIR --output=OUT
 
 DIR is a native T5X checkpoint (step directory or its parent, local or gs://). OUT gets the compressed checkpoint,
-report.json and report.png. Every field of the config can be set, e.g. --config.quantization.method=rtn.
+report.json, report.html and report.png. Every field of the config can be set, e.g. --config.quantization.method=rtn.
 """
 
 import os
@@ -18,10 +18,10 @@ from ml_collections import config_flags
 from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints.compressed import is_compressed
 from qmoe_jax.figures import plot_compression
+from qmoe_jax.html_report import html_report
 from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress, why_not_stored
 
-TITLES = {"gptq": "GPTQ", "rtn": "round to nearest", "rd": "rate-distortion GPTQ"}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
@@ -57,7 +57,7 @@ def main(_):
         )
     calibration, validation = documents.get("calibration"), documents["validation"]
 
-    for name in ("report.json", "report.png"):  # An earlier run's, with --overwrite.
+    for name in ("report.json", "report.html", "report.png"):  # An earlier run's, with --overwrite.
         (output / name).unlink(missing_ok=True)
 
     # --- Compress ----------------------------------------------------------------------------------------------------
@@ -74,27 +74,25 @@ def main(_):
     )
 
     # --- Compare and report ------------------------------------------------------------------------------------------
-    name = f"{TITLES[quantization.method]}, {quantization.bits:g} bits"
-    rows = [reporting.compression_row(name, report)]
     if config.compare:
         stages = reporting.Stages()
         rounded = memory._replace(round_weights=True)
         with stages("comparison"):
             bfloat16 = streaming.run(checkpoint, validation.pairs, rounded, what="bfloat16").summary()
             report["baselines"] = {"bfloat16": bfloat16}
-            rows.insert(0, reporting.compression_row("bfloat16", bfloat16 | {"bytes_model": report["bytes_bfloat16"]}))
             if quantization.method != "rtn":
                 rtn = QuantizationSettings("rtn", bits=quantization.bits, group_size=quantization.group_size)
                 rtn = compress(checkpoint, vocabulary, calibration, validation, rtn, memory, codec=config.codec.name)
                 report["baselines"]["rtn"] = {k: v for k, v in rtn.items() if k not in ("layers", "seconds")}
-                rows.insert(1, reporting.compression_row(f"round to nearest, {quantization.bits:g} bits", rtn))
         report["seconds"] |= stages.seconds
         report["peak_rss_bytes"] = reporting.peak_rss_bytes()
     report["checkpoint"] = checkpoint.provenance
     report["config"] = config.to_dict()
+    report["environment"] = experiment.environment()
     reporting.write_json(output / "report.json", report)
+    reporting.write_text(output / "report.html", html_report(report))
     plot_compression(report, output / "report.png")
-    reporting.say("\n" + reporting.table(reporting.COMPRESSION_HEADER, rows) + "\n")
+    reporting.say("\n" + reporting.table(reporting.COMPRESSION_HEADER, reporting.comparison_rows(report)) + "\n")
     reporting.say(
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "
         f"{report['experts_fallback']} fell back (report.json says why)"
@@ -110,9 +108,9 @@ def main(_):
     reporting.say(
         f"{output}: "
         + (
-            "compressed checkpoint, report.json, report.png"
+            "compressed checkpoint, report.json, report.html, report.png"
             if save
-            else "report.json, report.png; the experts were measured, not saved"
+            else "report.json, report.html, report.png; the experts were measured, not saved"
         )
     )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import platform
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
+import qmoe_jax
 from qmoe_jax.checkpoints import Checkpoint, check_preset, open_checkpoint
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
@@ -162,6 +165,18 @@ def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(f"--output={path} exists and is not empty. Choose another, or give --overwrite.")
     return output
+
+
+def environment() -> dict[str, Any]:
+    """What a report was made with: versions and devices, as JSON values."""
+    devices = jax.local_devices()
+    return {
+        "qmoe_jax": qmoe_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
 
 
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,9 +1,11 @@
-"""Figures of reports, as PNG files."""
+"""Figures of reports: PNG files, and SVG for pages."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
@@ -12,35 +14,123 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+BLUE, RED = "#4878a8", "#c44e52"
+MOST_POINTS_AS_VECTORS = 2_000
+
 
 def plot_compression(report: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Bits per weight and calibration tokens per expert, by layer, of a compression report."""
-    layers = report["layers"]
-    names = [name.replace("coder/layers_", "") for name in layers]  # en0, de0
-    x = np.arange(len(names))
-    fig, (bits, tokens) = plt.subplots(1, 2, figsize=(11, 3.6))
-
-    bits.bar(x, [layer["entropy_per_weight"] for layer in layers.values()], 0.7, label="entropy", color="#4878a8")
-    stored = [layer["bits_per_weight"] for layer in layers.values()]
-    if None not in stored:
-        bits.plot(x, stored, "_", markersize=14, markeredgewidth=2.5, color="#c44e52", label="stored")
-    bits.set(
-        ylabel="bits per weight", title=f"{report['method']}, {report['bits']:g} bits: {report['zeros']:.1%} zeros"
-    )
-    bits.legend()
-
-    for i, layer in enumerate(layers.values()):
-        counts = np.array(layer["tokens_per_expert"])
-        fallback = np.isin(np.arange(len(counts)), [int(e) for e in layer["fallback"]])
-        tokens.plot(np.full((~fallback).sum(), i), counts[~fallback], ".", color="#4878a8", alpha=0.6)
-        tokens.plot(np.full(fallback.sum(), i), counts[fallback], "x", color="#c44e52")
-    tokens.set(ylabel="calibration tokens", title="tokens per expert (x: rounded to nearest)", yscale="symlog")
-    for ax in (bits, tokens):
-        ax.set_xticks(x, names, rotation=90 if len(names) > 12 else 0)
-        ax.set_xlabel("sparse layer")
+    """A compression report by layer: what outputs lose, bits and zeros per weight, calibration tokens per expert."""
+    fig, axes = plt.subplots(2, 2, figsize=(11, 6.8))
+    for ax, (title, draw) in zip(axes.flat, COMPRESSION_PANELS.items(), strict=True):
+        draw(ax, report["layers"])
+        ax.set_title(title, loc="left")
+    fig.suptitle(f"{report['method']}, {report['bits']:g} bits: loss {report['loss']:.4f}, {report['zeros']:.1%} zeros")
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     plt.close(fig)
+
+
+def compression_svgs(report: Mapping[str, Any]) -> dict[str, str]:
+    """The same panels by title, each as an <svg> element whose ink is the colour of the text around it."""
+    return {title: _svg(title, draw, report["layers"]) for title, draw in COMPRESSION_PANELS.items()}
+
+
+def _output_error(ax, layers) -> None:
+    for i, layer in enumerate(layers.values()):
+        errors = np.array(layer["output_error_per_expert"], float)  # None is NaN, which isn't drawn.
+        ax.plot(_places(i, errors), errors, ".", color=BLUE, **_points(layers))
+    ax.plot([layer["output_error"] for layer in layers.values()], "_", **_mark(layers), label="layer")
+    ax.plot([], [], ".", color=BLUE, label="expert")
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("lost share of the output")
+    _name_layers(ax, layers)
+
+
+def _bits(ax, layers) -> None:
+    x = np.arange(len(layers))
+    ax.bar(x, [layer["entropy_per_weight"] for layer in layers.values()], 0.7, label="entropy", color=BLUE)
+    stored = [layer["bits_per_weight"] for layer in layers.values()]
+    if None not in stored:
+        ax.plot(x, stored, "_", **_mark(layers), label="stored")
+    ax.set_ylabel("bits per weight")
+    _name_layers(ax, layers)
+
+
+def _zeros(ax, layers) -> None:
+    ax.bar(np.arange(len(layers)), [layer["zeros"] for layer in layers.values()], 0.7, color=BLUE)
+    ax.set_ylim(0, 1)
+    ax.set_ylabel("share of weights")
+    _name_layers(ax, layers)
+
+
+def _tokens(ax, layers) -> None:
+    for i, layer in enumerate(layers.values()):
+        counts = np.array(layer["tokens_per_expert"])
+        fallback = np.isin(np.arange(len(counts)), [int(e) for e in layer["fallback"]])
+        places = _places(i, counts)
+        ax.plot(places[~fallback], counts[~fallback], ".", color=BLUE, **_points(layers))
+        ax.plot(places[fallback], counts[fallback], "x", color=RED, clip_on=False)
+    ax.plot([], [], ".", color=BLUE, label="expert")
+    ax.plot([], [], "x", color=RED, label="fell back")
+    ax.set_yscale("symlog")
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("calibration tokens")
+    _name_layers(ax, layers)
+
+
+COMPRESSION_PANELS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
+    "Relative output error": _output_error,
+    "Bits per weight": _bits,
+    "Zeros": _zeros,
+    "Calibration tokens per expert": _tokens,
+}
+
+
+def _places(layer: int, experts: np.ndarray) -> np.ndarray:
+    """Experts side by side, in the width of a bar."""
+    return layer + 0.7 * ((np.arange(len(experts)) + 0.5) / len(experts) - 0.5)
+
+
+def _points(layers) -> dict[str, Any]:
+    number = sum(len(layer["tokens_per_expert"]) for layer in layers.values())
+    if number > MOST_POINTS_AS_VECTORS:
+        return dict(markersize=1, alpha=0.4, rasterized=True)
+    return dict(markersize=5, alpha=0.7)
+
+
+def _mark(layers) -> dict[str, Any]:
+    return dict(markersize=min(20, 220 / len(layers)), markeredgewidth=2.5, color=RED)
+
+
+def _name_layers(ax, layers) -> None:
+    names = [name.replace("coder/layers_", "") for name in layers]  # en0, de0
+    ax.set_xticks(np.arange(len(names)), names, rotation=90 if len(names) > 12 else 0)
+    ax.set_xlabel("sparse layer")
+    if ax.get_legend_handles_labels()[0]:  # Above the axes, where no point can be.
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.1)
+
+
+INK = "#010203"  # Stands for the text's colour until the figure is drawn.
+
+
+def _svg(title: str, draw: Callable[[Any, Mapping[str, Any]], None], layers: Mapping[str, Any]) -> str:
+    names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style = dict.fromkeys(names, INK) | {
+        "svg.fonttype": "none",  # Text stays text.
+        "svg.hashsalt": title,  # Names inside one page don't clash, and are the same every time.
+        "font.size": 11,
+    }
+    with matplotlib.rc_context(style):
+        fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        draw(ax, layers)
+        buffer = io.StringIO()
+        unknown = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        fig.savefig(buffer, format="svg", transparent=True, dpi=200, metadata=unknown)
+        plt.close(fig)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    # The page gives the size; what it is called is for screen readers.
+    return re.sub(r'^<svg ([^>]*?)width="[^"]*"', rf'<svg \1role="img" aria-label="{title}"', svg, count=1)
 
 
 def plot_training(history: list[Mapping[str, float]], path: str | os.PathLike) -> None:
@@ -57,7 +147,7 @@ def plot_losses(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
     base, *others = reports
     losses = [reports[name]["loss"] for name in others]
     fig, ax = plt.subplots(figsize=(7, 3.4))
-    bars = ax.barh(others[::-1], [loss - reports[base]["loss"] for loss in losses][::-1], color="#4878a8")
+    bars = ax.barh(others[::-1], [loss - reports[base]["loss"] for loss in losses][::-1], color=BLUE)
     ax.bar_label(bars, [f"{loss:.3f}" for loss in losses[::-1]], padding=3)
     ax.set_xlabel(f"validation loss above {base} ({reports[base]['loss']:.3f} nats per token)")
     ax.margins(x=0.12)

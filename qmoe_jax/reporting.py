@@ -54,13 +54,17 @@ def peak_rss_bytes() -> int:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON such that the file is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 such that the file is there whole or not at all; directories are made."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
-            f.write("\n")
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -102,3 +106,23 @@ def compression_row(name: str, report: Mapping[str, Any]) -> list[Any]:
         *(None if rate is None else f"{rate:.2f}x" for rate in rates),
         None if size is None else f"{size / 1e6:.2f}",
     ]
+
+
+METHOD_TITLES = {"gptq": "GPTQ", "rtn": "round to nearest", "rd": "rate-distortion GPTQ"}
+
+
+def method_title(report: Mapping[str, Any]) -> str:
+    """Such as 'GPTQ, 1.5 bits'."""
+    return f"{METHOD_TITLES[report['method']]}, {report['bits']:g} bits"
+
+
+def comparison_rows(report: Mapping[str, Any]) -> list[list[Any]]:
+    """Rows under `COMPRESSION_HEADER`: the report's baselines, where it has them, and what it is of."""
+    baselines = report.get("baselines", {})
+    rows = []
+    if "bfloat16" in baselines:
+        bfloat16 = baselines["bfloat16"] | {"bytes_model": report["bytes_bfloat16"]}
+        rows.append(compression_row("bfloat16", bfloat16))
+    if "rtn" in baselines:
+        rows.append(compression_row(method_title(baselines["rtn"]), baselines["rtn"]))
+    return [*rows, compression_row(method_title(report), report)]

@@ -93,13 +93,14 @@ def test_progress_goes_to_standard_error_with_the_time_left(capsys):
 
 
 LAYER = {"zeros": 0.9, "entropy_per_weight": 0.5, "bits_per_weight": 0.8, "tokens_per_expert": [3, 0]}
+LAYER |= {"output_error": 0.1, "output_error_per_expert": [0.1, None]}
 
 
 @pytest.mark.parametrize("stored", [0.8, None], ids=["stored", "measured only"])
 def test_figure_of_a_compression(stored, tmp_path):
     layer = LAYER | {"bits_per_weight": stored, "fallback": {"1": "no calibration tokens"}}
     layers = {"encoder/layers_0": layer, "decoder/layers_11": layer}
-    report = {"layers": layers, "method": "gptq", "bits": 1.5, "zeros": 0.9}
+    report = {"layers": layers, "method": "gptq", "bits": 1.5, "zeros": 0.9, "loss": 3.0}
     figures.plot_compression(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -109,3 +110,13 @@ def test_figures_of_training_and_of_losses(tmp_path):
     figures.plot_losses({"bfloat16": {"loss": 1.0}, "ternary": {"loss": 1.5}}, tmp_path / "losses.png")
     for name in ("training", "losses"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_rows_are_the_baselines_and_the_report_itself():
+    report = {"method": "rd", "bits": 1.5, "loss": 1.3, "bytes_bfloat16": 4e6}
+    assert [row[0] for row in reporting.comparison_rows(report)] == ["rate-distortion GPTQ, 1.5 bits"]
+    report["baselines"] = {"rtn": {"method": "rtn", "bits": 2, "loss": 2.0}, "bfloat16": {"loss": 1.0}}
+    rows = reporting.comparison_rows(report)
+    names = ["bfloat16", "round to nearest, 2 bits", "rate-distortion GPTQ, 1.5 bits"]
+    assert [row[:2] for row in rows] == [[n, loss] for n, loss in zip(names, (1.0, 2.0, 1.3), strict=True)]
+    assert rows[0][-1] == "4.00"

@@ -33,6 +33,7 @@ from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.hessian import accumulate
+from qmoe_jax.quantization.output_error import OutputError, output_error
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
 
@@ -186,6 +187,7 @@ class LayerAccount(NamedTuple):
       entropy: empirical entropy of the symbols of all its matrices, in bits per weight (mean over matrices).
       weights: how many weights it has.
       stored_bytes: of its compressed form, None if that isn't made.
+      output_error: what its outputs on validation tokens have lost.
     """
 
     tokens: dict[int, int]
@@ -194,6 +196,7 @@ class LayerAccount(NamedTuple):
     entropy: float
     weights: int
     stored_bytes: int | None
+    output_error: OutputError
 
 
 def entropy(symbols: np.ndarray) -> float:
@@ -209,6 +212,7 @@ class Quantizer:
     Args:
       settings: how.
       calibration: per stack, bool [tokens] in the list buffers' order: which tokens calibrate.
+      validation: likewise, which are measured on.
       num_experts: experts per layer.
       codec: codec by name; None stores nothing.
       writer: where compressed layers go, None: nowhere.
@@ -220,13 +224,15 @@ class Quantizer:
         self,
         settings: QuantizationSettings,
         calibration: dict[str, np.ndarray],
+        validation: dict[str, np.ndarray],
         num_experts: int,
         codec: str | None,
         writer: CompressedWriter | None,
         stages: reporting.Stages,
         control: RateControl | None = None,
     ):
-        self.settings, self.calibration, self.num_experts = settings, calibration, num_experts
+        self.settings, self.num_experts = settings, num_experts
+        self.calibration, self.validation = calibration, validation
         self.codec, self.writer, self.stages = codec, writer, stages
         self.control = control
         self.accounts: dict[str, LayerAccount] = {}
@@ -247,12 +253,22 @@ class Quantizer:
             quantized = self._quantize_in_turn(kernels, group, tokens, sharding)
         else:
             quantized = self._gptq(kernels, group.inputs, tokens, sharding)
+        replacement = {m: q.Q.swapaxes(1, 2) for m, (q, _) in quantized.items()}
+        with self.stages("output error"):
+            error = self._output_error(group, replacement)
         with self.stages("encoding"):
-            finished = self._finish_group(group, quantized, [len(t) for t in tokens])
+            finished = self._finish_group(group, quantized, [len(t) for t in tokens], error)
             self._groups.setdefault(group.layer, []).append(finished)
             if group.stop == self.num_experts:
                 self._finish_layer(group.layer)
-        return {m: q.Q.swapaxes(1, 2) for m, (q, _) in quantized.items()}
+        return replacement
+
+    def _output_error(self, group, quantized) -> OutputError:
+        measured = [self.validation[group.stack][t] for t in group.tokens]
+        tokens, gates = ([a[m] for a, m in zip(of, measured, strict=True)] for of in (group.tokens, group.gates))
+        return output_error(
+            group.kernels, quantized, group.inputs, tokens, gates, expert_sharding(group.stop - group.start)
+        )
 
     def _round_to_nearest(self, kernels) -> dict[str, _Matrix]:
         s = self.settings
@@ -356,7 +372,7 @@ class Quantizer:
             symbols, levels = np.asarray(quantized.symbols), np.asarray(quantized.levels)
             return _Matrix(quantized, CompressedExperts.from_symbols(symbols, levels, self.codec))
 
-    def _finish_group(self, group, matrices: dict[str, _Matrix], tokens: list[int]) -> _Group:
+    def _finish_group(self, group, matrices: dict[str, _Matrix], tokens: list[int], error: OutputError) -> _Group:
         quantized = {m: q for m, (q, _) in matrices.items()}
         symbols = {m: np.asarray(q.symbols) for m, q in quantized.items()}
         experts = {m: e for m, (_, e) in matrices.items() if e is not None}
@@ -375,6 +391,7 @@ class Quantizer:
             weights=sum(s.size for s in symbols.values()),
             entropies=[entropy(s) for matrix in symbols.values() for s in matrix],
             experts=experts,
+            output_error=error,
         )
 
     def _finish_layer(self, layer: str) -> None:
@@ -394,6 +411,7 @@ class Quantizer:
             entropy=float(np.mean([h for g in groups for h in g.entropies])),
             weights=weights,
             stored_bytes=sum(e.nbytes for e in experts.values()) if experts else None,
+            output_error=OutputError(*map(np.concatenate, zip(*(g.output_error for g in groups), strict=True))),
         )
 
 
@@ -427,6 +445,7 @@ class _Group(NamedTuple):
     weights: int
     entropies: list[float]
     experts: dict[str, CompressedExperts]
+    output_error: OutputError
 
 
 def expert_sharding(experts: int) -> NamedSharding:
@@ -538,12 +557,13 @@ def compress(
     pairs = [*calibration.pairs, *validation.pairs] if quantization.calibrated else validation.pairs
     num_calibration = len(pairs) - len(validation.pairs)
     masks = _calibration_masks(pairs, num_calibration, vocabulary, quantization.mask_special_tokens)
+    measured = _validation_masks(pairs, num_calibration)
 
     def run(writer):
         control = None
         if quantization.target_bits is not None:
             control = RateControl(quantization.target_bits, _weights_by_matrix(checkpoint.specs))
-        hook = Quantizer(quantization, masks, config.num_experts, codec, writer, stages, control)
+        hook = Quantizer(quantization, masks, measured, config.num_experts, codec, writer, stages, control)
         losses = streaming.run(checkpoint, pairs, memory, hook=hook, stages=stages, what=what)
         missing = set(config.sparse_layers) - set(hook.accounts)
         if missing:
@@ -578,6 +598,8 @@ def compress(
                 "bits_per_weight": None if a.stored_bytes is None else 8 * a.stored_bytes / a.weights,
                 "tokens_per_expert": list(a.tokens.values()),
                 "fallback": {str(e): why for e, why in a.fallback.items()},
+                "output_error": a.output_error.total(),
+                "output_error_per_expert": a.output_error.relative(),
             }
             for layer, a in accounts.items()
         },
@@ -635,3 +657,9 @@ def _calibration_masks(pairs, num_calibration: int, vocabulary: Vocabulary, mask
         mask = np.arange(len(flat)) < sum(map(len, tokens[:num_calibration]))
         masks[stack] = mask & ~vocabulary.is_sentinel(flat) if mask_special else mask
     return masks
+
+
+def _validation_masks(pairs, num_calibration: int) -> dict[str, np.ndarray]:
+    """Per stack, which tokens in the list buffers' order are of validation documents: bool [tokens]."""
+    lengths = {"encoder": [len(e) for e, _ in pairs], "decoder": [len(d) - 1 for _, d in pairs]}
+    return {stack: np.arange(sum(n)) >= sum(n[:num_calibration]) for stack, n in lengths.items()}

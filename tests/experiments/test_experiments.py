@@ -129,7 +129,8 @@ def environment():
 def test_compress_from_another_directory(elsewhere):
     output, finished = elsewhere
     assert finished.returncode == 0, finished.stderr
-    assert sorted(p.name for p in output.iterdir()) == ["dense", "layers", "manifest.json", "report.json", "report.png"]
+    checkpoint = ["dense", "layers", "manifest.json"]
+    assert sorted(p.name for p in output.iterdir()) == [*checkpoint, "report.html", "report.json", "report.png"]
     report = read_json(output / "report.json")
     assert_holds(report, COMPRESS_FIELDS)
     assert report["experts_quantized"] + report["experts_fallback"] == report["experts_total"]
@@ -137,6 +138,9 @@ def test_compress_from_another_directory(elsewhere):
     assert {"reading", "hessians", "quantization", "encoding", "writing"} <= set(report["seconds"])
     assert set(report["baselines"]) == {"bfloat16", "rtn"}
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "report.html").read_text()
+    assert f"{report['loss']:.4f}" in page and "encoder/layers_1" in page and page.rstrip().endswith("</html>")
+    assert all(0 < layer["output_error"] < 1 for layer in report["layers"].values())
     # A table with a line for each way, a progress bar with the time left, and nothing of Orbax's log.
     table = [line for line in finished.stdout.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == [
@@ -239,7 +243,7 @@ def test_methods_and_bits(method, bits, run, tiny, tmp_path):
         assert_holds(report, {f: sane for f, sane in COMPRESS_FIELDS.items() if f not in sizes})
         assert report["bits_per_weight"] is report["compression_experts"] is report["compression_model"] is None
         assert 0.5 < report["entropy_per_weight"] < 2
-        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "report.png"]
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.png"]
         assert "measured, not saved" in result.out
 
 

@@ -17,7 +17,7 @@ from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
-from qmoe_jax.quantization import gptq, pipeline
+from qmoe_jax.quantization import gptq, output_error, pipeline
 from qmoe_jax.quantization.gptq import round_to_nearest
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
@@ -83,7 +83,8 @@ def starved_params():
 def layer_inputs(config, params, compressed, pairs, monkeypatch):
     """What arrives at each sparse layer when all earlier ones are quantized, and the losses at the end.
 
-    Returns ({layer: (h [tokens, d_model], chosen [tokens, top_k])}, losses [documents]); tokens lie in document order.
+    Returns ({layer: (h [tokens, d_model], chosen [tokens, top_k], p [tokens, experts])}, losses [documents]); tokens
+    lie in document order.
     """
     params = dict(params)
     for layer in config.sparse_layers:
@@ -99,7 +100,7 @@ def layer_inputs(config, params, compressed, pairs, monkeypatch):
         layer = next(layers)
         h = x[real[layer.partition("/")[0]]]
         p = numpy_switch.softmax(h @ params["router"]["router_weights"]["w"]["kernel"])
-        found[layer] = h, np.argsort(-p, axis=-1, kind="stable")[:, : config.top_k]
+        found[layer] = h, np.argsort(-p, axis=-1, kind="stable")[:, : config.top_k], p
         return moe(x, params, *args)
 
     monkeypatch.setattr(numpy_switch, "moe", spy)
@@ -119,6 +120,20 @@ def calibrates(stack, documents, mask_special=True):
     return np.array(flags)
 
 
+def is_validation(stack, documents):
+    """bool [tokens], in document order."""
+    lengths = [len(e) if stack == "encoder" else len(d) - 1 for e, d in documents.pairs]
+    return np.repeat(np.arange(len(lengths)) >= NUM_CALIBRATION, lengths)
+
+
+def hidden_units(expert, x):
+    """Matrices [out, in] by name, x [tokens, in] -> [tokens, d_ff]."""
+    u, *up = (x @ W.T for matrix, W in expert.items() if matrix != "wo")
+    if not up:
+        return np.maximum(u, 0)
+    return 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))) * up[0]
+
+
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
@@ -133,6 +148,7 @@ def calibrates(stack, documents, mask_special=True):
 def test_every_layer_is_gptq_under_its_experts_own_calibration_tokens(
     config, settings, documents, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(output_error, "TOKENS_PER_EXPERT", 1_000)  # All.
     params = random_params(config)
     top_k = {"top_k": config.top_k}
     checkpoint = open_checkpoint(tiny_model.write_checkpoint(tmp_path / "model", params), **top_k)
@@ -142,21 +158,18 @@ def test_every_layer_is_gptq_under_its_experts_own_calibration_tokens(
 
     differing, total, smaller = 0, 0, collections.Counter()
     for layer in config.sparse_layers:
-        h, chosen = inputs[layer]
+        h, chosen, p = inputs[layer]
         calibrating = calibrates(layer.partition("/")[0], documents, settings.mask_special_tokens)
+        validating = is_validation(layer.partition("/")[0], documents)
+        error_and_signal = np.zeros(2)
         cap = int(np.ceil(settings.token_cap * calibrating.sum() / config.num_experts))
         kernels = {m: params[f"{layer}/mlp/expert/{m}/kernel"] for m in config.expert_matrices}
         experts = stored(tmp_path / "out", layer)
         for e in range(config.num_experts):
             tokens = np.flatnonzero((chosen == e).any(1) & calibrating)[:cap]
             assert report["layers"][layer]["tokens_per_expert"][e] == len(tokens)
-            X = {"wi": h[tokens]}
-            gate_and_up = [X["wi"] @ kernels[m][e] for m in config.expert_matrices if m != "wo"]
-            if config.gated:
-                u, up = gate_and_up
-                X["wo"] = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))) * up
-            else:
-                X["wo"] = np.maximum(gate_and_up[0], 0)
+            original = {m: kernel[e].T for m, kernel in kernels.items()}
+            X = {"wi": h[tokens], "wo": hidden_units(original, h[tokens])}
             for matrix, kernel in kernels.items():
                 x = X["wo" if matrix == "wo" else "wi"]
                 W = kernel[e].T.astype(np.float32)[None]
@@ -168,6 +181,15 @@ def test_every_layer_is_gptq_under_its_experts_own_calibration_tokens(
                 rounded = np.asarray(round_to_nearest(W, bits=settings.bits).Q[0])
                 errors = [np.square(x @ (W[0] - Q).T).sum() for Q in (found, rounded)]
                 smaller[errors[0] < errors[1]] += 1
+            measured = (chosen == e).any(1) & validating
+            quantized = {m: np.asarray(experts[m].expert(e), np.float64) for m in kernels}
+            y, approximate = (hidden_units(W, h[measured]) @ W["wo"].T for W in (original, quantized))
+            sums = [np.sum((p[measured, e, None] * v) ** 2) for v in (y - approximate, y)]
+            relative = report["layers"][layer]["output_error_per_expert"][e]
+            assert relative == (pytest.approx(sums[0] / sums[1], rel=1e-4) if measured.any() else None)
+            error_and_signal += sums
+        relative = error_and_signal[0] / error_and_signal[1]
+        assert report["layers"][layer]["output_error"] == pytest.approx(relative, rel=1e-4)
     assert differing <= 0.002 * total  # Where float32 rounds a tie the other way.
     # That is what GPTQ is for; with a handful of tokens, whose Hessian is mostly dampening, it may miss.
     assert smaller[True] > 0.9 * smaller.total()
