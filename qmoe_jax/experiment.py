@@ -73,6 +73,7 @@ def default_config() -> config_dict.ConfigDict:
             experts_per_group=16,
             weights_bytes=config_dict.placeholder(int),  # for experts that are read; None: half of the host's memory
             scratch=config_dict.placeholder(str),  # folder for those that don't fit; None: beside the output
+            activations=config_dict.placeholder(str),  # folder for the activations of all tokens; None: in memory
         ),
         generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
     )

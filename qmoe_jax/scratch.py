@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
+import mmap
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+
+import numpy as np
 
 PREFIX = "qmoe-scratch-"
 _LOCK = "lock"
@@ -48,3 +52,36 @@ def remove_abandoned(parent: pathlib.Path) -> None:
             except OSError:
                 continue
             shutil.rmtree(path, ignore_errors=True)
+
+
+class MappedArray:
+    """Zeros in a file without a name, which vanishes with the process, however it ends.
+
+    Args:
+      parent: folder of the file, made if need be.
+      shape: of the array.
+      dtype: of the array.
+
+    Attributes:
+      array: what is in the file.
+
+    Raises:
+      OSError: there isn't room for it, or the folder can't be written to.
+    """
+
+    def __init__(self, parent: str | os.PathLike, shape: tuple[int, ...], dtype):
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        pathlib.Path(parent).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, size))  # Later, a full disk would be a signal.
+            except OSError as e:
+                raise OSError(
+                    e.errno, f"{os.strerror(e.errno)}: {size:,} bytes are wanted for activations", str(parent)
+                ) from e
+            self._map = mmap.mmap(file.fileno(), max(1, size))
+        self.array = np.frombuffer(self._map, dtype, math.prod(shape)).reshape(shape)
+
+    def release(self) -> None:
+        """Gives the memory back that holds a copy of the file; what is used again is read again."""
+        self._map.madvise(mmap.MADV_DONTNEED)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from qmoe_jax import reporting
+from qmoe_jax import reporting, scratch
 from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.checkpoints.reading import Reading
@@ -42,13 +43,18 @@ from qmoe_jax.models.switch import (
 
 
 class ListBuffer:
-    """Vectors of all tokens of all documents, end to end: `data` [tokens, width]; one document's are consecutive."""
+    """Vectors of all tokens of all documents, end to end: `data` [tokens, width]; one document's are consecutive.
 
-    def __init__(self, lengths: Sequence[int], width: int, dtype):
+    In memory, or in a file below `folder`.
+    """
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype, folder: str | None = None):
         self.lengths = np.asarray(lengths)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         # One more row, always zero: padding is read from there.
-        self._rows = np.zeros((self.offsets[-1] + 1, width), dtype)
+        shape = (int(self.offsets[-1]) + 1, width)
+        self._mapped = None if folder is None else scratch.MappedArray(folder, shape, dtype)
+        self._rows = np.zeros(shape, dtype) if self._mapped is None else self._mapped.array
         self.data = self._rows[:-1]
 
     def positions(self, documents: np.ndarray, length: int) -> np.ndarray:
@@ -65,17 +71,36 @@ class ListBuffer:
         real = positions < len(self.data)
         self._rows[positions[real]] = np.asarray(values)[real]
 
+    def release(self) -> None:
+        """Gives back the memory of what is in a file as well."""
+        if self._mapped is not None:
+            self._mapped.release()
+
 
 class Documents:
-    """Corrupted documents, in batches of a few fixed shapes, with each batch's rows in the list buffers."""
+    """Corrupted documents, in batches of a few fixed shapes, with each batch's rows in the list buffers.
 
-    def __init__(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], tokens_per_batch: int):
+    The list buffers are in memory, or in files below `folder`.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], tokens_per_batch: int, folder: str | None = None
+    ):
         self.pairs = pairs
         self.batches: list[Batch] = make_batches(pairs, tokens_per_batch)
         self.lengths = {"encoder": [len(e) for e, _ in pairs], "decoder": [len(d) - 1 for _, d in pairs]}
+        self._folder = folder
+        self._buffers: weakref.WeakSet[ListBuffer] = weakref.WeakSet()
 
     def buffer(self, stack: str, width: int, dtype) -> ListBuffer:
-        return ListBuffer(self.lengths[stack], width, dtype)
+        buffer = ListBuffer(self.lengths[stack], width, dtype, self._folder)
+        self._buffers.add(buffer)
+        return buffer
+
+    def release(self) -> None:
+        """See `ListBuffer.release`; called often, so that few rows are in memory."""
+        for buffer in self._buffers:
+            buffer.release()
 
 
 class ExpertGroup(NamedTuple):
@@ -114,6 +139,7 @@ class Settings(NamedTuple):
       mesh: over whose devices a batch and a group of experts are, as far as they divide them; None: one device.
       weights_bytes: most memory for experts that are read; None: half of the host's.
       scratch: folder for what of them doesn't fit; None: the system's for temporary files.
+      activations: folder for the list buffers; None: they are in memory.
     """
 
     dtype: Any = jnp.float32
@@ -124,6 +150,7 @@ class Settings(NamedTuple):
     mesh: Mesh | None = None
     weights_bytes: int | None = None
     scratch: str | None = None
+    activations: str | None = None
 
     @property
     def reading(self) -> Reading:
@@ -182,7 +209,7 @@ def run(
             raise ValueError(f"{name}: found {getattr(settings, name)}, expected at least 1.")
     _check_documents(pairs, config.vocab_size)
     stages = stages or reporting.Stages()
-    documents = Documents(pairs, settings.tokens_per_batch)
+    documents = Documents(pairs, settings.tokens_per_batch, settings.activations)
     units = sum(_units(config, settings, len(documents.batches)).values())
     with (
         contextlib.closing(
@@ -229,6 +256,10 @@ class _Pass:
         self.settings, self.hook, self.stages, self.bar = settings, hook, stages, bar
         self.embedder = self.params("token_embedder/")
 
+    def step(self, steps: int = 1) -> None:
+        self.bar.update(steps)
+        self.documents.release()
+
     def weights(self, name: str, value: np.ndarray) -> np.ndarray:
         """Checked, and rounded to bfloat16 where that is asked for."""
         check_finite(name, value)
@@ -247,6 +278,8 @@ class _Pass:
         for i, (encoder, decoder) in enumerate(self.documents.pairs):
             tokens = encoder if stack == "encoder" else decoder[:-1]
             x.data[x.offsets[i] : x.offsets[i + 1]] = embedding[tokens]
+            if i % 1024 == 0:
+                x.release()
         return x
 
     def shared_bias(self, stack: str, params, length: int) -> jax.Array | None:
@@ -274,6 +307,7 @@ class _Pass:
         for batch in self.documents.batches:
             positions = x.positions(batch.indices, batch.encoder_input_tokens.shape[1])
             x.put(positions, _norm(self.config, self.settings.dtype, norm, x.get(positions)))
+            x.release()
         return x
 
     def decoder(self, encoded: ListBuffer) -> ListBuffer:
@@ -308,7 +342,7 @@ class _Pass:
                         h.put(positions, new_h)
                         expert.put(positions, routing.expert)
                         gate.put(positions, routing.gate)
-                self.bar.update()
+                self.step()
             if sparse:
                 self.experts(f"{stack}/layers_{i}", stack, x.data, h.data, expert.data, gate.data)
 
@@ -349,7 +383,7 @@ class _Pass:
                             sizes.astype(np.int32),
                         )
                         x[rows] = np.asarray(new)[: len(rows)]
-            self.bar.update(-(-(stop - start) // self.settings.experts_per_group))
+            self.step(-(-(stop - start) // self.settings.experts_per_group))
 
     def experts_over_mesh(self, mesh, group, x, h, expert, gate, kernels) -> None:
         """x += gate * expert(h) for rows `group`, in any order; `expert` counts from the first of `kernels`."""
@@ -386,7 +420,7 @@ class _Pass:
                 loss = _loss(model, params, x.get(positions), batch.decoder_target_tokens, batch.decoder_input_tokens)
                 real = batch.indices >= 0
                 total[batch.indices[real]] = np.asarray(loss, np.float64)[real]
-            self.bar.update()
+            self.step()
         return DocumentLosses(total, np.asarray(self.documents.lengths["decoder"]))
 
 

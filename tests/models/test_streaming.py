@@ -1,6 +1,8 @@
 """The layer-by-layer pass over all documents: the same losses as whole forward passes."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,41 @@ def test_compressed_checkpoint_gives_the_loss_of_its_dequantized_weights(tmp_pat
     expected = expected_losses(qmoe_jax.SwitchTransformer(SWITCH), dense)
     losses = streaming.run(qmoe_jax.open_checkpoint(tmp_path), ONE_SHAPE, streaming.Settings())
     np.testing.assert_allclose(losses.total, expected[1:], rtol=1e-5)
+
+
+def test_activations_in_files_give_the_same_to_the_bit_and_leave_nothing(native, tmp_path):
+    checkpoint = native("relu, tied, top-1")
+    settings = streaming.Settings(tokens_per_batch=100, experts_per_group=2)
+    folder = tmp_path / "activations"
+    losses = streaming.run(checkpoint, ONE_SHAPE, settings._replace(activations=str(folder)))
+    np.testing.assert_array_equal(losses.total, streaming.run(checkpoint, ONE_SHAPE, settings).total)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_list_buffer_in_a_file_keeps_its_rows_but_not_the_memory(tmp_path, dtype):
+    def mapped_bytes():
+        status = pathlib.Path("/proc/self/status")
+        if not status.exists():
+            pytest.skip("/proc is Linux's")
+        return 1024 * int(re.search(r"RssFile:\s+(\d+)", status.read_text())[1])
+
+    buffer = streaming.ListBuffer([5000, 3], 4096 // np.dtype(dtype).itemsize, dtype, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []  # It has no name: nothing is left of it when the process is killed.
+    before = mapped_bytes()
+    positions = buffer.positions(np.array([1, 0]), 4000)
+    values = np.random.default_rng(0).standard_normal((*positions.shape, buffer.data.shape[1])).astype(dtype)
+    buffer.put(positions, values)
+    assert mapped_bytes() > before + 10e6
+    buffer.release()
+    assert mapped_bytes() < before + 2e6
+    np.testing.assert_array_equal(buffer.get(positions)[1], values[1])
+    assert not buffer.get(positions)[0, 3:].any()
+
+
+def test_no_room_for_activations_is_an_error_and_no_signal(tmp_path):
+    with pytest.raises(OSError, match="bytes are wanted for activations"):
+        streaming.ListBuffer([1 << 40], 1 << 10, np.float32, str(tmp_path))
 
 
 def test_weights_are_rounded_to_bfloat16_when_asked(native):
