@@ -380,7 +380,7 @@ def main(_):
             device=jax.devices()[0].device_kind,
             cores=len(os.sched_getaffinity(0)),
             jax=jax.__version__,
-            checkpoint=CHECKPOINT.value,
+            checkpoint=CHECKPOINT.value and pathlib.Path(CHECKPOINT.value).name,
             preset=None if CHECKPOINT.value else PRESET.value,
             prompt_tokens=PROMPT_TOKENS.value,
             new_tokens=NEW_TOKENS.value,

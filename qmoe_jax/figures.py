@@ -170,3 +170,34 @@ def plot_frontier(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     fig.tight_layout()
     fig.savefig(path, dpi=130)
     plt.close(fig)
+
+
+def plot_bars(
+    series: Mapping[str, Mapping[str, float]],
+    path: str | os.PathLike,
+    ylabel: str,
+    title: str,
+    *,
+    logarithmic: bool = False,
+) -> None:
+    """Groups of bars: height by label, by series; a label that a series lacks leaves a gap."""
+    labels = list(dict.fromkeys(label for heights in series.values() for label in heights))
+    width = 0.8 / len(series)
+    fig, ax = plt.subplots(figsize=(max(6, 1.1 * len(labels) * max(1, len(series) / 2)), 4))
+    for i, (name, heights) in enumerate(series.items()):
+        x = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
+        bars = ax.bar(x, [heights.get(label, np.nan) for label in labels], width, label=name)
+        ax.bar_label(bars, [f"{heights[label]:.3g}" if label in heights else "" for label in labels], fontsize=7)
+    ax.set_xticks(
+        np.arange(len(labels)),
+        labels,
+        rotation=20 if max(map(len, labels)) > 12 else 0,
+        ha="right" if max(map(len, labels)) > 12 else "center",
+    )
+    ax.set(ylabel=ylabel, title=title, yscale="log" if logarithmic else "linear")
+    ax.title.set_fontsize(10)
+    if len(series) > 1:
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)

@@ -26,6 +26,7 @@ LEVELS = (2,)
 ENTRIES = 65_536
 MAX_PAIRS = 14
 SYMBOLS = 9
+ZEROS = 0.885  # P(0) of the trits that the dictionary is made for
 
 # Encoder states are 16 * node, with a flag above.
 ROOT = ENTRIES
@@ -39,21 +40,23 @@ CHUNK_WEIGHTS = 16_000_000
 
 
 @functools.cache
-def _sequences() -> list[bytes]:
-    """The symbols of each codeword, likeliest first."""
+def _sequences(entries: int = ENTRIES, max_pairs: int = MAX_PAIRS, zeros: float = ZEROS) -> list[bytes]:
+    """The symbols of each codeword, likeliest first; all symbols are among them."""
     # Rounding decides between equal probabilities: write .0575 otherwise, and the numbering changes.
-    p = (0.885, (1 - 0.885) / 2, (1 - 0.885) / 2)
+    p = (zeros, (1 - zeros) / 2, (1 - zeros) / 2)
     pair = [p[symbol % 3] * p[symbol // 3] for symbol in range(SYMBOLS)]
     queue = [(-1.0, b"")]
-    sequences = []
-    while len(sequences) < ENTRIES:
+    sequences: list[bytes] = []
+    while len(sequences) < entries and queue:
         negative_probability, sequence = heapq.heappop(queue)
         if sequence:
             sequences.append(sequence)
-        if len(sequence) < MAX_PAIRS:
+        if len(sequence) < max_pairs:
             for symbol in range(SYMBOLS):
                 heapq.heappush(queue, (negative_probability * pair[symbol], sequence + bytes([symbol])))
-    return sequences
+    missing = [bytes([symbol]) for symbol in range(SYMBOLS) if bytes([symbol]) not in sequences]
+    # In place of the unlikeliest, which nothing continues.
+    return sequences[: len(sequences) - len(missing)] + missing
 
 
 @functools.cache
@@ -67,12 +70,12 @@ def _slots() -> np.ndarray:
 
 
 @functools.cache
-def _steps() -> np.ndarray:
+def _steps(entries: int = ENTRIES, max_pairs: int = MAX_PAIRS, zeros: float = ZEROS) -> np.ndarray:
     """The trie as a table, int32 [65537 * 16]: 16 * node + symbol -> 16 * next node (+ END).
 
     Where a node has no child for a symbol, its codeword ends (END), and the walk goes on from the root.
     """
-    number = {sequence: codeword for codeword, sequence in enumerate(_sequences())}
+    number = {sequence: codeword for codeword, sequence in enumerate(_sequences(entries, max_pairs, zeros))}
     steps = np.zeros((ROOT + 1, 16), np.int32)
     for symbol in range(SYMBOLS):
         steps[:, symbol] = 16 * number[bytes([symbol])] + END
@@ -124,10 +127,10 @@ def _parse(trits, steps):
     return node.T, is_end.T, is_end.sum(0)
 
 
-def _encode_rows(trits):
+def _encode_rows(trits, *dictionary):
     """trits uint8 [rows, columns] -> codewords uint16 [n], how many of them each row has int [rows]."""
     rows, columns = trits.shape
-    steps = jnp.asarray(_steps())
+    steps = jnp.asarray(_steps(*dictionary))
     chunk = max(1, CHUNK_WEIGHTS // columns)
     codewords, counts = [np.zeros(0, np.uint16)], [np.zeros(0, np.int64)]
     for i in range(0, rows, chunk):
@@ -172,6 +175,16 @@ def encode(trits: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _check_trits(trits, ("rows", "columns"))
     codewords, counts = _encode_rows(trits)
     return codewords, np.append(0, np.cumsum(counts)).astype(np.int32)
+
+
+def count_codewords(trits: jax.Array | np.ndarray, entries: int, max_pairs: int, zeros: float) -> np.ndarray:
+    """How many codewords each row takes in a dictionary of another size: int [rows], for trits uint8 [rows, columns].
+
+    The dictionary holds the likeliest `entries` (at most 65 536) sequences of up to `max_pairs` pairs of independent
+    trits with P(0) = `zeros`, and all single pairs.
+    """
+    _check_trits(trits, ("rows", "columns"))
+    return _encode_rows(trits, entries, max_pairs, zeros)[1]
 
 
 # --- Decoding -------------------------------------------------------------------------------------
