@@ -46,8 +46,8 @@ def load(
     """The model and its whole parameter tree from a checkpoint of any layout.
 
     Args:
-      path: a compressed checkpoint; a directory of Hugging Face's SwitchTransformers; or a T5X checkpoint: step
-        directory, its parent (newest complete step), or file.
+      path: a compressed checkpoint; a directory of Hugging Face's SwitchTransformers, or of a published QMoE
+        model; or a T5X checkpoint: step directory, its parent (newest complete step), or file.
       dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
       mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
       **overrides: fields of `ModelConfig` that the checkpoint doesn't tell, such as top_k=2.

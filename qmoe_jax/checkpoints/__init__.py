@@ -10,13 +10,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from qmoe_jax.checkpoints import compressed_target, huggingface, t5x_target
+from qmoe_jax.checkpoints import compressed_target, huggingface, ista, t5x_target
 from qmoe_jax.checkpoints.architecture import check_preset, infer_config, param_shapes
 from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, CompressedWriter, is_compressed
 from qmoe_jax.checkpoints.conversion import Options, Plan
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
+from qmoe_jax.checkpoints.ista import IstaCheckpoint, is_ista
 from qmoe_jax.checkpoints.native import NativeCheckpoint
 from qmoe_jax.checkpoints.t5x import is_t5x, open_t5x, write_t5x
 
@@ -24,6 +25,7 @@ from qmoe_jax.checkpoints.t5x import is_t5x, open_t5x, write_t5x
 LAYOUTS: list[tuple[str, Callable[..., bool], Callable[..., Checkpoint]]] = [
     ("compressed", is_compressed, CompressedCheckpoint),
     ("huggingface", is_huggingface, HuggingFaceCheckpoint),
+    ("ista", is_ista, IstaCheckpoint),
     ("t5x", is_t5x, NativeCheckpoint),
 ]
 
@@ -33,6 +35,7 @@ TARGETS: dict[str, Callable[[Checkpoint, pathlib.Path, Options], Plan]] = {
     "t5x": t5x_target.plan,
     "huggingface": huggingface.plan,
     "compressed": compressed_target.plan,
+    "ista": ista.plan,
 }
 
 
@@ -40,7 +43,8 @@ def open_checkpoint(path: str | os.PathLike, **overrides: Any) -> Checkpoint:
     """Opens a checkpoint of any layout; only its index is read.
 
     Args:
-      path: a compressed checkpoint; a directory of Hugging Face's SwitchTransformers; or a T5X checkpoint (step
+      path: a compressed checkpoint; a directory of Hugging Face's SwitchTransformers, or of a
+        published QMoE model; or a T5X checkpoint (step
         directory, its parent, or a single file; gs:// too).
       **overrides: fields of `ModelConfig` that the checkpoint can't tell, such as top_k=2.
 
@@ -60,6 +64,7 @@ __all__ = [
     "CompressedCheckpoint",
     "CompressedWriter",
     "HuggingFaceCheckpoint",
+    "IstaCheckpoint",
     "NativeCheckpoint",
     "check_preset",
     "infer_config",

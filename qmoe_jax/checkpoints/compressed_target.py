@@ -33,6 +33,12 @@ def in_codec(checkpoint: Checkpoint, layer: str, codec: str) -> dict[str, Compre
         raise CheckpointError(f"{checkpoint.path}: {layer}: {e}") from e
 
 
+def lost_by_rounding(checkpoint: Checkpoint) -> list[str]:
+    """What writing everything but experts as bfloat16 loses."""
+    wider = sorted({str(spec.dtype) for spec in checkpoint.specs.values()} - {"bfloat16"})
+    return [f"{', '.join(wider)} parameters beside the experts are rounded to bfloat16"] if wider else []
+
+
 def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan:
     """How `checkpoint` is re-encoded into `output`; see `conversion`. The manifest keeps what was known of it."""
     refuse_dense(checkpoint, "compressed")
@@ -58,6 +64,4 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
         return []
 
     parts = [Part(layer, None, functools.partial(write_layer, layer)) for layer in layers]
-    rounded = sorted({str(spec.dtype) for spec in checkpoint.specs.values()} - {"bfloat16"})
-    lost = [f"{', '.join(rounded)} parameters beside the experts are rounded to bfloat16"] if rounded else []
-    return Plan(parts, finish, lost, context=writing(), keeps_parts=False)
+    return Plan(parts, finish, lost_by_rounding(checkpoint), context=writing(), keeps_parts=False)

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
-from safetensors.numpy import save_file
 
 from qmoe_jax.checkpoints.architecture import RELPOS_BUCKETS, infer_config, param_shapes
 from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
@@ -78,13 +76,15 @@ class SafetensorsFile:
     """See `TensorFile`."""
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
+        import safetensors  # Here, so that everything else runs without it.
+
+        self.path, self._damaged = path, (OSError, safetensors.SafetensorError)
         try:
             self._file = safetensors.safe_open(path, "numpy")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
             kinds = {name: s.get_dtype() for name, s in slices.items()}
             shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-        except (OSError, safetensors.SafetensorError) as e:
+        except self._damaged as e:
             raise CheckpointError(f"{path}: not a safetensors file, or damaged ({e}): copy it again.") from e
         if odd := [f"{name}: {kind}" for name, kind in kinds.items() if kind not in _DTYPES]:
             raise CheckpointError(listed(f"{path}: tensors must be {', '.join(_DTYPES)}.", odd))
@@ -93,7 +93,7 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         try:
             return self._file.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as e:
+        except self._damaged as e:
             raise CheckpointError(f"{self.path}: cannot read tensor {name!r} ({e}): copy it again.") from e
 
 
@@ -382,6 +382,8 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     names = ["model.safetensors"] if len(files) == 1 else names
 
     def write(name, units):
+        from safetensors.numpy import save_file
+
         tensors = {n: np.ascontiguousarray(v) for _, read in units for n, v in read().items()}
         with replacing(output / name) as temporary:
             save_file(tensors, temporary, {"format": "pt"})

@@ -1,8 +1,10 @@
 """experiments/convert.py, and that the other experiments take what it makes."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import runpy
 import shutil
 import sys
@@ -58,9 +60,9 @@ def convert(run, tmp_path):
     return run_with
 
 
-def write(directory, codec, num_levels=2, zeros=0.885):
+def write(directory, codec, num_levels=2, zeros=0.885, config=tiny_model.CONFIG):
     """A compressed checkpoint of the tiny model's shapes: random symbols, levels and dense parameters."""
-    config, rng = tiny_model.CONFIG, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shapes = {"wi": (config.d_ff, config.d_model), "wo": (config.d_model, config.d_ff)}
     p = [zeros] + [(1 - zeros) / num_levels] * num_levels
     with CompressedWriter(
@@ -346,3 +348,21 @@ def test_a_conversion_that_was_stopped_goes_on(run, tiny, tmp_path, monkeypatch)
     assert calls == [*tiny_model.CONFIG.sparse_layers, tiny_model.CONFIG.sparse_layers[-1]]
     assert (out / "SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
     assert sorted(f.name for f in out.iterdir()) == ["SHA256SUMS", "checkpoint_3", "convert.json"]
+
+
+def test_to_the_published_layout(run, tmp_path):
+    """Whose loader takes every file beside README.md for its own; a report there can be checked."""
+    config = dataclasses.replace(tiny_model.CONFIG, encoder_sparse_layers=(1,))
+    original, out = write(tmp_path / "original", "dictionary", config=config), tmp_path / "out"
+    code, text, errors = run("convert", f"--checkpoint={original}", f"--output={out}", "--format=ista")
+    assert code == 0, errors
+    assert "lost: use on a GPU" in text
+    files = {"README.md", "config.json", "exp00.pt", "exp01.pt", "noexp.pt", "sizes.pt"}
+    assert {f.name for f in out.iterdir()} == files
+    lines = re.findall(r"^([0-9a-f]{64})  (.+)$", (out / "README.md").read_text(), re.MULTILINE)
+    assert {(hashlib.sha256((out / n).read_bytes()).hexdigest(), n) for n in files - {"README.md"}} == set(lines)
+    again = ("convert", f"--checkpoint={original}", f"--output={out}", "--format=ista", "--overwrite")
+    assert run(*again)[0] == 0
+    back = tmp_path / "back"
+    assert run("convert", f"--checkpoint={out}", f"--output={back}", "--codec=dictionary")[0] == 0
+    assert stored(back) == stored(original)
