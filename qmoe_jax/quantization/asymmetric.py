@@ -3,7 +3,7 @@
 Once wi is quantized, wo's inputs a become â. What wo should give is still y = W a; the weights that come closest to it
 on the inputs it now gets are, in least squares and kept close to W by H's damping,
 
-    argmin_V  mean (y - V â)^2 + damping (V - W)^2  =  W + R (H + damping)^-1,   H = 2/n Ââ',  R = 2/n (Y - W Â) Â'
+    argmin_V  mean (y - V â)^2 + damping / 2 (V - W)^2  =  W + R (H + damping)^-1,   H = 2/n Ââ',  R = 2/n (Y - W Â) Â'
 """
 
 from __future__ import annotations

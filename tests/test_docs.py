@@ -1,0 +1,48 @@
+"""What docs/ promises: the reader in formats.md reads what is written; links lead somewhere."""
+
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qmoe_jax.codecs.experts import CompressedExperts
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """The functions of the page's Python blocks."""
+    page = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "formats.md", "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize(
+    ("codec", "num_levels"), [("gap", 2), ("gap", 3), ("dictionary", 2)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("zeros", [0.3, 0.885, 0.995, 1.0])
+def test_the_reader_of_the_documentation_reads_every_weight(codec, num_levels, zeros, reader):
+    rng = np.random.default_rng(0)
+    shape = (2, 37, 41)
+    rest = (1 - zeros) / num_levels
+    symbols = rng.choice(num_levels + 1, shape, p=[zeros, *[rest] * num_levels]).astype(np.uint8)
+    levels = np.sort(rng.standard_normal((2, 37, num_levels)).astype(jnp.bfloat16), axis=-1)
+    levels[0, 3] = 0  # a row without any
+    stored = CompressedExperts.from_symbols(symbols, levels, codec).stored()
+    values = np.concatenate([np.zeros((2, 37, 1)), levels.astype(np.float32)], axis=-1)
+    expected = np.take_along_axis(values, symbols.astype(int), axis=-1)
+    np.testing.assert_array_equal(reader[f"read_{codec}"](stored, shape), expected)
+
+
+@pytest.mark.parametrize("page", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md")))
+def test_links_and_paths_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    for path in re.findall(r"`((?:qmoe_jax|kernels|experiments|configs|tests|results)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
