@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qmoe_jax.checkpoints.architecture import RELPOS_BUCKETS, infer_config, param_shapes
-from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
+from qmoe_jax.checkpoints.base import Checkpoint, check_group_size, is_expert_kernel
 from qmoe_jax.checkpoints.conversion import ExpertReader, Options, Part, Plan, expert_dtype, replacing
 from qmoe_jax.checkpoints.errors import CheckpointError, listed
 from qmoe_jax.checkpoints.names import Tensors, from_pytorch, t5x_shape, to_pytorch
@@ -186,16 +186,15 @@ class HuggingFaceCheckpoint(Checkpoint):
         return value.T if transposed else value
 
     def experts(self, layer: str, group_size: int | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        for start, stop in groups(self.config.num_experts, group_size):
+        for start, stop in expert_groups(self.config.num_experts, group_size):
             names = {m: f"{layer}/mlp/expert/{m}/kernel" for m in self.config.expert_matrices}
             yield start, stop, {m: self.read(name, (slice(start, stop),)) for m, name in names.items()}
 
 
-def groups(num_experts: int, group_size: int | None) -> Iterator[tuple[int, int]]:
+def expert_groups(num_experts: int, group_size: int | None) -> Iterator[tuple[int, int]]:
     """Consecutive experts, `group_size` at a time (None: all). Raises ValueError for a size below one."""
     size = num_experts if group_size is None else group_size
-    if size < 1:
-        raise ValueError(f"group_size: found {size}, expected at least 1 expert.")
+    check_group_size(size)
     for start in range(0, num_experts, size):
         yield start, min(start + size, num_experts)
 
@@ -371,7 +370,7 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     for layer in checkpoint.config.sparse_layers:
         names = [f"{layer}/mlp/expert/{matrix}/kernel" for matrix in checkpoint.config.expert_matrices]
         expert = sum(math.prod(shapes[n][1:]) * options.dtype_of(expert_dtype(checkpoint, n)).itemsize for n in names)
-        for start, stop in groups(checkpoint.config.num_experts, max(1, options.shard_bytes // expert)):
+        for start, stop in expert_groups(checkpoint.config.num_experts, max(1, options.shard_bytes // expert)):
             units.append(((stop - start) * expert, functools.partial(experts, layer, start, stop)))
     files: list[list] = [[]]
     for unit in units:

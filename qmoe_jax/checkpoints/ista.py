@@ -31,7 +31,7 @@ from qmoe_jax.checkpoints.huggingface import (
     EMBEDDINGS,
     check_described,
     check_model_type,
-    groups,
+    expert_groups,
     hugging_face_config,
     read_json,
     t5x_parameters,
@@ -112,7 +112,7 @@ class IstaCheckpoint(Checkpoint):
 
     def experts(self, layer: str, group_size: int | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
         file = self._expert_file(layer)
-        for start, stop in groups(self.config.num_experts, group_size):
+        for start, stop in expert_groups(self.config.num_experts, group_size):
             yield start, stop, {m: self._matrix(file, layer, m, start, stop) for m in self.config.expert_matrices}
 
     def _matrix(self, file: TorchFile, layer: str, matrix: str, start: int, stop: int) -> CompressedExperts:

@@ -1,0 +1,152 @@
+"""What a checkpoint is, from its index alone: no weights are read."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from qmoe_jax.checkpoints import LAYOUTS, Checkpoint, NativeCheckpoint, open_checkpoint
+from qmoe_jax.checkpoints.base import is_expert_kernel
+from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.config import PRESETS, ModelConfig, mismatches
+
+# Files of each layout (globs), and what this project's own commands write beside them.
+_OWN = {
+    "compressed": ("manifest.json", "dense", "layers", "progress"),
+    "huggingface": ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
+    "ista": ("config.json", "noexp.pt", "exp*.pt", "sizes.pt"),
+    "t5x": ("checkpoint", "target.*", "state.*", "state", "train_ds*", "checkpoint_*", "[0-9]*"),
+}
+_BESIDE = ("convert.json", "SHA256SUMS", "report.*", "README*", "LICENSE*", ".git*", "generation_config.json")
+_TOKENIZER = ("tokenizer*", "spiece.model", "spm.model", "special_tokens_map.json", "added_tokens.json")
+
+
+def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]:
+    """What the checkpoint at `path` is, as JSON values.
+
+    Args:
+      path: of a checkpoint of any layout.
+      density: read and decode compressed experts, to count non-zero weights.
+
+    Returns:
+      layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
+      layout's); and if it can be opened: model, preset, parameters, dtypes (parameters by dtype), bytes and files on
+      disk, chunks (T5X), experts (compressed ones), provenance.
+
+    Raises:
+      CheckpointError: there is no checkpoint of any layout.
+    """
+    layout = next((name for name, fits, _ in LAYOUTS if fits(path)), None)
+    report: dict[str, Any] = {"path": os.fspath(path), "layout": layout, "problems": [], "foreign": []}
+    if layout is not None:
+        report["foreign"] = foreign_files(pathlib.Path(path), layout)
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as e:
+        if layout is None:
+            raise
+        return report | {"problems": str(e).split("\n  ")}
+
+    dense = {n: math.prod(s.shape) for n, s in checkpoint.specs.items()}
+    experts = sum(size for n, size in dense.items() if is_expert_kernel(n))
+    compressed = sum(math.prod(m.shape) for layer in checkpoint.expert_sizes.values() for m in layer.values())
+    dtypes: collections.Counter = collections.Counter()
+    for name, spec in checkpoint.specs.items():
+        dtypes[str(spec.dtype)] += dense[name]
+    if compressed:
+        dtypes[f"compressed, {checkpoint.codec}"] = compressed
+    return report | {
+        "model": checkpoint.config.to_dict(),
+        "preset": preset_of(checkpoint.config),
+        "parameters": {
+            "all": sum(dense.values()) + compressed,
+            "experts": experts + compressed,
+            "other": sum(dense.values()) - experts,
+        },
+        "dtypes": dict(dtypes),
+        "on_disk": on_disk(checkpoint),
+        "chunks": chunks(checkpoint),
+        "experts": compressed_experts(checkpoint, density),
+        "quantization": dict(checkpoint.quantization),
+        "provenance": checkpoint.provenance,
+    }
+
+
+def preset_of(config: ModelConfig) -> str | None:
+    """The published model of this architecture."""
+    return next((name for name, published in PRESETS.items() if not mismatches(config, published)), None)
+
+
+def foreign_files(path: pathlib.Path, layout: str) -> list[str]:
+    """Files and folders beside a checkpoint that are not known to belong there."""
+    known = (*_OWN[layout], *_BESIDE, *_TOKENIZER)
+    entries = path.iterdir() if path.is_dir() else ()
+    return sorted(e.name for e in entries if not any(e.match(pattern) for pattern in known))
+
+
+def on_disk(checkpoint: Checkpoint) -> dict[str, int]:
+    """Files and bytes; none of what isn't local. Optimizer state counts."""
+    path = pathlib.Path(checkpoint.path)
+    folder = path.parent if path.name == "checkpoint" and path.is_file() else path  # T5X: of its index file
+    files = [folder] if folder.is_file() else [f for f in folder.rglob("*") if f.is_file()]
+    return {"files": len(files), "bytes": sum(f.stat().st_size for f in files)}
+
+
+def chunks(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """How T5X's experts are cut into files, by parameter: shape, chunk [experts, in, out], number."""
+    if not isinstance(checkpoint, NativeCheckpoint):
+        return {}
+    return {
+        source.name: {
+            "shape": list(source.grid.shape),
+            "chunk": list(source.grid.chunks),
+            "number": source.grid.number_of_chunks(),
+            "bytes": source.grid.chunk_bytes,
+        }
+        for layer in checkpoint.config.sparse_layers
+        for source in checkpoint.sources(layer).values()
+    }
+
+
+def compressed_experts(checkpoint: Checkpoint, density: bool) -> dict[str, dict[str, Any]]:
+    """Codec, weights, bytes, bits per weight and share of non-zero weights of each layer's compressed experts.
+
+    The share is what a report beside the checkpoint says, unless it is to be counted; None if neither tells.
+    """
+    zeros = _reported_zeros(pathlib.Path(checkpoint.path) / "report.json")
+    layers = {}
+    for layer, matrices in checkpoint.expert_sizes.items():
+        weights, nbytes = sum(math.prod(m.shape) for m in matrices.values()), sum(m.nbytes for m in matrices.values())
+        reported = None if zeros.get(layer) is None else 1 - zeros[layer]
+        layers[layer] = {
+            "codec": checkpoint.codec,
+            "weights": weights,
+            "bytes": nbytes,
+            "bits_per_weight": 8 * nbytes / weights,
+            "density": count_nonzeros(checkpoint, layer) / weights if density else reported,
+        }
+    return layers
+
+
+def count_nonzeros(checkpoint: Checkpoint, layer: str) -> int:
+    """Weights of a layer's compressed experts whose symbol isn't 0, one expert decoded at a time."""
+    return sum(
+        int((kernel.expert(e) != 0).sum())
+        for _, _, kernels in checkpoint.experts(layer)
+        for kernel in kernels.values()
+        if isinstance(kernel, CompressedExperts)
+        for e in range(kernel.shape[0])
+    )
+
+
+def _reported_zeros(report: pathlib.Path) -> dict[str, float]:
+    try:
+        layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
+        return {layer: float(account["zeros"]) for layer, account in layers.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
