@@ -348,42 +348,59 @@ class _Pass:
 
     def experts(self, layer: str, stack: str, x, h, expert, gate) -> None:
         """x += gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k]."""
-        names, num_experts, top_k = self.config.expert_matrices, self.config.num_experts, expert.shape[1]
-        # Tokens in the order of their experts, and where each expert's begin, for each choice.
-        orders = [np.argsort(expert[:, choice], kind="stable") for choice in range(top_k)]
-        begins = [np.searchsorted(expert[orders[c], c], np.arange(num_experts + 1)) for c in range(top_k)]
+        routed = _Routed(expert, gate, self.config.num_experts)
         for start, stop, kernels in self.read_experts(layer):
             if self.hook is not None:
-                tokens, gates = [], []
-                for e in range(start, stop):
-                    routed = [order[b[e] : b[e + 1]] for order, b in zip(orders, begins, strict=True)]
-                    rows = np.concatenate(routed)
-                    weights = np.concatenate([gate[r, choice] for choice, r in enumerate(routed)])
-                    in_order = np.argsort(rows)
-                    tokens.append(rows[in_order])
-                    gates.append(weights[in_order])
-                kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, tokens, gates))
+                tokens, gates = zip(*map(routed.to_expert, range(start, stop)), strict=True)
+                kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, list(tokens), list(gates)))
             with self.stages("experts"):
-                mesh = None if self.settings.mesh is None else part_of_mesh(self.settings.mesh, stop - start)
-                kernels = [place_experts(kernels[n], mesh) for n in names]
-                for choice in range(top_k):  # In one choice no token occurs twice.
-                    group = orders[choice][begins[choice][start] : begins[choice][stop]]
-                    if mesh is not None:
-                        own = expert[:, choice] - start
-                        self.experts_over_mesh(mesh, np.sort(group), x, h, own, gate[:, choice], kernels)
-                        continue
-                    for rows in _chunks(group, self.settings.tokens_per_expert_call):
-                        sizes = np.bincount(expert[rows, choice] - start, minlength=stop - start)
-                        padded = _pad(rows, len(x))
-                        new = _add_experts(
-                            np.take(x, padded, axis=0, mode="clip"),
-                            np.take(h, padded, axis=0, mode="clip"),
-                            np.take(gate[:, choice], padded, mode="clip"),
-                            kernels,
-                            sizes.astype(np.int32),
-                        )
-                        x[rows] = np.asarray(new)[: len(rows)]
+                matrices = [kernels[name] for name in self.config.expert_matrices]
+                if self.settings.mesh is not None or isinstance(matrices[0], CompressedExperts):
+                    self.add_group(x, h, routed, start, stop, matrices)
+                else:
+                    self.add_experts(x, h, routed, start, stop, matrices)
             self.step(-(-(stop - start) // self.settings.experts_per_group))
+
+    def add_experts(self, x, h, routed: _Routed, start: int, stop: int, kernels: list) -> None:
+        """Expert by expert, so that what a token gets doesn't depend on which experts make a group, to the bit."""
+        device = jax.local_devices()[0]
+        for e in range(start, stop):
+            tokens, gates = routed.to_expert(e)
+            if not len(tokens):
+                continue
+            matrices = jax.device_put([kernel[e - start] for kernel in kernels], device)
+            for rows in _chunks(np.arange(len(tokens)), self.settings.tokens_per_expert_call):
+                rows, gate = tokens[rows], gates[rows]
+                padded = _pad(rows, len(x))
+                new = _add_expert(
+                    np.take(x, padded, axis=0, mode="clip"),
+                    np.take(h, padded, axis=0, mode="clip"),
+                    np.pad(gate, (0, len(padded) - len(rows))),
+                    matrices,
+                )
+                x[rows] = np.asarray(new)[: len(rows)]
+
+    def add_group(self, x, h, routed: _Routed, start: int, stop: int, kernels: list) -> None:
+        """All tokens of a group of experts at once."""
+        mesh = None if self.settings.mesh is None else part_of_mesh(self.settings.mesh, stop - start)
+        kernels = [place_experts(kernel, mesh) for kernel in kernels]
+        for choice, (order, begins) in enumerate(zip(routed.orders, routed.begins, strict=True)):
+            group = order[begins[start] : begins[stop]]  # In one choice no token occurs twice.
+            own, gate = routed.expert[:, choice] - start, routed.gate[:, choice]
+            if mesh is not None:
+                self.experts_over_mesh(mesh, np.sort(group), x, h, own, gate, kernels)
+                continue
+            for rows in _chunks(group, self.settings.tokens_per_expert_call):
+                sizes = np.bincount(own[rows], minlength=stop - start)
+                padded = _pad(rows, len(x))
+                new = _add_experts(
+                    np.take(x, padded, axis=0, mode="clip"),
+                    np.take(h, padded, axis=0, mode="clip"),
+                    np.take(gate, padded, mode="clip"),
+                    kernels,
+                    sizes.astype(np.int32),
+                )
+                x[rows] = np.asarray(new)[: len(rows)]
 
     def experts_over_mesh(self, mesh, group, x, h, expert, gate, kernels) -> None:
         """x += gate * expert(h) for rows `group`, in any order; `expert` counts from the first of `kernels`."""
@@ -422,6 +439,25 @@ class _Pass:
                 total[batch.indices[real]] = np.asarray(loss, np.float64)[real]
             self.step()
         return DocumentLosses(total, np.asarray(self.documents.lengths["decoder"]))
+
+
+class _Routed:
+    """Which tokens go to which expert: expert, gate [tokens, top_k]."""
+
+    def __init__(self, expert: np.ndarray, gate: np.ndarray, num_experts: int):
+        self.expert, self.gate = expert, gate
+        # Tokens in the order of their experts, and where each expert's begin, for each choice.
+        self.orders = [np.argsort(choice, kind="stable") for choice in expert.T]
+        bounds = np.arange(num_experts + 1)
+        self.begins = [np.searchsorted(c[order], bounds) for c, order in zip(expert.T, self.orders, strict=True)]
+
+    def to_expert(self, e: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens that have chosen expert e, in order, and their gates."""
+        routed = [order[b[e] : b[e + 1]] for order, b in zip(self.orders, self.begins, strict=True)]
+        tokens = np.concatenate(routed)
+        gates = np.concatenate([self.gate[rows, choice] for choice, rows in enumerate(routed)])
+        in_order = np.argsort(tokens)
+        return tokens[in_order], gates[in_order]
 
 
 def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -466,6 +502,16 @@ def _decoder_layer(layer: DecoderLayer, params, x, encoded, tokens, shared_bias)
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _norm(config: ModelConfig, dtype, params, x):
     return RMSNorm(config.d_model, dtype).apply({"params": params}, x)
+
+
+@jax.jit
+def _add_expert(x, h, gate, kernels):
+    """x + gate * expert(h) for one expert's rows; kernels [in, out]."""
+
+    def dot(rows, kernel):
+        return jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32).astype(rows.dtype)
+
+    return x + gate[:, None].astype(x.dtype) * expert_mlp(h, kernels, dot)
 
 
 @jax.jit

@@ -23,14 +23,14 @@ def accumulate(H: jax.Array, n: jax.Array, X: jax.Array, mask: jax.Array) -> tup
     total = n + mask.sum(-1, dtype=jnp.int32)  # [experts]
     per_token = 1.0 / jnp.maximum(total, 1).astype(jnp.float32)
     XX = jnp.einsum("etc,etd->ecd", X, X, precision=jax.lax.Precision.HIGHEST)
-    H = H * (n * per_token)[:, None, None] + (2.0 * per_token)[:, None, None] * XX
-    return H, total
+    new = H * (n * per_token)[:, None, None] + (2.0 * per_token)[:, None, None] * XX
+    return _where_any(total > n, new, H), total
 
 
 @jax.jit
 def accumulate_weighted(
-    S: jax.Array, n: jax.Array, Y: jax.Array, X: jax.Array, weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    S: jax.Array, n: jax.Array, Y: jax.Array, X: jax.Array, weight: jax.Array, total: jax.Array
+) -> jax.Array:
     """Adds tokens to running sums S = 2/n Y' diag(weight) X, n = sum of weights; with Y = X, to weighted Hessians.
 
     Args:
@@ -39,15 +39,22 @@ def accumulate_weighted(
       Y: [experts, tokens, rows].
       X: [experts, tokens, columns].
       weight: float32 [experts, tokens]; where it is zero, Y and X may hold any finite value.
+      total: float32 [experts], n and the sum of the new weights. It is given, as XLA's order of adding depends on the
+        number of experts.
 
     Returns:
-      S and n with the new tokens.
+      S with the new tokens.
     """
     Y = weight[..., None] * Y.astype(jnp.float32)
-    total = n + weight.sum(-1)  # [experts]
     per_token = 1.0 / jnp.where(total > 0, total, 1.0)
     YX = jnp.einsum("etr,etc->erc", Y, X.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return S * (n * per_token)[:, None, None] + (2.0 * per_token)[:, None, None] * YX, total
+    new = S * (n * per_token)[:, None, None] + (2.0 * per_token)[:, None, None] * YX
+    return _where_any(total > n, new, S)
+
+
+def _where_any(any_tokens, new, old):
+    """`old` to the bit for experts without new tokens: how many chunks there are is a matter of the whole group."""
+    return jnp.where(any_tokens[:, None, None], new, old)
 
 
 def hessian(X: jax.Array, mask: jax.Array) -> jax.Array:

@@ -52,7 +52,9 @@ PAPER = dict(
 )
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 1.8
+# Experts that are tried before a layer is quantized for a target rate: the first ones, at least so many of both.
 TRIAL_EXPERTS = 4
+TRIAL_WEIGHTS = 2_000_000
 RATE_DISTORTION = dict(
     activation_order=True,
     mask_special_tokens=False,
@@ -237,23 +239,18 @@ class Quantizer:
         self.control = control
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[_Group]] = {}  # by layer
+        self._lagrangians: dict[str, float] = {}  # of this layer, by matrix name
 
     def __call__(self, group: streaming.ExpertGroup) -> dict[str, Any]:
         s = self.settings
-        self._layer_begins = group.start == 0
-        sharding = expert_sharding(group.stop - group.start)
-        kernels = {m: jax.device_put(jnp.asarray(k, jnp.float32), sharding) for m, k in group.kernels.items()}
+        if group.start == 0:
+            self._lagrangians = {}
         tokens = [t[self.calibration[group.stack][t]] for t in group.tokens]
         if s.calibrated:
             cap = math.ceil(s.token_cap * self.calibration[group.stack].sum() / self.num_experts)
             tokens = [t[:cap] for t in tokens]
-        if s.method == "rtn":
-            quantized = self._round_to_nearest(kernels)
-        elif s.router_weighted or s.sequential or s.shrinkage or s.method == "rd":
-            quantized = self._quantize_in_turn(kernels, group, tokens, sharding)
-        else:
-            quantized = self._gptq(kernels, group.inputs, tokens, sharding)
-        replacement = {m: q.Q.swapaxes(1, 2) for m, (q, _) in quantized.items()}
+        quantized = self._quantize_group(group, tokens)
+        replacement = {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
         with self.stages("output error"):
             error = self._output_error(group, replacement)
         with self.stages("encoding"):
@@ -263,6 +260,21 @@ class Quantizer:
                 self._finish_layer(group.layer)
         return replacement
 
+    def _quantize_group(self, group: streaming.ExpertGroup, tokens: list[np.ndarray]) -> dict[str, Quantized]:
+        s, count = self.settings, group.stop - group.start
+        if count == 1:  # XLA computes one alone differently than several.
+            twice = {m: np.repeat(k, 2, axis=0) for m, k in group.kernels.items()}
+            group, tokens = group._replace(kernels=twice, tokens=2 * group.tokens, gates=2 * group.gates), 2 * tokens
+        sharding = expert_sharding(len(tokens))
+        kernels = {m: jax.device_put(jnp.asarray(k, jnp.float32), sharding) for m, k in group.kernels.items()}
+        if s.method == "rtn":
+            quantized = self._round_to_nearest(kernels)
+        elif s.router_weighted or s.sequential or s.shrinkage or s.method == "rd":
+            quantized = self._quantize_in_turn(kernels, group, tokens, sharding)
+        else:
+            quantized = self._gptq(kernels, group.inputs, tokens, sharding)
+        return quantized if count > 1 else jax.tree.map(lambda a: a[:1], quantized)
+
     def _output_error(self, group, quantized) -> OutputError:
         measured = [self.validation[group.stack][t] for t in group.tokens]
         tokens, gates = ([a[m] for a, m in zip(of, measured, strict=True)] for of in (group.tokens, group.gates))
@@ -270,21 +282,21 @@ class Quantizer:
             group.kernels, quantized, group.inputs, tokens, gates, expert_sharding(group.stop - group.start)
         )
 
-    def _round_to_nearest(self, kernels) -> dict[str, _Matrix]:
+    def _round_to_nearest(self, kernels) -> dict[str, Quantized]:
         s = self.settings
         with self.stages("quantization"):
             quantized = {
                 m: round_to_nearest(k.swapaxes(1, 2), bits=s.bits, group_size=s.group_size) for m, k in kernels.items()
             }
-            return {m: self._encode(q) for m, q in jax.block_until_ready(quantized).items()}
+            return {m: self._as_stored(q) for m, q in jax.block_until_ready(quantized).items()}
 
-    def _gptq(self, kernels, inputs, tokens, sharding) -> dict[str, _Matrix]:
+    def _gptq(self, kernels, inputs, tokens, sharding) -> dict[str, Quantized]:
         """The paper's recipe: Hessians of both matrices from the unquantized expert."""
         with self.stages("hessians"):
             hessians = expert_hessians(kernels, inputs, tokens, sharding)
         return {m: self._quantize(m, k, hessians["wo" if m == "wo" else "wi"]) for m, k in kernels.items()}
 
-    def _quantize_in_turn(self, kernels, group, tokens, sharding) -> dict[str, _Matrix]:
+    def _quantize_in_turn(self, kernels, group, tokens, sharding) -> dict[str, Quantized]:
         """wi, and then wo with what the quantized wi gives it."""
         s = self.settings
         samples = statistics.weighted_tokens(
@@ -298,14 +310,14 @@ class Quantizer:
             H = statistics.input_hessians(group.inputs, samples, sharding)
             importance = statistics.hidden_importance(kernels, group.inputs, samples, sharding)
         quantized = {m: self._quantize(m, k, H, importance=importance.get(m)) for m, k in kernels.items() if m != "wo"}
-        wi = {m: q.Q.swapaxes(1, 2) for m, (q, _) in quantized.items()} if s.sequential else kernels
+        wi = {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()} if s.sequential else kernels
         with self.stages("hessians"):
             H, R = statistics.hidden_statistics(kernels, wi, group.inputs, samples, sharding, residuals=s.asymmetric)
         quantized["wo"] = self._quantize("wo", kernels["wo"], H, R=R)
         return {m: quantized[m] for m in kernels}
 
-    def _quantize(self, matrix: str, kernel, H, *, R=None, importance=None) -> _Matrix:
-        """One matrix of all experts of the group, and its compressed form.
+    def _quantize(self, matrix: str, kernel, H, *, R=None, importance=None) -> Quantized:
+        """One matrix of all experts of the group.
 
         Args:
           matrix: its name.
@@ -334,20 +346,27 @@ class Quantizer:
                 )
                 if s.refits:
                     quantized = refit_levels(W, H, quantized, damping=s.damping)
-            jax.block_until_ready(quantized)
-        result = self._encode(quantized)
-        if self.control is not None:
-            self.control.spent(matrix, lagrangian, *_rate(result), W.size)
-        return result
+            return self._as_stored(jax.block_until_ready(quantized))
 
     def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
-        self.control.see(matrix, W, H, importance)
-        if self._layer_begins:
-            few = slice(0, TRIAL_EXPERTS)
-            lagrangian = self.control.lagrangian()
-            trial = self._rate_distortion(W[few], H[few], lagrangian, None if importance is None else importance[few])
-            self.control.learn(matrix, lagrangian, *_rate(self._encode(trial)))
-        return self.control.lagrangian()
+        """Found once for all experts of the layer, from its first ones."""
+        if matrix in self._lagrangians:
+            return self._lagrangians[matrix]
+        few = trial_experts(self.num_experts, math.prod(W.shape[1:]))
+        if len(W) < few:
+            raise ValueError(
+                f"The first group has {len(W)} experts, but {few} are tried for target_bits: make it larger."
+            )
+        importance = jnp.ones(W.shape[:2]) if importance is None else importance
+        W, H, importance = jax.device_put((W[:few], H[:few], importance[:few]), expert_sharding(few))
+        mean_square = np.float64(_weighted_mean_square(W, H, importance))
+
+        def rate(lagrangian: float) -> float:
+            return self._rate(self._rate_distortion(W, H, lagrangian, importance))
+
+        weights = self.num_experts * math.prod(W.shape[1:])
+        self._lagrangians[matrix] = self.control.find(matrix, weights, 0.3 * mean_square, rate)
+        return self._lagrangians[matrix]
 
     def _rate_distortion(self, W, H, lagrangian: float, importance) -> Quantized:
         s = self.settings
@@ -363,19 +382,27 @@ class Quantizer:
             activation_order=s.activation_order,
         )
 
-    def _encode(self, quantized: Quantized) -> _Matrix:
-        if self.codec is None:
-            return _Matrix(quantized, None)
-        if self.settings.bits != TERNARY:
-            quantized = _in_three_levels(quantized)
-        with self.stages("encoding"):
-            symbols, levels = np.asarray(quantized.symbols), np.asarray(quantized.levels)
-            return _Matrix(quantized, CompressedExperts.from_symbols(symbols, levels, self.codec))
+    def _as_stored(self, quantized: Quantized) -> Quantized:
+        return quantized if self.codec is None or self.settings.bits == TERNARY else _in_three_levels(quantized)
 
-    def _finish_group(self, group, matrices: dict[str, _Matrix], tokens: list[int], error: OutputError) -> _Group:
-        quantized = {m: q for m, (q, _) in matrices.items()}
+    def _encode(self, quantized: Quantized) -> CompressedExperts | None:
+        if self.codec is None:
+            return None
+        with self.stages("encoding"):
+            return CompressedExperts.from_symbols(
+                np.asarray(quantized.symbols), np.asarray(quantized.levels), self.codec
+            )
+
+    def _rate(self, quantized: Quantized) -> float:
+        """Bits as stored, per weight; without a codec the entropy of the symbols is all that counts."""
+        experts = self._encode(quantized)
+        if experts is not None:
+            return 8 * experts.nbytes / math.prod(experts.shape)
+        return float(np.mean([entropy(s) for s in np.asarray(quantized.symbols)]))
+
+    def _finish_group(self, group, quantized: dict[str, Quantized], tokens: list[int], error: OutputError) -> _Group:
         symbols = {m: np.asarray(q.symbols) for m, q in quantized.items()}
-        experts = {m: e for m, (_, e) in matrices.items() if e is not None}
+        experts = {} if self.codec is None else {m: self._encode(q) for m, q in quantized.items()}
         fallback = {}
         for i in range(group.stop - group.start):
             failed = [m for m, q in quantized.items() if bool(q.fallback[i])]
@@ -389,7 +416,7 @@ class Quantizer:
             fallback=fallback,
             zeros=sum(int((np.asarray(q.Q) == 0).sum()) for q in quantized.values()),
             weights=sum(s.size for s in symbols.values()),
-            entropies=[entropy(s) for matrix in symbols.values() for s in matrix],
+            entropies={m: [entropy(s) for s in matrix] for m, matrix in symbols.items()},
             experts=experts,
             output_error=error,
         )
@@ -404,11 +431,16 @@ class Quantizer:
         if self.writer is not None:
             self.writer.write_layer(layer, experts)
         weights = sum(g.weights for g in groups)
+        entropies = {m: [h for g in groups for h in g.entropies[m]] for m in groups[0].entropies}
+        if self.control is not None:
+            for m, own in entropies.items():
+                count = weights // len(entropies)  # wi and wo are of one size.
+                self.control.spent(m, 8 * experts[m].nbytes / count if experts else float(np.mean(own)), count)
         self.accounts[layer] = LayerAccount(
             tokens=tokens,
             fallback={e: why for g in groups for e, why in g.fallback.items()},
             zeros=sum(g.zeros for g in groups) / weights,
-            entropy=float(np.mean([h for g in groups for h in g.entropies])),
+            entropy=float(np.mean(list(entropies.values()))),
             weights=weights,
             stored_bytes=sum(e.nbytes for e in experts.values()) if experts else None,
             output_error=OutputError(*map(np.concatenate, zip(*(g.output_error for g in groups), strict=True))),
@@ -424,18 +456,15 @@ def _in_three_levels(quantized: Quantized) -> Quantized:
     return quantized._replace(Q=Q, symbols=symbols, levels=levels)
 
 
-class _Matrix(NamedTuple):
-    """A matrix of all experts of a group, and its compressed form where there is a codec."""
+@jax.jit
+def _weighted_mean_square(W, H, importance) -> jax.Array:
+    """What all experts lose if all their weights become zero, roughly, per weight."""
+    return jnp.mean(importance[..., None] * jnp.diagonal(H, axis1=1, axis2=2)[:, None] * W**2)
 
-    quantized: Quantized
-    experts: CompressedExperts | None
 
-
-def _rate(matrix: _Matrix) -> tuple[float, float]:
-    """Entropy of the symbols, and bits as stored, per weight; without a codec the entropy is all that counts."""
-    symbols = np.asarray(matrix.quantized.symbols)
-    mean = float(np.mean([entropy(s) for s in symbols]))
-    return mean, mean if matrix.experts is None else 8 * matrix.experts.nbytes / symbols.size
+def trial_experts(num_experts: int, weights: int) -> int:
+    """How many of a layer's experts are tried for a target rate; each has so many weights in a matrix."""
+    return min(num_experts, max(TRIAL_EXPERTS, -(-TRIAL_WEIGHTS // weights)))
 
 
 class _Group(NamedTuple):
@@ -443,15 +472,18 @@ class _Group(NamedTuple):
     fallback: dict[int, str]
     zeros: int
     weights: int
-    entropies: list[float]
+    entropies: dict[str, list[float]]  # by matrix name, of each expert
     experts: dict[str, CompressedExperts]
     output_error: OutputError
 
 
 def expert_sharding(experts: int) -> NamedSharding:
-    """Experts over as many local devices as divide them: a mesh with the axis 'expert'."""
+    """Experts over local devices, as many on each and at least two: a mesh with the axis 'expert'.
+
+    XLA computes an expert alone differently, to the bit, than several.
+    """
     devices = jax.local_devices()
-    count = math.gcd(experts, len(devices))
+    count = max(n for n in range(1, len(devices) + 1) if experts % n == 0 and (n == 1 or experts // n > 1))
     return NamedSharding(Mesh(np.array(devices[:count]), ("expert",)), PartitionSpec("expert"))
 
 
@@ -469,7 +501,8 @@ def expert_hessians(
       inputs: [all tokens, d_model].
       tokens: per expert, rows of `inputs`.
       sharding: of the expert axis.
-      tokens_per_chunk: tokens of each expert that are on the device at once.
+      tokens_per_chunk: tokens of each expert that are on the device at once; sums are to the bit the same only where
+        this is.
 
     Returns:
       'wi' [experts, d_model, d_model] (of wi_0 and wi_1 too) and 'wo' [experts, d_ff, d_ff], float32.
@@ -477,18 +510,17 @@ def expert_hessians(
     experts, d_model = len(tokens), inputs.shape[1]
     d_ff = kernels["wo"].shape[1]
     most = max(map(len, tokens))
-    chunk = min(tokens_per_chunk, max(16, 1 << (most - 1).bit_length()))
 
     def zeros(width):
         return jax.device_put(jnp.zeros((experts, width, width), jnp.float32), sharding)
 
     count = jax.device_put(jnp.zeros(experts, jnp.int32), sharding)
     state = (zeros(d_model), zeros(d_ff), count)
-    for first in range(0, most, chunk):
-        index = np.zeros((experts, chunk), np.int64)
-        mask = np.zeros((experts, chunk), bool)
+    for first in range(0, most, tokens_per_chunk):
+        index = np.zeros((experts, tokens_per_chunk), np.int64)
+        mask = np.zeros((experts, tokens_per_chunk), bool)
         for e, rows in enumerate(tokens):
-            rows = rows[first : first + chunk]
+            rows = rows[first : first + tokens_per_chunk]
             index[e, : len(rows)] = rows
             mask[e, : len(rows)] = True
         X, mask = jax.device_put((inputs[index], mask), sharding)
@@ -554,6 +586,9 @@ def compress(
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     stages = reporting.Stages()
     memory = memory._replace(round_weights=True)
+    if quantization.target_bits is not None:
+        few = trial_experts(config.num_experts, config.d_model * config.d_ff)
+        memory = memory._replace(experts_per_group=max(memory.experts_per_group, few))
     pairs = [*calibration.pairs, *validation.pairs] if quantization.calibrated else validation.pairs
     num_calibration = len(pairs) - len(validation.pairs)
     masks = _calibration_masks(pairs, num_calibration, vocabulary, quantization.mask_special_tokens)

@@ -1,43 +1,37 @@
 """One Lagrangian for a target rate, found while the model streams by.
 
-The rate that a Lagrangian gives is known only when a matrix is quantized, and one Lagrangian should serve all matrices,
-of which the later ones have not been seen. What is known cheaply is the curve of a matrix: the entropy of its symbols
-against the Lagrangian for plain scalar quantization of some of its rows, weighted by H's diagonal. Quantizing then
-gives what it gives at another Lagrangian, as correlated inputs make errors cheaper, and bits besides, for levels and
-offsets; both differ little from group to group, and are learnt:
+The rate that a Lagrangian gives is known only when matrices are quantized, and one Lagrangian should serve all of
+them, of which the later ones have not been seen. So before a layer's matrices of one name are quantized, those of a
+few of its experts are, at two or three Lagrangians, and encoded. That gives a piece of the curve bits(lambda) of this
+layer; those of earlier layers, each moved to what the whole layer came to, stand for the layers still to come. The
+Lagrangian is the one for which all that is left, at these rates, uses up what the target leaves:
 
-    bits(lambda) = curve(shift * lambda) + extra
+    weights bits(lambda) + sum over names (weights left) (mean bits of earlier layers)(lambda) = bits allowed
 
-The Lagrangian is the one for which all that is still to come, taken for like what has been, uses up what the target
-leaves. So it settles early, and the last groups make good what the first ones missed. Before a layer's first matrices
-are quantized, those of a few experts are, as a trial.
+It depends on whole layers only, never on how experts are grouped.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qmoe_jax.quantization.rate_distortion import start_entropy
-
-# Of the curve: Lagrangians relative to the mean weighted square of a weight, and rows of each matrix.
-POINTS = 2.0 ** np.arange(-14, 5)
-ROWS = 32
-# What is left is taken for at least this share of the whole, so that the last group isn't made to pay for everything.
-LEAST_LEFT = 0.08
-# From one matrix to the next the Lagrangian changes by this factor at most.
-MOST_CHANGE = 2.0
-MEMORY = 0.5  # of the last group in what is learnt
-MOST_SHIFT = 3.0  # powers of two
-INFORMATIVE = (0.03, 1.5)  # entropies that tell where on its curve a matrix is
+MOST_TRIALS = 8
+CLOSE = 0.15  # in log2 of the Lagrangian: nearer than this to a trial, no other is needed
+BRACKET = 1.0  # nor between two trials that are nearer than this to each other
+MOST_STEP = 4.0  # from trial to trial, in log2
+MOST_CHANGE = 1.0  # from the Lagrangians so far, in log2; at first it may jump
+# What is left is taken for at least this share of the whole, so that the last matrices don't pay for everything.
+LEAST_LEFT = 0.15
+STEEPEST, FLATTEST = -1.0, -0.02  # bits for each power of two
+MOST_BITS = 2.5
 
 
 class RateControl:
-    """Finds Lagrangians for matrices, told what became of each.
+    """Finds the Lagrangians of whole layers' matrices, told what became of each.
 
     Args:
       target_bits: per weight, as stored, over all matrices.
@@ -45,81 +39,105 @@ class RateControl:
     """
 
     def __init__(self, target_bits: float, weights: dict[str, int]):
-        self.target_bits, self.weights, self.left = target_bits, dict(weights), dict(weights)
-        self.bits_spent = 0.0
-        self.last: float | None = None
-        self.kinds: dict[str, _Kind] = {}
+        self.allowed = target_bits * sum(weights.values())  # bits that are left
+        self.target_bits, self.left, self.total = target_bits, dict(weights), sum(weights.values())
+        self.curves: dict[str, list[Curve]] = {m: [] for m in weights}  # of each layer so far
+        self.begun: dict[str, float] = {}  # bits that matrices of the present layer will come to, by their trials
+        self.logs: list[float] = []  # log2 of all Lagrangians so far
 
-    def see(self, matrix: str, W: jax.Array, H: jax.Array, importance: jax.Array | None) -> None:
-        """Takes note of the matrices to come, W [experts, rows, columns], with Hessians H and the rows' importance."""
-        self.kinds.setdefault(matrix, _Kind()).add_curve(W, H, importance)
+    def find(self, matrix: str, weights: int, guess: float, rate: Callable[[float], float]) -> float:
+        """The Lagrangian for all matrices of this name in the next layer.
 
-    def lagrangian(self) -> float:
-        """For the matrices seen last."""
-        total, left = sum(self.weights.values()), sum(self.left.values())
-        more = max(0.0, LEAST_LEFT * total - left)  # beyond the last group, as if the model began anew
-        share = {m: self.left[m] + more * n / total for m, n in self.weights.items()}
-        allowed = self.target_bits * (total + more) - self.bits_spent
+        Args:
+          matrix: the name.
+          weights: how many they are in this layer.
+          guess: where to begin if there is nothing to go by.
+          rate: from a Lagrangian to the stored bits per weight of a sample of them.
+        """
+        self.left[matrix] -= weights
+        curve = Curve()
+        self.curves[matrix].append(curve)
+        low, high = -100.0, 100.0
+        if len(self.logs) >= len(self.left):
+            low, high = min(self.logs) - MOST_CHANGE, max(self.logs) + MOST_CHANGE
+        log = self.logs[-1] if self.logs else math.log2(max(guess, 1e-30))
+        for _ in range(MOST_TRIALS):
+            curve.add(log, rate(2.0**log))
+            wanted = min(max(self._solve(curve, weights), low), high)
+            if curve.knows(wanted):
+                break
+            log = min(max(wanted, log - MOST_STEP), log + MOST_STEP)
+        self.logs.append(wanted)
+        self.begun[matrix] = weights * curve(wanted)
+        return 2.0**wanted
 
-        def bits(log_lagrangian: float) -> float:  # Of names not seen yet, the target is expected.
-            expected = {m: k.bits(log_lagrangian) for m, k in self.kinds.items()}
-            return sum(n * expected.get(m, self.target_bits) for m, n in share.items())
+    def _solve(self, curve: Curve, weights: int) -> float:
+        """log2 of the Lagrangian at which everything fits, by bisection: bits fall."""
+        # Beyond what is left, as if the model began anew.
+        more = max(0.0, LEAST_LEFT - (sum(self.left.values()) + weights) / self.total)
+        allowed = self.allowed - sum(self.begun.values()) + more * self.target_bits * self.total
 
-        low, high = -60.0, 60.0  # of log2; bits fall
-        if all(self.left[m] < n for m, n in self.weights.items()):  # At first it may jump.
-            low, high = math.log2(self.last / MOST_CHANGE), math.log2(self.last * MOST_CHANGE)
-        for _ in range(60):
+        def bits(log: float) -> float:  # Of names not seen yet, the target is expected.
+            total = weights * curve(log)
+            for matrix in self.left:
+                left = self.left[matrix] + more * self.total / len(self.left)
+                curves = self.curves[matrix]
+                total += left * (np.mean([c(log) for c in curves]) if curves else self.target_bits)
+            return total
+
+        low, high = -110.0, 110.0
+        for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if bits(middle) > allowed else (low, middle)
-        return 2.0**low
+        return low
 
-    def learn(self, matrix: str, lagrangian: float, entropy: float, stored: float) -> None:
-        """Tells what a trial came to: entropy of the symbols and stored bits, per weight."""
-        self.kinds[matrix].learn(math.log2(lagrangian), entropy, stored, 1.0)
+    def spent(self, matrix: str, bits: float, weights: int) -> None:
+        """Tells what all matrices of this name in the layer came to, in bits per weight."""
+        expected = self.begun.pop(matrix)
+        self.curves[matrix][-1].move(bits - expected / weights)
+        self.allowed -= bits * weights
 
-    def spent(self, matrix: str, lagrangian: float, entropy: float, stored: float, weights: int) -> None:
-        """Tells what the matrices seen last came to, and how many weights they have."""
-        self.kinds[matrix].learn(math.log2(lagrangian), entropy, stored, MEMORY)
-        self.last = lagrangian
-        self.left[matrix] -= weights
-        self.bits_spent += stored * weights
+    def state(self) -> dict[str, Any]:
+        """As JSON values, between two layers."""
+        curves = {m: [[c.logs, c.bits] for c in curves] for m, curves in self.curves.items()}
+        return {"allowed": self.allowed, "left": self.left, "curves": curves, "logs": self.logs, "total": self.total}
 
-
-class _Kind:
-    """Matrices of one name: their mean curve, bits [points] against log2 of the Lagrangian, and what was learnt."""
-
-    def __init__(self):
-        self.log_shift = self.extra = 0.0
-        self.curves: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add_curve(self, W, H, importance) -> None:
-        scale, bits = _curve(W, H, jnp.ones(W.shape[:2]) if importance is None else importance)
-        falling = np.maximum.accumulate(np.asarray(bits, np.float64)[::-1])[::-1]
-        self.curves.append((np.log2(np.maximum(np.float64(scale), 1e-30) * POINTS), falling))
-
-    def bits(self, log_lagrangian: float) -> float:
-        at = log_lagrangian + self.log_shift
-        return float(np.mean([np.interp(at, x, y) for x, y in self.curves])) + self.extra
-
-    def learn(self, log_lagrangian: float, entropy: float, stored: float, rate: float) -> None:
-        x, y = self.curves[-1]
-        found = np.interp(entropy, y[::-1], x[::-1])  # where the curve has as many bits
-        if INFORMATIVE[0] < entropy < INFORMATIVE[1]:  # Elsewhere curves are flat.
-            change = np.clip(found - log_lagrangian, -MOST_SHIFT, MOST_SHIFT) - self.log_shift
-            self.log_shift += rate * change
-        self.extra += rate * (stored - entropy - self.extra)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned."""
+        self.allowed, self.left, self.total = state["allowed"], dict(state["left"]), state["total"]
+        self.logs = list(state["logs"])
+        self.curves = {m: [Curve(*c) for c in curves] for m, curves in state["curves"].items()}
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _curve(W, H, importance, rows: int = ROWS):
-    """Mean weighted square of a weight, and entropy [points] at POINTS times that."""
-    step = max(1, W.shape[1] // rows)
-    W, importance = W[:, ::step], importance[:, ::step]
-    weight = jnp.diagonal(H, axis1=1, axis2=2)
-    weight = weight + 1e-6 * weight.mean(-1, keepdims=True) + 1e-12  # [experts, columns]
-    scale = jnp.mean(importance[..., None] * weight[:, None] * W**2)
+class Curve:
+    """Bits per weight against log2 of the Lagrangian, falling; through the points that are known."""
 
-    def entropy(point):
-        return jax.vmap(start_entropy)(W, weight, point * scale / importance).mean()
+    def __init__(self, logs: list[float] = (), bits: list[float] = ()):
+        self.logs, self.bits = list(logs), list(bits)
 
-    return scale, jax.lax.map(entropy, jnp.asarray(POINTS, jnp.float32))
+    def add(self, log: float, bits: float) -> None:
+        at = int(np.searchsorted(self.logs, log))
+        self.logs.insert(at, log)
+        self.bits.insert(at, bits)
+
+    def move(self, by: float) -> None:
+        self.bits = [b + by for b in self.bits]
+
+    def knows(self, log: float) -> bool:
+        """Whether points are so near that no other is needed."""
+        at = int(np.searchsorted(self.logs, log))
+        inside = 0 < at < len(self.logs) and self.logs[at] - self.logs[at - 1] < BRACKET
+        return inside or min(abs(log - known) for known in self.logs) < CLOSE
+
+    def __call__(self, log: float) -> float:
+        logs, bits = self.logs, np.minimum.accumulate(self.bits)
+        if logs[0] <= log <= logs[-1]:
+            return float(np.interp(log, logs, bits))
+        end = 0 if log < logs[0] else -1
+        # Where rates are low, a power of two takes about a third of them; where they are high, everything is said.
+        slope = -0.35 * bits[end] * (1 - min(1.0, bits[end] / MOST_BITS))
+        if len(logs) > 1 and logs[-1] - logs[0] > CLOSE:
+            near = (0, 1) if end == 0 else (-2, -1)
+            slope = (bits[near[1]] - bits[near[0]]) / max(logs[near[1]] - logs[near[0]], CLOSE)
+        slope = min(max(slope, STEEPEST), FLATTEST)
+        return float(np.clip(bits[end] + slope * (log - logs[end]), 0.0, MOST_BITS))

@@ -136,19 +136,6 @@ def _expert(W, H, lagrangian, *, damping, refits, level_bits, block_size, activa
     return Quantized(Q, symbols, levels.T, factored.order, factored.fallback, sum_in_order(loss))
 
 
-def start_entropy(W, weight, lagrangian) -> jax.Array:
-    """Bits per weight of scalar quantization without any Hessian but its diagonal: the entropy of the symbols.
-
-    Args:
-      W: one expert's rows, float32 [rows, columns].
-      weight: float32 [columns], of a column's squared error.
-      lagrangian: float32 [rows].
-    """
-    _, zeros = _start(W.T, weight, lagrangian)
-    zeros = jnp.clip(zeros, 1e-6, 1 - 1e-6)
-    return -zeros * jnp.log2(zeros) - (1 - zeros) * jnp.log2((1 - zeros) / 2)
-
-
 @functools.partial(jax.jit, static_argnames="level_bits")
 def refit_levels(W, H, quantized: Quantized, *, damping: float = 0.1, level_bits: int = 7) -> Quantized:
     """Levels of ternary matrices anew, for the symbols they have: least (W - Q) H (W - Q)' of each row.

@@ -1,7 +1,8 @@
 """What calibration tokens tell of a group of experts: weighted Hessians of their inputs and of their hidden units.
 
-Tokens come in chunks; of each chunk every expert has its own. X are an expert's inputs, A = activation(wi X) its hidden
-units; wi, wo stand for kernels [in, out], as T5X has them.
+Tokens come in chunks of one size; of each chunk every expert has its own. What is found for an expert is the same to
+the bit whatever experts share the group, and on however many devices, if each has at least two. X are an expert's
+inputs, A = activation(wi X) its hidden units; wi, wo stand for kernels [in, out], as T5X has them.
 """
 
 from __future__ import annotations
@@ -44,16 +45,15 @@ def weighted_tokens(
         with the square.
       calibration: rows of all calibration tokens.
       router_weighted: weight by the squares, otherwise equally.
-      shrinkage: weight, in tokens, of a sample from all calibration tokens. It gives directions that an expert has not
-        seen the weight that they have in the layer. An expert without tokens of its own gets the sample in any case.
+      shrinkage: weight, in the expert's mean tokens, of a sample from all calibration tokens. It gives directions that
+        an expert has not seen the weight that they have in the layer. An expert without tokens of its own gets the
+        sample in any case.
     """
     weights = [g.astype(np.float32) ** 2 if router_weighted else np.ones(len(g), np.float32) for g in gates]
     sample = calibration[np.linspace(0, len(calibration) - 1, min(SAMPLE, len(calibration))).astype(int)]
-    every = np.concatenate(weights)
-    mean = every.mean() if len(every) else 1.0
 
     def with_sample(rows, weight):
-        total = shrinkage if len(rows) else shrinkage or 1.0
+        mean, total = (weight.mean(), shrinkage) if len(rows) else (1.0, shrinkage or 1.0)
         if not total or not len(sample):
             return Samples(rows, weight)
         each = np.full(len(sample), total * mean / len(sample), np.float32)
@@ -70,9 +70,9 @@ def input_hessians(inputs: np.ndarray, samples: Sequence[Samples], sharding: Nam
       samples: per expert.
       sharding: of the expert axis.
     """
-    H, n = _zeros(sharding, len(samples), inputs.shape[1], inputs.shape[1])
-    for X, weight in _chunks(inputs, samples, sharding):
-        H, n = accumulate_weighted(H, n, X, X, weight)
+    H = _zeros(sharding, len(samples), inputs.shape[1], inputs.shape[1])
+    for X, weight, n, total in _chunks(inputs, samples, sharding):
+        H = accumulate_weighted(H, n, X, X, weight, total)
     return H
 
 
@@ -86,30 +86,38 @@ def hidden_importance(
     """
     names = [m for m in sorted(kernels) if m != "wo"]
     experts, d_ff, _ = kernels["wo"].shape
-    state = jax.device_put((jnp.zeros((experts, len(names), d_ff)), jnp.zeros(experts)), sharding)
-    for X, weight in _chunks(inputs, samples, sharding):
-        state = _accumulate_slopes(state, [kernels[m] for m in names], X, weight)
-    return dict(zip(names, _importance(state[0], kernels["wo"]), strict=True))
+    slopes = _zeros(sharding, experts, len(names), d_ff)
+    for X, weight, n, total in _chunks(inputs, samples, sharding):
+        slopes = _accumulate_slopes(slopes, n, [kernels[m] for m in names], X, weight, total)
+    return dict(zip(names, _importance(slopes, kernels["wo"]), strict=True))
 
 
 @jax.jit
-def _accumulate_slopes(state, wi, X, weight):
-    slopes, n = state
+def _accumulate_slopes(slopes, n, wi, X, weight, total):
     sums = jnp.stack([_hidden_sums(X, k) for k in wi])  # [matrices, experts, tokens, d_ff]
     _, derivative = jax.vjp(lambda s: activate(list(s)), sums)
     (slope,) = derivative(jnp.ones(sums.shape[1:], sums.dtype))
-    total = n + weight.sum(-1)
+    new = _sum_in_pairs(jnp.moveaxis(slope**2 * weight[..., None], 2, 0))  # [matrices, experts, d_ff]
     per_token = 1 / jnp.where(total > 0, total, 1.0)
-    new = jnp.einsum("metf,et->emf", slope**2, weight, precision=jax.lax.Precision.HIGHEST)
-    return slopes * (n * per_token)[:, None, None] + per_token[:, None, None] * new, total
+    added = slopes * (n * per_token)[:, None, None] + per_token[:, None, None] * new.swapaxes(0, 1)
+    return jnp.where((total > n)[:, None, None], added, slopes)
 
 
 @jax.jit
 def _importance(slopes, wo):
-    found = slopes * jnp.sum(wo.astype(jnp.float32) ** 2, -1)[:, None]  # [experts, matrices, d_ff]
-    mean = found.mean(-1, keepdims=True)
+    squares = _sum_in_pairs(jnp.moveaxis(wo.astype(jnp.float32) ** 2, 2, 0))  # [experts, d_ff]
+    found = slopes * squares[:, None]  # [experts, matrices, d_ff]
+    mean = _sum_in_pairs(jnp.moveaxis(found, 2, 0))[..., None] / found.shape[-1]
     found = jnp.where(mean > 0, jnp.maximum(found, 1e-3 * mean), 1.0)
     return list(jnp.unstack(found, axis=1))
+
+
+def _sum_in_pairs(x):
+    """Over the first axis, half onto half: an order of its own, as XLA's depends on the number of experts."""
+    while len(x) > 1:
+        half = -(-len(x) // 2)
+        x = x[:half] + jnp.pad(x[half:], [(0, 2 * half - len(x)), *[(0, 0)] * (x.ndim - 1)])
+    return x[0]
 
 
 def hidden_statistics(
@@ -134,13 +142,12 @@ def hidden_statistics(
       R = 2/n sum of wo'(a - â) â', [experts, d_model, d_ff], where a are the unquantized expert's.
     """
     experts, d_ff, d_model = kernels["wo"].shape
-    H, n = _zeros(sharding, experts, d_ff, d_ff)
-    R, n_R = _zeros(sharding, experts, d_model, d_ff)
-    for X, weight in _chunks(inputs, samples, sharding):
+    H, R = _zeros(sharding, experts, d_ff, d_ff), _zeros(sharding, experts, d_model, d_ff)
+    for X, weight, n, total in _chunks(inputs, samples, sharding):
         now = _hidden(X, wi)
-        H, n = accumulate_weighted(H, n, now, now, weight)
+        H = accumulate_weighted(H, n, now, now, weight, total)
         if residuals:
-            R, n_R = accumulate_weighted(R, n_R, _lacking(X, now, kernels), now, weight)
+            R = accumulate_weighted(R, n, _lacking(X, now, kernels), now, weight, total)
     return H, R if residuals else None
 
 
@@ -159,18 +166,24 @@ def _lacking(X, now, kernels):
 
 
 def _zeros(sharding, experts, rows, columns):
-    return jax.device_put((jnp.zeros((experts, rows, columns)), jnp.zeros(experts)), sharding)
+    return jax.device_put(jnp.zeros((experts, rows, columns)), sharding)
 
 
-def _chunks(inputs, samples: Sequence[Samples], sharding) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """X [experts, chunk, d_model] and weights [experts, chunk], until all experts' tokens have come."""
+def _chunks(inputs, samples: Sequence[Samples], sharding) -> Iterator[tuple[jax.Array, ...]]:
+    """X [experts, chunk, d_model], weights [experts, chunk], and their sums before and after it, until all have come.
+
+    A chunk has the same shape in every group, as the order in which a product adds up depends on it.
+    """
     most = max(len(s.rows) for s in samples)
-    chunk = min(TOKENS_PER_CHUNK, max(16, 1 << (most - 1).bit_length()))
-    for first in range(0, most, chunk):
-        index = np.zeros((len(samples), chunk), np.int64)
-        weight = np.zeros((len(samples), chunk), np.float32)
+    n = np.zeros(len(samples), np.float32)
+    for first in range(0, most, TOKENS_PER_CHUNK):
+        index = np.zeros((len(samples), TOKENS_PER_CHUNK), np.int64)
+        weight = np.zeros((len(samples), TOKENS_PER_CHUNK), np.float32)
+        total = n.copy()
         for e, (rows, weights) in enumerate(samples):
-            rows, weights = rows[first : first + chunk], weights[first : first + chunk]
+            rows, weights = rows[first : first + TOKENS_PER_CHUNK], weights[first : first + TOKENS_PER_CHUNK]
             index[e, : len(rows)] = rows
             weight[e, : len(rows)] = weights
-        yield jax.device_put((inputs[index], weight), sharding)
+            total[e] += weights.sum()
+        yield jax.device_put((inputs[index], weight, n, total), sharding)
+        n = total

@@ -1,5 +1,8 @@
 """The Lagrangian that gives a target rate, on synthetic models; and which settings ask for one."""
 
+import functools
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,29 +31,38 @@ def layers(growth=1.0, seed=0):
             yield matrix, *(None if x is None else jnp.asarray(x, jnp.float32) for x in (W, H, importance))
 
 
-def quantize(control, matrix, W, H, importance, stored=None):
-    """As the pipeline does: a trial of half of the experts first. Returns Lagrangian and bits."""
-
-    def rate(lagrangian, experts):
-        per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance
-        symbols = np.asarray(rate_distortion(W[experts], H[experts], per_row[experts], block_size=32).symbols)
-        bits = float(np.mean([entropy(s) for s in symbols]))
-        return bits, stored(bits) if stored else bits
-
-    control.see(matrix, W, H, importance)
-    lagrangian = control.lagrangian()
-    control.learn(matrix, lagrangian, *rate(lagrangian, slice(0, EXPERTS // 2)))
-    lagrangian = control.lagrangian()
-    found = rate(lagrangian, slice(None))
-    control.spent(matrix, lagrangian, *found, W.size)
-    return lagrangian, found[1]
+def bits_at(W, H, importance, lagrangian, stored=None):
+    """Mean entropy of the experts' symbols, or what `stored` makes of it."""
+    per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance
+    symbols = np.asarray(rate_distortion(W, H, per_row, block_size=32).symbols)
+    bits = float(np.mean([entropy(s) for s in symbols]))
+    return stored(bits) if stored else bits
 
 
-def quantize_all(target, stored=None, growth=1.0):
-    """`stored` gives bits from entropy. Returns mean bits per weight and all Lagrangians."""
+def rate_of_half(W, H, importance, stored, tried, lagrangian):
+    tried.append(lagrangian)
+    few = slice(0, EXPERTS // 2)
+    return bits_at(W[few], H[few], None if importance is None else importance[few], lagrangian, stored)
+
+
+def quantize_all(target, stored=None, growth=1.0, all_layers=None):
+    """As the pipeline does: half of the experts are tried. Returns mean bits per weight, Lagrangians, trials."""
     control = RateControl(target, dict.fromkeys(("wi", "wo"), LAYERS * EXPERTS * D_MODEL * D_FF))
-    lagrangians, bits = zip(*(quantize(control, *layer, stored) for layer in layers(growth)), strict=True)
-    return np.mean(bits), np.array(lagrangians)
+    lagrangians, bits, trials = [], [], []
+    for matrix, W, H, importance in all_layers or layers(growth):
+        tried = []
+        rate = functools.partial(rate_of_half, W, H, importance, stored, tried)
+        lagrangians.append(control.find(matrix, W.size, 0.3, rate))
+        bits.append(bits_at(W, H, importance, lagrangians[-1], stored))
+        if matrix == "wo":  # as a layer is finished when all its matrices are
+            control.spent("wi", bits[-2], W.size)
+            control.spent("wo", bits[-1], W.size)
+            state = json.loads(json.dumps(control.state()))
+            control = RateControl(target, dict.fromkeys(("wi", "wo"), 0))
+            control.restore(state)
+        trials.append(len(tried))
+    assert not any(control.left.values())
+    return np.mean(bits), np.array(lagrangians), trials
 
 
 def with_overhead(bits):
@@ -58,19 +70,20 @@ def with_overhead(bits):
     return 1.03 * bits + 0.05
 
 
-@pytest.mark.parametrize("target", [0.3, 0.7, 1.2])
+@pytest.mark.parametrize("target", [0.35, 0.7, 1.3])
 @pytest.mark.parametrize("stored", [None, with_overhead], ids=["entropy", "overhead"])
 def test_all_matrices_together_have_the_target_rate_at_about_one_lagrangian(target, stored):
-    bits, lagrangians = quantize_all(target, stored)
-    assert abs(bits / target - 1) < 0.03
+    bits, lagrangians, trials = quantize_all(target, stored)
+    assert abs(bits / target - 1) < 0.015
     later = lagrangians[6:]
     assert later.max() / later.min() < 4
+    assert np.mean(trials) < 3
 
 
-@pytest.mark.parametrize("target", [0.3, 0.7, 1.2])
-def test_last_matrices_do_not_pay_for_a_trend(target):
-    bits, lagrangians = quantize_all(target, growth=1.05)  # squares of weights grow by more than twice
-    assert abs(bits / target - 1) < 0.08
+@pytest.mark.parametrize("target", [0.35, 0.7, 1.3])
+def test_a_trend_is_followed(target):
+    bits, lagrangians, _ = quantize_all(target, growth=1.05)  # squares of weights grow by more than twice
+    assert abs(bits / target - 1) < 0.03
     assert lagrangians.max() / lagrangians.min() < 20
 
 
@@ -79,32 +92,30 @@ def test_more_bits_are_a_smaller_lagrangian():
     assert lagrangians[0] > 2 * lagrangians[1] > 4 * lagrangians[2]
 
 
-@pytest.mark.parametrize("change", ["hessians", "weights"])
+@pytest.mark.parametrize("change", ["hessians", "weights", "importance"])
 def test_lagrangian_has_the_scale_of_the_error(change):
-    matrix, W, H, importance = next(layers())
-    weights = {"wi": 10 * W.size, "wo": 10 * W.size}
+    _, W, H, importance = next(layers())
 
     def first(W, H, importance):
-        control = RateControl(0.7, weights)
-        control.see(matrix, W, H, importance)
-        return control.lagrangian()
+        control = RateControl(0.7, {"wi": 10 * W.size, "wo": 10 * W.size})
+        return control.find("wi", W.size, 1.0, lambda lagrangian: bits_at(W, H, importance, lagrangian))
 
-    plain = first(W, H, importance)
-    scaled = (W, 16 * H) if change == "hessians" else (4 * W, H)
-    np.testing.assert_allclose(first(*scaled, importance), 16 * plain, rtol=0.01)
-    np.testing.assert_allclose(first(W, H, 16 * importance), 16 * plain, rtol=0.01)
+    scaled = {
+        "hessians": (W, 16 * H, importance),
+        "weights": (4 * W, H, importance),
+        "importance": (W, H, 16 * importance),
+    }
+    np.testing.assert_allclose(first(*scaled[change]), 16 * first(W, H, importance), rtol=0.05)
 
 
 @pytest.mark.parametrize("hopeless", ["starved", "zeros", "out_of_reach"])
 def test_hopeless_matrices_do_not_break_it(hopeless):
-    control = RateControl(0.7, dict.fromkeys(("wi", "wo"), LAYERS * EXPERTS * D_MODEL * D_FF))
-    for i, (matrix, W, H, importance) in enumerate(layers()):
-        W = W * (hopeless != "zeros" or i > 3)
-        H = H * (hopeless != "starved" or i > 3)
-        two_bits = (lambda bits: 2.0) if hopeless == "out_of_reach" else None
-        lagrangian, _ = quantize(control, matrix, W, H, importance, two_bits)
-        assert lagrangian > 0 and np.isfinite(np.float32(lagrangian))
-    assert not any(control.left.values())
+    def some(i, matrix, W, H, importance):
+        return matrix, W * (hopeless != "zeros" or i > 3), H * (hopeless != "starved" or i > 3), importance
+
+    two_bits = (lambda bits: 2.0) if hopeless == "out_of_reach" else None
+    _, lagrangians, _ = quantize_all(0.7, two_bits, all_layers=[some(i, *layer) for i, layer in enumerate(layers())])
+    assert (lagrangians > 0).all() and np.isfinite(lagrangians.astype(np.float32)).all()
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmoe_jax.quantization import statistics
+from qmoe_jax.quantization import pipeline, statistics
 from qmoe_jax.quantization.pipeline import expert_sharding
 from qmoe_jax.quantization.statistics import Samples
 
@@ -138,6 +138,31 @@ def test_chunks_are_a_matter_of_memory(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_other_experts_of_the_group_change_no_bit(devices, monkeypatch):
+    """Groups of two with few tokens, or with many, on one device or on several."""
+    monkeypatch.setattr(statistics, "TOKENS_PER_CHUNK", 64)
+    kernels, inputs, samples = problem(8, True)
+    samples[2] = Samples(samples[2].rows[:1], samples[2].weights[:1])
+    samples[5] = Samples(np.arange(TOKENS), np.linspace(0.1, 1, TOKENS, dtype=np.float32))
+    _, sharding = on_devices(kernels)
+
+    def found(experts, sharding):
+        arrays = {m: jax.device_put(jnp.asarray(k[experts]), sharding) for m, k in kernels.items()}
+        own = [samples[e] for e in experts]
+        H = statistics.input_hessians(inputs, own, sharding)
+        importance = statistics.hidden_importance(arrays, inputs, own, sharding)
+        statistics_of_hidden = statistics.hidden_statistics(arrays, arrays, inputs, own, sharding, residuals=True)
+        paper = pipeline.expert_hessians(arrays, inputs, [s.rows for s in own], sharding, 64)
+        return list(map(np.asarray, (H, *importance.values(), *statistics_of_hidden, *paper.values())))
+
+    one_device = pipeline.expert_sharding(2)
+    together = found(np.arange(8), pipeline.expert_sharding(8) if devices > 1 else one_device)
+    for group in ([0, 1], [2, 3], [4, 5], [6, 7]):
+        for a, b in zip(together, found(np.array(group), one_device), strict=True):
+            np.testing.assert_array_equal(a[group], b)
+
+
 def test_nobody_has_tokens():
     kernels, inputs, _ = problem(3, False)
     arrays, sharding = on_devices(kernels)
@@ -184,11 +209,11 @@ def test_shrinkage_adds_the_layer_as_so_many_mean_tokens(router_weighted):
     samples = statistics.weighted_tokens(tokens, gates, calibration, router_weighted=router_weighted, shrinkage=20.0)
     H = statistics.input_hessians(inputs, samples, expert_sharding(3))
     weights = [g.astype(np.float64) ** (2 if router_weighted else 0) for g in gates]
-    prior = 20 * np.concatenate(weights).mean()
     X = inputs.astype(np.float64)
     layer = X[calibration].T @ X[calibration] / len(calibration)
     for e in range(3):
         own = (X[tokens[e]] * weights[e][:, None]).T @ X[tokens[e]]
+        prior = 20 * (weights[e].mean() if len(weights[e]) else 1)
         expected = 2 * (own + prior * layer) / (weights[e].sum() + prior)
         np.testing.assert_allclose(H[e], expected, rtol=1e-4, atol=1e-5)
 
