@@ -27,6 +27,7 @@ from qmoe_jax import reporting, scratch
 from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.checkpoints.reading import Reading
+from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.data import Batch, make_batches
 from qmoe_jax.models.expert_parallel import part_of_mesh, place_batch, place_experts, replicate
