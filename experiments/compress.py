@@ -3,7 +3,8 @@
     python experiments/compress.py --config=configs/tiny.py --checkpoint=DIR --output=OUT
 
 DIR is a native T5X checkpoint (step directory or its parent, local or gs://). OUT gets the compressed checkpoint,
-report.json, report.html and report.png. Every field of the config can be set, e.g. --config.quantization.method=rtn.
+report.json, report.html, report.png and TensorBoard events. Every field of the config can be set, e.g.
+--config.quantization.method=rtn.
 """
 
 import os
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints.compressed import is_compressed
+from qmoe_jax.events import write_compression
 from qmoe_jax.figures import plot_compression
 from qmoe_jax.html_report import html_report
 from qmoe_jax.models import streaming
@@ -92,6 +94,7 @@ def main(_):
     reporting.write_json(output / "report.json", report)
     reporting.write_text(output / "report.html", html_report(report))
     plot_compression(report, output / "report.png")
+    write_compression(report, output / "tensorboard")
     reporting.say("\n" + reporting.table(reporting.COMPRESSION_HEADER, reporting.comparison_rows(report)) + "\n")
     reporting.say(
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "

@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=configs/train_tiny.py --workdir=DIR
 
-DIR gets checkpoint_N/ (legacy T5X layout, bfloat16), report.json and training.png.
+DIR gets checkpoint_N/ (legacy T5X layout, bfloat16), report.json, training.png and TensorBoard events.
 """
 
 import os
@@ -22,6 +22,7 @@ from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints.t5x import write_t5x
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.data import EOS, Vocabulary, read_documents, training_batches
+from qmoe_jax.events import events
 from qmoe_jax.figures import plot_training
 from qmoe_jax.models.switch import SwitchTransformer
 
@@ -108,11 +109,17 @@ def main(_):
     rng = np.random.RandomState(config.seed)
     batches = training_batches(documents, vocabulary, config.train.tokens_per_batch, rng)
     history = []
-    with stages("training"), reporting.progress(config.train.steps, "training", "step") as bar:
+    with (
+        stages("training"),
+        events(workdir / "tensorboard") as write_events,
+        reporting.progress(config.train.steps, "training", "step") as bar,
+    ):
         for step in range(config.train.steps):
             params, state, metrics = train_step(params, state, next(batches)[1:])
             if step % config.train.log_every == 0 or step == config.train.steps - 1:
-                history.append({"step": step, **{k: float(v) for k, v in metrics.items()}})
+                scalars = {k: float(v) for k, v in metrics.items()}
+                history.append({"step": step, **scalars})
+                write_events(step, scalars)
                 bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", balance=f"{history[-1]['balance']:.2f}")
             bar.update()
 
