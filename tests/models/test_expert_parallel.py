@@ -2,12 +2,8 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
+import distributed
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,13 +167,7 @@ def test_streamed_losses_are_those_of_one_device(tmp_path):
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
-PROCESS = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+CODE = """
 import numpy as np
 from jax.experimental import multihost_utils
 import qmoe_jax
@@ -186,32 +176,12 @@ model = t.on_mesh(*t.small_model(2, "gap"), qmoe_jax.expert_mesh(4))
 logits = qmoe_jax.forward(*model, t.tokens(4, 9), t.tokens(4, 5, seed=1))
 logits = multihost_utils.process_allgather(logits, tiled=True)
 written = qmoe_jax.generate(*model, t.tokens(3, 6), max_length=7, stop=())
-np.savez(sys.argv[3], logits=logits, written=np.asarray(written))
+np.savez(f"{arguments[0]}/{index}.npz", logits=logits, written=np.asarray(written))
 """
 
 
 def test_two_processes_have_the_results_of_one_device(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(i), tmp_path / f"{i}.npz"],
-            cwd=pathlib.Path(__file__).parent,
-            env={**environment(), "OPENBLAS_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        for process in processes:
-            out, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, out
-    finally:
-        for process in processes:
-            process.kill()
+    distributed.run(2, CODE, tmp_path)
     model = on_mesh(*small_model(2, "gap"), None)
     logits = qmoe_jax.forward(*model, tokens(4, 9), tokens(4, 5, seed=1))
     written = qmoe_jax.generate(*model, tokens(3, 6), max_length=7, stop=())
@@ -219,9 +189,3 @@ def test_two_processes_have_the_results_of_one_device(tmp_path):
         found = np.load(tmp_path / f"{i}.npz")
         np.testing.assert_allclose(found["logits"], logits, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(found["written"], written)
-
-
-def environment():
-    root = pathlib.Path(__file__).resolve().parents[2]
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**kept, "PYTHONPATH": f"{root}:{root / 'tests'}"}
