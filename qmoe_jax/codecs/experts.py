@@ -69,6 +69,11 @@ class CompressedExperts:
         """One expert's weights, float32 [out, in]; the index may be traced."""
         return _expert(self, index)
 
+    def take(self, start: int, stop: int) -> CompressedExperts:
+        """Experts start:stop alone. Not for use inside `jit`."""
+        data = codecs.get(self.codec).take(self.data, start, stop)
+        return _resident(data, self.levels[start:stop], self.codec, (stop - start, *self.shape[1:]))
+
     def symbols(self) -> jax.Array:
         """uint8 [experts, out, in]."""
         return _symbols(self, jnp.arange(self.shape[0]))
@@ -111,16 +116,11 @@ def split(experts: CompressedExperts, parts: int) -> list[CompressedExperts]:
 
     Raises ValueError where `parts` doesn't divide the experts.
     """
-    number, *matrix = experts.shape
+    number = experts.shape[0]
     if parts < 1 or number % parts:
         raise ValueError(f"{number} experts can't be split into {parts} equal parts.")
     each = number // parts
-
-    def part(start):
-        data = codecs.get(experts.codec).take(experts.data, start, start + each)
-        return _resident(data, experts.levels[start : start + each], experts.codec, (each, *matrix))
-
-    return [part(start) for start in range(0, number, each)]
+    return [experts.take(start, start + each) for start in range(0, number, each)]
 
 
 def concatenate(parts: Sequence[CompressedExperts]) -> CompressedExperts:

@@ -6,14 +6,21 @@ attention runs batch by batch; its experts then run group by group, each on all 
     for each layer:   x = attend(x), batch by batch;   route;   for each group of experts: x += gate * expert(norm(x))
 
 Compression is this pass with a hook that replaces each group of experts by its quantized version.
+
+Several processes share the documents, whole batches each, and the experts of every layer. What is to go through a group
+of experts is sent to the process that has it and comes back, so that all sums are those of one process, to the bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+<<<<<<< HEAD
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+=======
+from collections.abc import Callable, Iterator, Mapping, Sequence
+>>>>>>> 3adce7b (The streamed pass by several processes)
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +48,7 @@ from qmoe_jax.models.switch import (
     decoder_token_mask,
     encoder_masks,
 )
+from qmoe_jax.processes import Processes
 
 
 class ListBuffer:
@@ -81,6 +89,7 @@ class ListBuffer:
 class Documents:
     """Corrupted documents, in batches of a few fixed shapes, with each batch's rows in the list buffers.
 
+<<<<<<< HEAD
     The list buffers are in memory, or in files below `folder`.
     """
 
@@ -102,6 +111,49 @@ class Documents:
         """See `ListBuffer.release`; called often, so that few rows are in memory."""
         for buffer in self._buffers:
             buffer.release()
+=======
+    Batches are composed of all documents, and each process has some of them: `batches`, and in its list buffers their
+    documents' tokens.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], tokens_per_batch: int, processes: Processes):
+        self.pairs = pairs
+        batches = make_batches(pairs, tokens_per_batch)
+        self.batches: list[Batch] = [batches[i] for i in processes.share(len(batches))]
+        self.lengths = {
+            "encoder": np.array([len(e) for e, _ in pairs]),
+            "decoder": np.array([len(d) - 1 for _, d in pairs]),
+        }
+        self.own = np.zeros(len(pairs), bool)
+        for batch in self.batches:
+            self.own[batch.indices[batch.indices >= 0]] = True
+
+    def buffer(self, stack: str, width: int, dtype) -> ListBuffer:
+        return ListBuffer(np.where(self.own, self.lengths[stack], 0), width, dtype)
+
+    def rows(self, stack: str) -> np.ndarray:
+        """Which row each of this process's would be if one process had all documents: rising."""
+        return np.flatnonzero(np.repeat(self.own, self.lengths[stack]))
+
+
+class Rows:
+    """Some rows of an array [tokens, width], by their index in it; the others read as zeros.
+
+    Args:
+      index: of the rows, rising.
+      values: [rows, width].
+      tokens: how many rows the array has.
+    """
+
+    def __init__(self, index: np.ndarray, values: np.ndarray, tokens: int):
+        self.index, self.shape = index, (tokens, values.shape[1])
+        self._values = np.concatenate([values, np.zeros_like(values, shape=(1, values.shape[1]))])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        at = np.searchsorted(self.index, rows)
+        there = np.append(self.index, -1)[at] == rows
+        return self._values[np.where(there, at, len(self.index))]
+>>>>>>> 3adce7b (The streamed pass by several processes)
 
 
 class ExpertGroup(NamedTuple):
@@ -113,7 +165,8 @@ class ExpertGroup(NamedTuple):
       start: first expert.
       stop: one past the last expert.
       kernels: by name (wi, wo, ...), [experts, in, out] or `CompressedExperts`.
-      inputs: normed inputs of all tokens [tokens, d_model], in the list buffers' order.
+      inputs: normed inputs of all tokens [tokens, d_model], in the list buffers' order. With several processes, `Rows`
+        of those that are routed to the group.
       tokens: per expert of the group, the tokens routed to it as any of their choices (rows of `inputs`), in order.
       gates: per expert, the router's probability by which it multiplies its output for each of these tokens, float32.
     """
@@ -123,7 +176,7 @@ class ExpertGroup(NamedTuple):
     start: int
     stop: int
     kernels: dict[str, Any]
-    inputs: np.ndarray
+    inputs: np.ndarray | Rows
     tokens: list[np.ndarray]
     gates: list[np.ndarray]
 
@@ -187,6 +240,8 @@ def run(
     settings: Settings,
     *,
     hook: Hook | None = None,
+    sample: Mapping[str, np.ndarray] | None = None,
+    processes: Processes | None = None,
     stages: reporting.Stages | None = None,
     what: str = "evaluating",
 ) -> DocumentLosses:
@@ -197,6 +252,8 @@ def run(
       pairs: (encoder int32 [Le], decoder int32 [Ld]) per document; decoder[:-1] is fed, decoder[1:] predicted.
       settings: memory and precision.
       hook: called for each group of experts; returns the kernels that are used in its place.
+      sample: by stack, rows that every group's inputs have beside those of its own tokens, rising.
+      processes: of the run; None: `jax.distributed`'s. Each calls this with the same arguments, and gets all losses.
       stages: where seconds are counted.
       what: the progress bar's label.
 
@@ -210,15 +267,22 @@ def run(
             raise ValueError(f"{name}: found {getattr(settings, name)}, expected at least 1.")
     _check_documents(pairs, config.vocab_size)
     stages = stages or reporting.Stages()
+<<<<<<< HEAD
     documents = Documents(pairs, settings.tokens_per_batch, settings.activations)
     units = sum(_units(config, settings, len(documents.batches)).values())
+=======
+    processes = processes or Processes()
+    documents = Documents(pairs, settings.tokens_per_batch, processes)
+    own = processes.share(config.num_experts)
+    units = sum(_units(config, settings, len(documents.batches), len(own)).values())
+>>>>>>> 3adce7b (The streamed pass by several processes)
     with (
         contextlib.closing(
-            checkpoint.stream(config.sparse_layers, settings.experts_per_group, settings.reading)
+            checkpoint.stream(config.sparse_layers, settings.experts_per_group, settings.reading, own)
         ) as experts,
         reporting.progress(units, what, "step") as bar,
     ):
-        forward = _Pass(checkpoint, experts, config, documents, settings, hook, stages, bar)
+        forward = _Pass(checkpoint, experts, config, documents, settings, hook, sample, processes, stages, bar)
         encoded = forward.encoder()
         return forward.losses(forward.decoder(encoded))
 
@@ -239,9 +303,9 @@ def _check_documents(pairs: Sequence[tuple[np.ndarray, np.ndarray]], vocab_size:
             )
 
 
-def _units(config: ModelConfig, settings: Settings, batches: int) -> dict[str, int]:
+def _units(config: ModelConfig, settings: Settings, batches: int, experts: int) -> dict[str, int]:
     """Steps of the progress bar: batches through attention, groups through experts, batches through the loss."""
-    groups = -(-config.num_experts // settings.experts_per_group)
+    groups = -(-experts // settings.experts_per_group)
     return {
         "attention": (config.num_encoder_layers + config.num_decoder_layers) * batches,
         "experts": len(config.sparse_layers) * groups,
@@ -252,9 +316,10 @@ def _units(config: ModelConfig, settings: Settings, batches: int) -> dict[str, i
 class _Pass:
     """One streamed forward pass; the state that its steps share."""
 
-    def __init__(self, checkpoint, experts, config, documents, settings, hook, stages, bar):
+    def __init__(self, checkpoint, experts, config, documents, settings, hook, sample, processes, stages, bar):
         self.checkpoint, self.stream, self.config, self.documents = checkpoint, experts, config, documents
-        self.settings, self.hook, self.stages, self.bar = settings, hook, stages, bar
+        self.settings, self.hook, self.sample, self.processes = settings, hook, sample, processes
+        self.stages, self.bar = stages, bar
         self.embedder = self.params("token_embedder/")
 
     def step(self, steps: int = 1) -> None:
@@ -276,7 +341,8 @@ class _Pass:
     def embed(self, stack: str) -> ListBuffer:
         x = self.documents.buffer(stack, self.config.d_model, self.settings.dtype)
         embedding = self.embedder["embedding"]
-        for i, (encoder, decoder) in enumerate(self.documents.pairs):
+        for i in np.flatnonzero(self.documents.own):
+            encoder, decoder = self.documents.pairs[i]
             tokens = encoder if stack == "encoder" else decoder[:-1]
             x.data[x.offsets[i] : x.offsets[i + 1]] = embedding[tokens]
             if i % 1024 == 0:
@@ -348,6 +414,7 @@ class _Pass:
                 self.experts(f"{stack}/layers_{i}", stack, x.data, h.data, expert.data, gate.data)
 
     def experts(self, layer: str, stack: str, x, h, expert, gate) -> None:
+<<<<<<< HEAD
         """x += gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k]."""
         routed = _Routed(expert, gate, self.config.num_experts)
         for start, stop, kernels in self.read_experts(layer):
@@ -361,6 +428,75 @@ class _Pass:
                 else:
                     self.add_experts(x, h, routed, start, stop, matrices)
             self.step(-(-(stop - start) // self.settings.experts_per_group))
+=======
+        """x += sum of a token's gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k].
+
+        Two choices are added to each other before they are to x: in whichever order they come, the sum is the same.
+        """
+        y = x if expert.shape[1] == 1 else np.zeros_like(x)
+        if self.processes.count == 1:
+            routed = _Routed(expert, gate, self.config.num_experts)
+            for start, stop, kernels in self.read_experts(layer):
+                self.group(layer, stack, start, stop, kernels, y, h, h, routed, None)
+        else:
+            self.experts_of_processes(layer, stack, y, h, expert, gate)
+        if y is not x:
+            x += y
+
+    def group(self, layer, stack, start, stop, kernels, y, h, inputs, routed, in_all) -> None:
+        """y += gate * expert(h) for the tokens of experts start:stop.
+
+        `inputs` are what the hook gets for h, in which its row i is row in_all[i].
+        """
+        if self.hook is not None:
+            tokens, gates = zip(*map(routed.to_expert, range(start, stop)), strict=True)
+            tokens = [t if in_all is None else in_all[t] for t in tokens]
+            kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, inputs, tokens, list(gates)))
+        with self.stages("experts"):
+            matrices = [kernels[name] for name in self.config.expert_matrices]
+            if self.settings.mesh is not None or isinstance(matrices[0], CompressedExperts):
+                self.add_group(y, h, routed, start, stop, matrices)
+            else:
+                self.add_experts(y, h, routed, start, stop, matrices)
+        self.bar.update(-(-(stop - start) // self.settings.experts_per_group))
+
+    def experts_of_processes(self, layer, stack, y, h, expert, gate) -> None:
+        """`experts`, where each process has a group of its own experts at a time, and gets all tokens for it."""
+        own, tokens = self.documents.rows(stack), int(self.documents.lengths[stack].sum())
+        everywhere = self.rows_everywhere(self.sample[stack] if self.sample else np.zeros(0, np.int64), own, h)
+        groups = self.read_experts(layer)
+        while True:
+            start, stop, kernels = next(groups, (0, 0, None))
+            with self.stages("exchange"):
+                bounds = self.processes.gather([start, stop])
+                if all(a == b for a, b in bounds):
+                    break
+                wanted = [np.flatnonzero(((a <= expert) & (expert < b)).any(1)) for a, b in bounds]
+                sent = [{"row": own[w], "h": h[w], "expert": expert[w], "gate": gate[w]} for w in wanted]
+                received = self.processes.exchange(sent)
+                counts = np.cumsum([len(r["row"]) for r in received])[:-1]
+                arrived = {name: np.concatenate([r[name] for r in received]) for name in sent[0]}
+                order = np.argsort(arrived["row"])  # That of one process.
+                row, own_h, own_expert, own_gate = (arrived[name][order] for name in ("row", "h", "expert", "gate"))
+            results = np.zeros_like(own_h)
+            if start < stop:
+                index, first = np.unique(np.concatenate([row, everywhere["row"]]), return_index=True)
+                inputs = Rows(index, np.concatenate([own_h, everywhere["h"]])[first], tokens)
+                routed = _Routed(own_expert, own_gate, self.config.num_experts)
+                self.group(layer, stack, start, stop, kernels, results, own_h, inputs, routed, row)
+            with self.stages("exchange"):
+                unsorted = np.empty_like(results)
+                unsorted[order] = results
+                returned = self.processes.exchange([{"y": part} for part in np.split(unsorted, counts)])
+                for rows, part in zip(wanted, returned, strict=True):
+                    y[rows] += part["y"]
+
+    def rows_everywhere(self, rows: np.ndarray, own: np.ndarray, h: np.ndarray) -> dict[str, np.ndarray]:
+        """These rows of h on every process."""
+        at = np.flatnonzero(np.isin(own, rows))
+        received = self.processes.exchange([{"row": own[at], "h": h[at]}] * self.processes.count)
+        return {name: np.concatenate([r[name] for r in received]) for name in ("row", "h")}
+>>>>>>> 3adce7b (The streamed pass by several processes)
 
     def add_experts(self, x, h, routed: _Routed, start: int, stop: int, kernels: list) -> None:
         """Expert by expert, so that what a token gets doesn't depend on which experts make a group, to the bit."""
@@ -373,13 +509,10 @@ class _Pass:
             for rows in _chunks(np.arange(len(tokens)), self.settings.tokens_per_expert_call):
                 rows, gate = tokens[rows], gates[rows]
                 padded = _pad(rows, len(x))
-                new = _add_expert(
-                    np.take(x, padded, axis=0, mode="clip"),
-                    np.take(h, padded, axis=0, mode="clip"),
-                    np.pad(gate, (0, len(padded) - len(rows))),
-                    matrices,
+                y = _gated_expert(
+                    np.take(h, padded, axis=0, mode="clip"), np.pad(gate, (0, len(padded) - len(rows))), matrices
                 )
-                x[rows] = np.asarray(new)[: len(rows)]
+                x[rows] += np.asarray(y)[: len(rows)]
 
     def add_group(self, x, h, routed: _Routed, start: int, stop: int, kernels: list) -> None:
         """All tokens of a group of experts at once."""
@@ -394,14 +527,13 @@ class _Pass:
             for rows in _chunks(group, self.settings.tokens_per_expert_call):
                 sizes = np.bincount(own[rows], minlength=stop - start)
                 padded = _pad(rows, len(x))
-                new = _add_experts(
-                    np.take(x, padded, axis=0, mode="clip"),
+                y = _gated_experts(
                     np.take(h, padded, axis=0, mode="clip"),
                     np.take(gate, padded, mode="clip"),
                     kernels,
                     sizes.astype(np.int32),
                 )
-                x[rows] = np.asarray(new)[: len(rows)]
+                x[rows] += np.asarray(y)[: len(rows)]
 
     def experts_over_mesh(self, mesh, group, x, h, expert, gate, kernels) -> None:
         """x += gate * expert(h) for rows `group`, in any order; `expert` counts from the first of `kernels`."""
@@ -414,10 +546,13 @@ class _Pass:
             x[rows] += np.asarray(y)[: len(rows)]
 
     def read_experts(self, layer: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        done = 0
-        while done < self.config.num_experts:
+        own = self.processes.share(self.config.num_experts)
+        done = own.start
+        while done < own.stop:
             with self.stages("reading"):  # What isn't done in the background already.
-                found, start, stop, kernels = next(self.stream, (None,) * 4)
+                found, start, stop, kernels = next(self.stream, (None, 0, 0, {}))
+                kernels = {m: _cut(k, start, max(start, own.start), min(stop, own.stop)) for m, k in kernels.items()}
+                start, stop = max(start, own.start), min(stop, own.stop)
             if (found, start) != (layer, done):
                 raise RuntimeError(f"{layer}: experts from {done} on were expected, but {found}, {start} came next.")
             done = stop
@@ -438,8 +573,14 @@ class _Pass:
                 loss = _loss(model, params, x.get(positions), batch.decoder_target_tokens, batch.decoder_input_tokens)
                 real = batch.indices >= 0
                 total[batch.indices[real]] = np.asarray(loss, np.float64)[real]
+<<<<<<< HEAD
             self.step()
         return DocumentLosses(total, np.asarray(self.documents.lengths["decoder"]))
+=======
+            self.bar.update()
+        total = np.sum(self.processes.gather(total.tolist()), axis=0)  # All but one of these are zero.
+        return DocumentLosses(total, self.documents.lengths["decoder"])
+>>>>>>> 3adce7b (The streamed pass by several processes)
 
 
 class _Routed:
@@ -459,6 +600,14 @@ class _Routed:
         gates = np.concatenate([self.gate[rows, choice] for choice, rows in enumerate(routed)])
         in_order = np.argsort(tokens)
         return tokens[in_order], gates[in_order]
+
+
+def _cut(kernel, first: int, start: int, stop: int):
+    """Experts start:stop of a kernel that begins with expert `first`."""
+    if stop - start == kernel.shape[0]:
+        return kernel
+    start, stop = start - first, stop - first
+    return kernel.take(start, stop) if isinstance(kernel, CompressedExperts) else kernel[start:stop]
 
 
 def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -506,19 +655,19 @@ def _norm(config: ModelConfig, dtype, params, x):
 
 
 @jax.jit
-def _add_expert(x, h, gate, kernels):
-    """x + gate * expert(h) for one expert's rows; kernels [in, out]."""
+def _gated_expert(h, gate, kernels):
+    """gate * expert(h) for one expert's rows; kernels [in, out]."""
 
     def dot(rows, kernel):
         return jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32).astype(rows.dtype)
 
-    return x + gate[:, None].astype(x.dtype) * expert_mlp(h, kernels, dot)
+    return gate[:, None].astype(h.dtype) * expert_mlp(h, kernels, dot)
 
 
 @jax.jit
-def _add_experts(x, h, gate, kernels, group_sizes):
-    """x + gate * expert(h) for rows sorted by expert."""
-    return x + gate[:, None].astype(x.dtype) * expert_mlp(h, kernels, grouped(group_sizes))
+def _gated_experts(h, gate, kernels, group_sizes):
+    """gate * expert(h) for rows sorted by expert."""
+    return gate[:, None].astype(h.dtype) * expert_mlp(h, kernels, grouped(group_sizes))
 
 
 @functools.partial(jax.jit, static_argnums=0)
