@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-<<<<<<< HEAD
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-=======
 from collections.abc import Callable, Iterator, Mapping, Sequence
->>>>>>> 3adce7b (The streamed pass by several processes)
 from typing import Any, NamedTuple
 
 import jax
@@ -89,34 +85,17 @@ class ListBuffer:
 class Documents:
     """Corrupted documents, in batches of a few fixed shapes, with each batch's rows in the list buffers.
 
-<<<<<<< HEAD
-    The list buffers are in memory, or in files below `folder`.
+    Batches are composed of all documents, and each process has some of them: `batches`, and in its list buffers their
+    documents' tokens. The list buffers are in memory, or in files below `folder`.
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], tokens_per_batch: int, folder: str | None = None
+        self,
+        pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+        tokens_per_batch: int,
+        folder: str | None,
+        processes: Processes,
     ):
-        self.pairs = pairs
-        self.batches: list[Batch] = make_batches(pairs, tokens_per_batch)
-        self.lengths = {"encoder": [len(e) for e, _ in pairs], "decoder": [len(d) - 1 for _, d in pairs]}
-        self._folder = folder
-        self._buffers: weakref.WeakSet[ListBuffer] = weakref.WeakSet()
-
-    def buffer(self, stack: str, width: int, dtype) -> ListBuffer:
-        buffer = ListBuffer(self.lengths[stack], width, dtype, self._folder)
-        self._buffers.add(buffer)
-        return buffer
-
-    def release(self) -> None:
-        """See `ListBuffer.release`; called often, so that few rows are in memory."""
-        for buffer in self._buffers:
-            buffer.release()
-=======
-    Batches are composed of all documents, and each process has some of them: `batches`, and in its list buffers their
-    documents' tokens.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], tokens_per_batch: int, processes: Processes):
         self.pairs = pairs
         batches = make_batches(pairs, tokens_per_batch)
         self.batches: list[Batch] = [batches[i] for i in processes.share(len(batches))]
@@ -127,9 +106,18 @@ class Documents:
         self.own = np.zeros(len(pairs), bool)
         for batch in self.batches:
             self.own[batch.indices[batch.indices >= 0]] = True
+        self._folder = folder
+        self._buffers: weakref.WeakSet[ListBuffer] = weakref.WeakSet()
 
     def buffer(self, stack: str, width: int, dtype) -> ListBuffer:
-        return ListBuffer(np.where(self.own, self.lengths[stack], 0), width, dtype)
+        buffer = ListBuffer(np.where(self.own, self.lengths[stack], 0), width, dtype, self._folder)
+        self._buffers.add(buffer)
+        return buffer
+
+    def release(self) -> None:
+        """See `ListBuffer.release`; called often, so that few rows are in memory."""
+        for buffer in self._buffers:
+            buffer.release()
 
     def rows(self, stack: str) -> np.ndarray:
         """Which row each of this process's would be if one process had all documents: rising."""
@@ -153,7 +141,6 @@ class Rows:
         at = np.searchsorted(self.index, rows)
         there = np.append(self.index, -1)[at] == rows
         return self._values[np.where(there, at, len(self.index))]
->>>>>>> 3adce7b (The streamed pass by several processes)
 
 
 class ExpertGroup(NamedTuple):
@@ -267,15 +254,10 @@ def run(
             raise ValueError(f"{name}: found {getattr(settings, name)}, expected at least 1.")
     _check_documents(pairs, config.vocab_size)
     stages = stages or reporting.Stages()
-<<<<<<< HEAD
-    documents = Documents(pairs, settings.tokens_per_batch, settings.activations)
-    units = sum(_units(config, settings, len(documents.batches)).values())
-=======
     processes = processes or Processes()
-    documents = Documents(pairs, settings.tokens_per_batch, processes)
+    documents = Documents(pairs, settings.tokens_per_batch, settings.activations, processes)
     own = processes.share(config.num_experts)
     units = sum(_units(config, settings, len(documents.batches), len(own)).values())
->>>>>>> 3adce7b (The streamed pass by several processes)
     with (
         contextlib.closing(
             checkpoint.stream(config.sparse_layers, settings.experts_per_group, settings.reading, own)
@@ -414,26 +396,12 @@ class _Pass:
                 self.experts(f"{stack}/layers_{i}", stack, x.data, h.data, expert.data, gate.data)
 
     def experts(self, layer: str, stack: str, x, h, expert, gate) -> None:
-<<<<<<< HEAD
-        """x += gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k]."""
-        routed = _Routed(expert, gate, self.config.num_experts)
-        for start, stop, kernels in self.read_experts(layer):
-            if self.hook is not None:
-                tokens, gates = zip(*map(routed.to_expert, range(start, stop)), strict=True)
-                kernels = self.hook(ExpertGroup(layer, stack, start, stop, kernels, h, list(tokens), list(gates)))
-            with self.stages("experts"):
-                matrices = [kernels[name] for name in self.config.expert_matrices]
-                if self.settings.mesh is not None or isinstance(matrices[0], CompressedExperts):
-                    self.add_group(x, h, routed, start, stop, matrices)
-                else:
-                    self.add_experts(x, h, routed, start, stop, matrices)
-            self.step(-(-(stop - start) // self.settings.experts_per_group))
-=======
         """x += sum of a token's gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k].
 
         Two choices are added to each other before they are to x: in whichever order they come, the sum is the same.
         """
-        y = x if expert.shape[1] == 1 else np.zeros_like(x)
+        sums = None if expert.shape[1] == 1 else self.documents.buffer(stack, x.shape[1], x.dtype)
+        y = x if sums is None else sums.data
         if self.processes.count == 1:
             routed = _Routed(expert, gate, self.config.num_experts)
             for start, stop, kernels in self.read_experts(layer):
@@ -458,7 +426,7 @@ class _Pass:
                 self.add_group(y, h, routed, start, stop, matrices)
             else:
                 self.add_experts(y, h, routed, start, stop, matrices)
-        self.bar.update(-(-(stop - start) // self.settings.experts_per_group))
+        self.step(-(-(stop - start) // self.settings.experts_per_group))
 
     def experts_of_processes(self, layer, stack, y, h, expert, gate) -> None:
         """`experts`, where each process has a group of its own experts at a time, and gets all tokens for it."""
@@ -496,7 +464,6 @@ class _Pass:
         at = np.flatnonzero(np.isin(own, rows))
         received = self.processes.exchange([{"row": own[at], "h": h[at]}] * self.processes.count)
         return {name: np.concatenate([r[name] for r in received]) for name in ("row", "h")}
->>>>>>> 3adce7b (The streamed pass by several processes)
 
     def add_experts(self, x, h, routed: _Routed, start: int, stop: int, kernels: list) -> None:
         """Expert by expert, so that what a token gets doesn't depend on which experts make a group, to the bit."""
@@ -573,14 +540,9 @@ class _Pass:
                 loss = _loss(model, params, x.get(positions), batch.decoder_target_tokens, batch.decoder_input_tokens)
                 real = batch.indices >= 0
                 total[batch.indices[real]] = np.asarray(loss, np.float64)[real]
-<<<<<<< HEAD
             self.step()
-        return DocumentLosses(total, np.asarray(self.documents.lengths["decoder"]))
-=======
-            self.bar.update()
         total = np.sum(self.processes.gather(total.tolist()), axis=0)  # All but one of these are zero.
         return DocumentLosses(total, self.documents.lengths["decoder"])
->>>>>>> 3adce7b (The streamed pass by several processes)
 
 
 class _Routed:

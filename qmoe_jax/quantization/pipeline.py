@@ -28,6 +28,7 @@ from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.data import Examples, Vocabulary
 from qmoe_jax.models import streaming
 from qmoe_jax.models.layers import activate
+from qmoe_jax.processes import Processes
 from qmoe_jax.quantization import grids, statistics
 from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
@@ -220,6 +221,8 @@ class Quantizer:
       writer: where compressed layers go, None: nowhere.
       stages: where seconds are counted.
       control: finds the Lagrangian for a target rate.
+      own: the experts of every layer that this process quantizes, None: all.
+      processes: which together quantize all of them.
     """
 
     def __init__(
@@ -232,18 +235,22 @@ class Quantizer:
         writer: CompressedWriter | None,
         stages: reporting.Stages,
         control: RateControl | None = None,
+        own: range | None = None,
+        processes: Processes | None = None,
     ):
         self.settings, self.num_experts = settings, num_experts
         self.calibration, self.validation = calibration, validation
         self.codec, self.writer, self.stages = codec, writer, stages
         self.control = control
+        self.own, self.processes = own or range(num_experts), processes or Processes()
+        self.sample = {stack: statistics.sample_rows(np.flatnonzero(mask)) for stack, mask in calibration.items()}
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[_Group]] = {}  # by layer
         self._lagrangians: dict[str, float] = {}  # of this layer, by matrix name
 
     def __call__(self, group: streaming.ExpertGroup) -> dict[str, Any]:
         s = self.settings
-        if group.start == 0:
+        if group.start == self.own.start:
             self._lagrangians = {}
         tokens = [t[self.calibration[group.stack][t]] for t in group.tokens]
         if s.calibrated:
@@ -256,7 +263,7 @@ class Quantizer:
         with self.stages("encoding"):
             finished = self._finish_group(group, quantized, [len(t) for t in tokens], error)
             self._groups.setdefault(group.layer, []).append(finished)
-            if group.stop == self.num_experts:
+            if group.stop == self.own.stop:
                 self._finish_layer(group.layer)
         return replacement
 
@@ -302,7 +309,7 @@ class Quantizer:
         samples = statistics.weighted_tokens(
             tokens,
             [g[np.isin(t, own)] for g, t, own in zip(group.gates, group.tokens, tokens, strict=True)],
-            np.flatnonzero(self.calibration[group.stack]),
+            self.sample[group.stack],
             router_weighted=s.router_weighted,
             shrinkage=s.shrinkage,
         )
@@ -349,9 +356,13 @@ class Quantizer:
             return self._as_stored(jax.block_until_ready(quantized))
 
     def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
-        """Found once for all experts of the layer, from its first ones."""
-        if matrix in self._lagrangians:
-            return self._lagrangians[matrix]
+        """Found once for all experts of the layer, by the process that has its first ones, from these."""
+        if matrix not in self._lagrangians:
+            found = self._try_lagrangians(matrix, W, H, importance) if self.processes.first else None
+            self._lagrangians[matrix] = self.processes.from_first(found)
+        return self._lagrangians[matrix]
+
+    def _try_lagrangians(self, matrix: str, W, H, importance) -> float:
         few = trial_experts(self.num_experts, math.prod(W.shape[1:]))
         if len(W) < few:
             raise ValueError(
@@ -365,8 +376,7 @@ class Quantizer:
             return self._rate(self._rate_distortion(W, H, lagrangian, importance))
 
         weights = self.num_experts * math.prod(W.shape[1:])
-        self._lagrangians[matrix] = self.control.find(matrix, weights, 0.3 * mean_square, rate)
-        return self._lagrangians[matrix]
+        return self.control.find(matrix, weights, 0.3 * mean_square, rate)
 
     def _rate_distortion(self, W, H, lagrangian: float, importance) -> Quantized:
         s = self.settings
@@ -417,32 +427,34 @@ class Quantizer:
             zeros=sum(int((np.asarray(q.Q) == 0).sum()) for q in quantized.values()),
             weights=sum(s.size for s in symbols.values()),
             entropies={m: [entropy(s) for s in matrix] for m, matrix in symbols.items()},
+            nbytes={m: e.nbytes for m, e in experts.items()},
             experts=experts,
             output_error=error,
         )
 
     def _finish_layer(self, layer: str) -> None:
-        groups = self._groups.pop(layer)
+        own = self._groups.pop(layer)
+        groups = _gather_groups(self.processes, own)
         seen = [e for g in groups for e in g.tokens]
         if seen != list(range(self.num_experts)):
             raise RuntimeError(f"{layer}: experts came as {seen}, expected each of {self.num_experts} once, in order.")
-        experts = {m: concatenate([g.experts[m] for g in groups]) for m in groups[0].experts}
-        tokens = {e: n for g in groups for e, n in g.tokens.items()}
         if self.writer is not None:
-            self.writer.write_layer(layer, experts)
+            self.writer.write_layer(layer, {m: concatenate([g.experts[m] for g in own]) for m in own[0].experts})
+        tokens = {e: n for g in groups for e, n in g.tokens.items()}
+        nbytes = {m: sum(g.nbytes[m] for g in groups) for m in groups[0].nbytes}
         weights = sum(g.weights for g in groups)
         entropies = {m: [h for g in groups for h in g.entropies[m]] for m in groups[0].entropies}
-        if self.control is not None:
-            for m, own in entropies.items():
+        if self.control is not None and self.processes.first:
+            for m, each in entropies.items():
                 count = weights // len(entropies)  # wi and wo are of one size.
-                self.control.spent(m, 8 * experts[m].nbytes / count if experts else float(np.mean(own)), count)
+                self.control.spent(m, 8 * nbytes[m] / count if nbytes else float(np.mean(each)), count)
         self.accounts[layer] = LayerAccount(
             tokens=tokens,
             fallback={e: why for g in groups for e, why in g.fallback.items()},
             zeros=sum(g.zeros for g in groups) / weights,
             entropy=float(np.mean(list(entropies.values()))),
             weights=weights,
-            stored_bytes=sum(e.nbytes for e in experts.values()) if experts else None,
+            stored_bytes=sum(nbytes.values()) if nbytes else None,
             output_error=OutputError(*map(np.concatenate, zip(*(g.output_error for g in groups), strict=True))),
         )
 
@@ -473,8 +485,23 @@ class _Group(NamedTuple):
     zeros: int
     weights: int
     entropies: dict[str, list[float]]  # by matrix name, of each expert
-    experts: dict[str, CompressedExperts]
+    nbytes: dict[str, int]  # by matrix name, as stored
+    experts: dict[str, CompressedExperts]  # by matrix name
     output_error: OutputError
+
+
+def _gather_groups(processes: Processes, groups: list[_Group]) -> list[_Group]:
+    """Of all processes, in order; those of others without their experts."""
+
+    def told(group):
+        items = {name: list(getattr(group, name).items()) for name in ("tokens", "fallback")}
+        return group._asdict() | items | {"experts": {}, "output_error": [a.tolist() for a in group.output_error]}
+
+    def heard(fields):
+        items = {name: dict(fields[name]) for name in ("tokens", "fallback")}
+        return _Group(**fields | items | {"output_error": OutputError(*map(np.array, fields["output_error"]))})
+
+    return [heard(fields) for own in processes.gather(list(map(told, groups))) for fields in own]
 
 
 def expert_sharding(experts: int) -> NamedSharding:
@@ -584,7 +611,7 @@ def compress(
         )
     if quantization.calibrated and calibration is None:
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
-    stages = reporting.Stages()
+    stages, processes = reporting.Stages(), Processes()
     memory = memory._replace(round_weights=True)
     if quantization.target_bits is not None:
         few = trial_experts(config.num_experts, config.d_model * config.d_ff)
@@ -598,8 +625,22 @@ def compress(
         control = None
         if quantization.target_bits is not None:
             control = RateControl(quantization.target_bits, _weights_by_matrix(checkpoint.specs))
-        hook = Quantizer(quantization, masks, measured, config.num_experts, codec, writer, stages, control)
-        losses = streaming.run(checkpoint, pairs, memory, hook=hook, stages=stages, what=what)
+        own = processes.share(config.num_experts)
+        hook = Quantizer(
+            quantization,
+            masks,
+            measured,
+            config.num_experts,
+            codec,
+            writer,
+            stages,
+            control,
+            own=own,
+            processes=processes,
+        )
+        losses = streaming.run(
+            checkpoint, pairs, memory, hook=hook, sample=hook.sample, processes=processes, stages=stages, what=what
+        )
         missing = set(config.sparse_layers) - set(hook.accounts)
         if missing:
             raise RuntimeError(f"Sparse layers {sorted(missing)} were not quantized.")

@@ -29,6 +29,11 @@ class Samples(NamedTuple):
     weights: np.ndarray  # float32 [tokens]
 
 
+def sample_rows(rows: np.ndarray) -> np.ndarray:
+    """Up to `SAMPLE` of these rows, evenly spread; of a sample, itself."""
+    return rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(int)]
+
+
 def weighted_tokens(
     tokens: Sequence[np.ndarray],
     gates: Sequence[np.ndarray],
@@ -50,7 +55,7 @@ def weighted_tokens(
         sample in any case.
     """
     weights = [g.astype(np.float32) ** 2 if router_weighted else np.ones(len(g), np.float32) for g in gates]
-    sample = calibration[np.linspace(0, len(calibration) - 1, min(SAMPLE, len(calibration))).astype(int)]
+    sample = sample_rows(calibration)
 
     def with_sample(rows, weight):
         mean, total = (weight.mean(), shrinkage) if len(rows) else (1.0, shrinkage or 1.0)
