@@ -24,7 +24,9 @@ CLOSE = 0.15  # in log2 of the Lagrangian: nearer than this to a trial, no other
 BRACKET = 1.0  # nor between two trials that are nearer than this to each other
 MOST_STEP = 4.0  # from trial to trial, in log2
 MOST_CHANGE = 1.0  # from the Lagrangians so far, in log2; at first it may jump
-# What is left is taken for at least this share of the whole, so that the last matrices don't pay for everything.
+LAST_CHANGE = 6.0  # downwards, for the last layer
+# Where too much was spent, what is left is taken for at least this share of the whole, so that the last matrices don't
+# pay for everything.
 LEAST_LEFT = 0.15
 STEEPEST, FLATTEST = -1.0, -0.02  # bits for each power of two
 MOST_BITS = 2.5
@@ -59,11 +61,14 @@ class RateControl:
         self.curves[matrix].append(curve)
         low, high = -100.0, 100.0
         if len(self.logs) >= len(self.left):
-            low, high = min(self.logs) - MOST_CHANGE, max(self.logs) + MOST_CHANGE
+            # The last layer may take all that others have left over.
+            low = min(self.logs) - (MOST_CHANGE if self.left[matrix] else LAST_CHANGE)
+            high = max(self.logs) + MOST_CHANGE
         log = self.logs[-1] if self.logs else math.log2(max(guess, 1e-30))
         for _ in range(MOST_TRIALS):
             curve.add(log, rate(2.0**log))
-            wanted = min(max(self._solve(curve, weights), low), high)
+            wanted = min(self._solve(curve, weights, 0.0), self._solve(curve, weights, LEAST_LEFT))
+            wanted = min(max(wanted, low), high)
             if curve.knows(wanted):
                 break
             log = min(max(wanted, log - MOST_STEP), log + MOST_STEP)
@@ -71,10 +76,10 @@ class RateControl:
         self.begun[matrix] = weights * curve(wanted)
         return 2.0**wanted
 
-    def _solve(self, curve: Curve, weights: int) -> float:
+    def _solve(self, curve: Curve, weights: int, least_left: float) -> float:
         """log2 of the Lagrangian at which everything fits, by bisection: bits fall."""
         # Beyond what is left, as if the model began anew.
-        more = max(0.0, LEAST_LEFT - (sum(self.left.values()) + weights) / self.total)
+        more = max(0.0, least_left - (sum(self.left.values()) + weights) / self.total)
         allowed = self.allowed - sum(self.begun.values()) + more * self.target_bits * self.total
 
         def bits(log: float) -> float:  # Of names not seen yet, the target is expected.
