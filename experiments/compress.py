@@ -2,6 +2,8 @@
 
     python experiments/compress.py --config=configs/tiny.py --checkpoint=DIR --output=OUT
 
+    python experiments/compress.py --config=configs/switch_c_2048.py --plan
+
 DIR is a native T5X checkpoint (step directory or its parent, local or gs://). OUT gets the compressed checkpoint,
 report.json, report.html, report.png and TensorBoard events. Every field of the config can be set, e.g.
 --config.quantization.method=rtn.
@@ -22,6 +24,7 @@ from qmoe_jax.events import write_compression
 from qmoe_jax.figures import plot_compression
 from qmoe_jax.html_report import html_report
 from qmoe_jax.models import streaming
+from qmoe_jax.quantization import planning
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress, why_not_stored
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -30,8 +33,30 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_mode
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
 
+PLAN = flags.DEFINE_bool(
+    "plan", False, "Only tell bytes, memory and (with a checkpoint) time. Without --checkpoint: of config.model.preset."
+)
+PLAN_JSON = flags.DEFINE_string("plan_json", None, "File for what --plan tells, as JSON.")
+
+
+def plan_only(config, quantization, memory, codec: str | None) -> None:
+    """Prints the plan of a compression, and how long it will take where there is a checkpoint to try it on."""
+    if config.model.preset and not flags.FLAGS["checkpoint"].present:
+        plan = experiment.plan_of_preset(config, quantization, memory, codec)
+    else:
+        checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+        pairs, num_calibration = experiment.streamed_pairs(config, quantization, vocabulary)
+        plan = experiment.plan(checkpoint, pairs, num_calibration, quantization, memory, codec)
+        plan["expected_seconds"] = experiment.expected_seconds(
+            checkpoint, pairs, num_calibration, quantization, memory, codec
+        )
+    if PLAN_JSON.value:
+        reporting.write_json(PLAN_JSON.value, plan)
+    reporting.say(reporting.table(("plan", ""), planning.rows(plan)))
+
 
 def main(_):
+    experiment.give_freed_memory_back()
     config = CONFIG.value
     quantization = experiment.quantization_settings(config)
     memory = experiment.memory_settings(config)
@@ -39,6 +64,10 @@ def main(_):
     save = problem is None if config.save is None else config.save
     if save and problem:
         raise ValueError(f"config.save: {problem}")
+
+    if PLAN.value:
+        plan_only(config, quantization, memory, config.codec.name if save else None)
+        return
 
     # --- Input -------------------------------------------------------------------------------------------------------
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
@@ -59,6 +88,12 @@ def main(_):
         )
     calibration, validation = documents.get("calibration"), documents["validation"]
 
+    pairs = [*(calibration.pairs if calibration else []), *validation.pairs]
+    num_calibration = len(pairs) - len(validation.pairs)
+    plan = experiment.plan(
+        checkpoint, pairs, num_calibration, quantization, memory, config.codec.name if save else None
+    )
+
     for name in ("report.json", "report.html", "report.png"):  # An earlier run's, with --overwrite.
         (output / name).unlink(missing_ok=True)
 
@@ -74,6 +109,9 @@ def main(_):
         output=str(output) if save else None,
         provenance=checkpoint.provenance,
     )
+
+    report["plan"] = plan
+    compression_peak = report["peak_rss_bytes"]
 
     # --- Compare and report ------------------------------------------------------------------------------------------
     if config.compare:
@@ -107,7 +145,10 @@ def main(_):
             "take bits too, many in narrow rows, and few layers leave little room to correct; see report.json."
         )
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items())
-    reporting.say(f"seconds: {seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")
+    reporting.say(
+        f"seconds: {seconds}; peak memory of the compression {planning.gigabytes(compression_peak)}, "
+        f"planned {planning.gigabytes(plan['peak_host_bytes'])}"
+    )
     reporting.say(
         f"{output}: "
         + (

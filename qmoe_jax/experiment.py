@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import pathlib
 import platform
@@ -17,10 +19,13 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 import qmoe_jax
-from qmoe_jax.checkpoints import Checkpoint, check_preset, open_checkpoint
+from qmoe_jax import reporting
+from qmoe_jax.checkpoints import Checkpoint, NativeCheckpoint, check_preset, open_checkpoint
+from qmoe_jax.config import preset
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
+from qmoe_jax.quantization import planning
 from qmoe_jax.quantization.pipeline import QuantizationSettings
 
 OPTIONAL_TYPES = dict(
@@ -35,6 +40,7 @@ OPTIONAL_TYPES = dict(
     lagrangian=float,
     target_bits=float,
 )
+_M_MMAP_THRESHOLD = -3  # malloc.h
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -134,6 +140,45 @@ def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
     return streaming.Settings(dtype=activation_dtype(config), **config.memory)
 
 
+# --- Plans ------------------------------------------------------------------------------------------------------------
+
+
+def streamed_pairs(config, quantization: QuantizationSettings, vocabulary: Vocabulary) -> tuple[list, int]:
+    """All documents that stream through a compression, and how many of them, the first, calibrate."""
+    calibration = examples(config, "calibration", vocabulary).pairs if quantization.calibrated else []
+    return [*calibration, *examples(config, "validation", vocabulary).pairs], len(calibration)
+
+
+def plan(checkpoint: Checkpoint, pairs, num_calibration: int, quantization, memory, codec: str | None) -> dict:
+    """See `planning.plan`."""
+    if isinstance(checkpoint, NativeCheckpoint):
+        grids = {m: s.grid for m, s in checkpoint.sources(checkpoint.config.sparse_layers[0]).items()}
+    else:  # Read expert by expert.
+        grids = {m: g._replace(chunks=(1, *g.shape[1:])) for m, g in planning.grids_of(checkpoint.config).items()}
+    return _plan(checkpoint.config, planning.workload(pairs, num_calibration), grids, quantization, memory, codec)
+
+
+def plan_of_preset(config: config_dict.ConfigDict, quantization, memory, codec: str | None) -> dict:
+    """The same for a published model, from nothing but its name; every document as long as may be."""
+    model, data = preset(config.model.preset), config.data
+    calibration = data.num_calibration if quantization.calibrated else 0
+    work = planning.greatest_workload(calibration, data.num_validation, data.window or data.max_length)
+    return _plan(model, work, planning.grids_of(model), quantization, memory, codec)
+
+
+def _plan(model, work, grids, quantization, memory, codec) -> dict:
+    return planning.plan(
+        model,
+        work,
+        memory,
+        quantization,
+        grids=grids,
+        is_cpu=jax.local_devices()[0].platform == "cpu",
+        resident_bytes=reporting.rss_bytes(),
+        codec=codec,
+    )
+
+
 def mesh(config: config_dict.ConfigDict, checkpoint: Checkpoint) -> Mesh | None:
     """The devices that experts are spread over; None: one."""
     devices = config.mesh.experts
@@ -178,6 +223,16 @@ def environment() -> dict[str, Any]:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": jax.process_count(),
     }
+
+
+def give_freed_memory_back() -> None:
+    """Makes glibc give every freed array of a mebibyte or more back to the system at once.
+
+    Left alone it raises that limit with each large array that is freed, up to 32 MiB, and keeps what is below as holes in
+    its heap: a run that streams terabytes through a gigabyte then has several resident. No effect elsewhere.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
