@@ -25,7 +25,7 @@ from qmoe_jax.config import preset
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
-from qmoe_jax.quantization import planning
+from qmoe_jax.quantization import planning, rehearsal
 from qmoe_jax.quantization.pipeline import QuantizationSettings
 
 OPTIONAL_TYPES = dict(
@@ -40,6 +40,7 @@ OPTIONAL_TYPES = dict(
     lagrangian=float,
     target_bits=float,
 )
+PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
 _M_MMAP_THRESHOLD = -3  # malloc.h
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -158,6 +159,28 @@ def plan(checkpoint: Checkpoint, pairs, num_calibration: int, quantization, memo
     return _plan(checkpoint.config, planning.workload(pairs, num_calibration), grids, quantization, memory, codec)
 
 
+def expected_seconds(
+    checkpoint: Checkpoint, pairs, num_calibration: int, quantization, memory, codec: str | None
+) -> dict[str, float]:
+    """Seconds of each stage, from a few experts of the first sparse layer; see `rehearsal`."""
+    model, work = checkpoint.config, planning.workload(pairs, num_calibration)
+    experts = min(PROBED_EXPERTS, memory.experts_per_group, model.num_experts)
+    kernels, per_byte = rehearsal.read_experts(checkpoint, model.sparse_layers[0], experts, memory)
+    measured = rehearsal.measure(
+        model,
+        work,
+        memory,
+        quantization,
+        codec,
+        experts=experts,
+        most_tokens=PROBED_TOKENS,
+        kernels=kernels,
+        reading_seconds=per_byte,
+        say=lambda what: reporting.say(f"trying: {what}"),
+    )
+    return rehearsal.project(model, work, quantization, measured)
+
+
 def plan_of_preset(config: config_dict.ConfigDict, quantization, memory, codec: str | None) -> dict:
     """The same for a published model, from nothing but its name; every document as long as may be."""
     model, data = preset(config.model.preset), config.data
@@ -228,8 +251,8 @@ def environment() -> dict[str, Any]:
 def give_freed_memory_back() -> None:
     """Makes glibc give every freed array of a mebibyte or more back to the system at once.
 
-    Left alone it raises that limit with each large array that is freed, up to 32 MiB, and keeps what is below as holes in
-    its heap: a run that streams terabytes through a gigabyte then has several resident. No effect elsewhere.
+    Left alone it raises that limit with each large array that is freed, up to 32 MiB, and keeps what is below as holes
+    in its heap: a run that streams terabytes through a gigabyte then has several resident. No effect elsewhere.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

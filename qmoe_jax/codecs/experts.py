@@ -150,7 +150,7 @@ def convert(experts: CompressedExperts, codec: str, experts_per_group: int = 16)
 
 def _resident(data, levels, codec, shape) -> CompressedExperts:
     bound = codecs.get(codec).static_bound(data)
-    return CompressedExperts({name: jnp.asarray(a) for name, a in data.items()}, levels, codec, tuple(shape), bound)
+    return CompressedExperts({name: jax.device_put(a) for name, a in data.items()}, levels, codec, tuple(shape), bound)
 
 
 def _check_levels(levels, shape) -> None:

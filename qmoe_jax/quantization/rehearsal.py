@@ -6,7 +6,9 @@ A stage's seconds are per unit: per expert, per token, per byte. What the whole 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import pathlib
 import tempfile
 import time
@@ -20,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from qmoe_jax import reporting
-from qmoe_jax.checkpoints import CompressedWriter, NativeCheckpoint, param_shapes, reading
+from qmoe_jax.checkpoints import Checkpoint, CompressedWriter, NativeCheckpoint, open_t5x, param_shapes, reading
 from qmoe_jax.checkpoints.base import is_expert_kernel
 from qmoe_jax.checkpoints.t5x import ArrayWriter, index_file, placeholder, t5x_chunks
 from qmoe_jax.codecs.experts import CompressedExperts
@@ -149,8 +151,6 @@ def read_chunks(config: ModelConfig, most_bytes: int, scratch: str | None) -> fl
         for region in reading.regions(shape, chunk, 0, shape[0]):
             writer.write(region, rng.standard_normal(chunk, np.float32))
         (pathlib.Path(directory) / "checkpoint").write_bytes(index_file({name: entry}, 0))
-        from qmoe_jax.checkpoints import open_t5x
-
         source = open_t5x(directory).experts(name)
         how = reading.Reading(BFLOAT16)
 
@@ -161,19 +161,22 @@ def read_chunks(config: ModelConfig, most_bytes: int, scratch: str | None) -> fl
         return seconds(run, 1) / (4 * int(np.prod(shape)))
 
 
-def read_layer(
-    checkpoint: NativeCheckpoint, layer: str, experts: int, memory: streaming.Settings
-) -> tuple[dict, float]:
-    """Kernels of a layer's first experts, and seconds per stored byte of reading their blocks."""
+def read_experts(
+    checkpoint: Checkpoint, layer: str, experts: int, memory: streaming.Settings
+) -> tuple[dict[str, np.ndarray], float]:
+    """A layer's first experts, and seconds per stored byte of reading what holds them."""
     how = memory._replace(round_weights=True).reading
-    grids = {m: s.grid for m, s in checkpoint.sources(layer).items()}
-    block = reading.plan_layer(grids, experts, how.dtype, how.limit).block
-    size = sum(g.itemsize * int(np.prod(g.shape[1:])) for g in grids.values()) * block
+    size = checkpoint.config.d_model * checkpoint.config.d_ff * len(checkpoint.config.expert_matrices)
+    read = experts
+    if isinstance(checkpoint, NativeCheckpoint):
+        grids = {m: s.grid for m, s in checkpoint.sources(layer).items()}
+        read = reading.plan_layer(grids, experts, how.dtype, how.limit).block
+        size *= max(g.itemsize for g in grids.values())
     started = time.perf_counter()
-    (_, _, _, kernels) = next(stream := checkpoint.stream([layer], experts, how, range(block)))
-    taken = time.perf_counter() - started
-    stream.close()
-    return kernels, taken / size
+    with contextlib.closing(checkpoint.stream([layer], experts, how, range(read))) as stream:
+        _, _, _, kernels = next(stream)
+        taken = time.perf_counter() - started
+    return {m: np.array(k[:experts]) for m, k in kernels.items()}, taken / (size * read)
 
 
 def write_group(config: ModelConfig, experts: Mapping[str, CompressedExperts], scratch: str | None) -> float:
@@ -181,8 +184,9 @@ def write_group(config: ModelConfig, experts: Mapping[str, CompressedExperts], s
     few = dataclasses.replace(config, num_experts=experts["wo"].shape[0])
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         writer = CompressedWriter(directory, few, {}, "gap", {})
-        layer = few.sparse_layers[0]
-        return seconds(lambda: writer.write_layer(layer, experts), 1) / sum(e.nbytes for e in experts.values())
+        layers = itertools.count()
+        taken = seconds(lambda: writer.write_layer(f"encoder/layers_{next(layers)}", experts), 1)
+    return taken / sum(e.nbytes for e in experts.values())
 
 
 def trits(config: ModelConfig, experts: int, codec: str) -> dict[str, CompressedExperts]:
@@ -319,22 +323,16 @@ def measure(
 
 
 def generation(config: ModelConfig, codec: str, experts: int, dtype: Any, encoder_length: int) -> dict[str, float]:
-    """Seconds of one more token of one document, by stage; the whole decoder, experts compressed."""
-    one = {
-        i: attention(config, "decoder", i, 1, (encoder_length, 1), dtype)
-        for i in {max(config.decoder_sparse_layers, default=0), config.num_decoder_layers - 1}
-    }
-    sparse, layers = len(config.decoder_sparse_layers), config.num_decoder_layers
-    dense = next((i for i in one if i not in config.decoder_sparse_layers), None)
-    some = next((i for i in one if i in config.decoder_sparse_layers), None)
-    attend = (sparse * one[some] if some is not None else 0.0) + (layers - sparse) * (
-        one[dense] if dense is not None else one[max(one)]
-    )
-    logits = jnp.ones((config.d_model, config.vocab_size), jnp.bfloat16)
+    """Seconds by stage of one more token of one document: the whole decoder, experts compressed."""
+    layers = range(config.num_decoder_layers)
+    kinds = {i in config.decoder_sparse_layers: i for i in layers}  # whether sparse: the last such layer
+    one = {sparse: attention(config, "decoder", i, 1, (encoder_length, 1), dtype) for sparse, i in kinds.items()}
     y = jnp.ones((1, config.d_model), jnp.bfloat16)
+    logits = jnp.ones((config.d_model, config.vocab_size), jnp.bfloat16)
     product = jax.jit(jnp.matmul)
+    sparse = len(config.decoder_sparse_layers)
     found = {
-        "attention": attend,
+        "attention, dense": sum(one[i in config.decoder_sparse_layers] for i in layers),
         "experts": sparse * config.top_k * decode(config, trits(config, experts, codec), dtype),
         "logits": seconds(lambda: product(y, logits)),
     }

@@ -1,0 +1,81 @@
+"""compress.py --plan, what a run says of its memory, and checkpoints with random weights."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from experiments.test_experiments import CONFIG, assert_fails, environment, run  # noqa: F401
+
+from qmoe_jax.checkpoints import open_checkpoint, param_shapes
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODEL = [
+    *("--preset=switch_c_2048", "--set=vocab_size=256", "--set=d_model=48", "--set=d_ff=64", "--set=num_heads=2"),
+    *("--set=head_dim=8", "--set=num_experts=16", "--set=num_encoder_layers=2", "--set=num_decoder_layers=1"),
+    *("--set=encoder_sparse_layers=0,1", "--set=decoder_sparse_layers=0", "--chunks=8,16,32"),
+]
+
+
+def test_plan_of_a_published_model_needs_neither_weights_nor_data(run, tmp_path):  # noqa: F811
+    result = run("compress", f"--config={ROOT}/configs/paper/c2048.py", "--plan", f"--plan_json={tmp_path}/p.json")
+    assert result.code == 0, result.err
+    for line in ("6.29 TB", "3840, each read once", "host: peak"):
+        assert line in result.out
+    plan = json.loads((tmp_path / "p.json").read_text())
+    assert plan["read_bytes"] == pytest.approx(6.28e12, rel=0.01)
+    assert "expected_seconds" not in plan
+
+
+def test_plan_of_a_checkpoint_tells_the_time(run, tiny, tmp_path):  # noqa: F811
+    output = tmp_path / "out"
+    data = [*tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={output}"]
+    result = run("compress", CONFIG, *data, "--plan", f"--plan_json={tmp_path}/p.json")
+    assert result.code == 0, result.err
+    plan = json.loads((tmp_path / "p.json").read_text())
+    assert plan["expected_seconds"]["total"] > 0 and "expected: quantization" in result.out
+    assert not output.exists()
+
+
+def test_a_bound_that_nothing_fits_into_is_refused_before_anything_is_read(run, tiny, tmp_path):  # noqa: F811
+    data = [*tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path}/out"]
+    result = run("compress", CONFIG, *data, "--config.memory.weights_bytes=100")
+    assert_fails(result, "weights_bytes: found 100", "experts_per_group")
+
+
+def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  # noqa: F811
+    result = run("make_checkpoint", f"--output={tmp_path}/model", *MODEL)
+    assert result.code == 0, result.err
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert checkpoint.config.num_experts == 16
+    assert {n: s.shape for n, s in checkpoint.specs.items()} == param_shapes(checkpoint.config)
+    source = checkpoint.sources("encoder/layers_1")["wo"]
+    assert source.grid.chunks == (8, 32, 16)
+    wi = checkpoint.read("encoder/layers_1/mlp/expert/wi/kernel")
+    assert wi.std() == pytest.approx(48**-0.5, rel=0.02) and abs(wi.mean()) < 0.01
+    assert len(np.unique(wi)) > 0.99 * wi.size
+    assert (checkpoint.read("decoder/decoder_norm/scale") == 1).all()
+
+    # As a user runs it: what XLA and the reader really had in memory.
+    command = [sys.executable, "experiments/compress.py", *tiny.flags(), f"--checkpoint={tmp_path}/model"]
+    options = [f"--output={tmp_path}/out", "--config.compare=false", "--config.memory.experts_per_group=4"]
+    # Room for two groups of four and a few chunks, not for two blocks of eight.
+    bound = "--config.memory.weights_bytes=160000"
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [*command, *options, bound], cwd=ROOT, capture_output=True, text=True, env=env, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    plan = json.loads((tmp_path / "out" / "report.json").read_text())["plan"]
+    assert plan["spilled"] and plan["host_bytes"]["experts read"] <= 160_000
+    assert plan["measured_peak_host_bytes"] <= 1.1 * plan["peak_host_bytes"]
+    assert "planned" in finished.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]  # No scratch files are left.
+
+
+def test_synthetic_checkpoints_refuse_what_they_dont_know(run, tmp_path):  # noqa: F811
+    assert_fails(run("make_checkpoint", f"--output={tmp_path}", "--set=depth=3"), "depth", "num_experts")
+    assert_fails(run("make_checkpoint", f"--output={tmp_path}", "--preset=switch_base_9"), "switch_base_8")
+    assert list(tmp_path.iterdir()) == []
