@@ -25,12 +25,13 @@ def summary(report: dict) -> list[list]:
         f"{model[f'num_{stack}_layers']} {stack} ({len(model[f'{stack}_sparse_layers'])} sparse)"
         for stack in ("encoder", "decoder")
     )
+    routing = f"top-{model['top_k']}" + ("" if model["experts_choose"] is None else ", in the encoder experts choose")
     mlp = "gated gelu" if model["gated"] else "relu"
     return [
         ["layout", report["layout"]],
         ["published model", report["preset"]],
         ["layers", stacks],
-        ["experts", f"{model['num_experts']} in each sparse layer, {mlp}, top-{model['top_k']}"],
+        ["experts", f"{model['num_experts']} in each sparse layer, {mlp}, {routing}"],
         ["d_model, d_ff", f"{model['d_model']}, {model['d_ff']}"],
         ["heads x width", f"{model['num_heads']} x {model['head_dim']}"],
         ["vocabulary", f"{model['vocab_size']}, logits {'tied' if model['tied'] else 'untied'}"],

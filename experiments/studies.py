@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from laboratory import Laboratory, Result
 
+from qmoe_jax import experiment
 from qmoe_jax.checkpoints import open_checkpoint
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.codecs.experts import CompressedExperts, convert
@@ -107,12 +108,11 @@ def experts(lab: Laboratory, models: Sequence[str], **_) -> Result:
     """Rates, loss and time by number of experts, of models trained alike (--model=NAME=DIR, several)."""
     rows, data = [], []
     checkpoints = {"carried" if not lab.config.model.preset else lab.config.model.preset: lab.checkpoint}
-    overrides = {} if lab.config.model.top_k is None else {"top_k": lab.config.model.top_k}
     if models:
         named = [m.partition("=") for m in models]
         if not all(path for _, _, path in named):
             raise ValueError(f"--model={', '.join(models)}: expected NAME=DIR.")
-        checkpoints = {name: open_checkpoint(path, **overrides) for name, _, path in named}
+        checkpoints = {name: open_checkpoint(path, **experiment.untold(lab.config)) for name, _, path in named}
     for name, checkpoint in checkpoints.items():
         lab.vocabulary.check(checkpoint.config.vocab_size)
         base = lab.compress("rtn", checkpoint=checkpoint, codec="dictionary")

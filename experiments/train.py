@@ -32,14 +32,14 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", "out/train_tiny", "Where checkpoint, report and figure go.")
 
 
-def balance_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
+def balance_loss(logits: jax.Array, mask: jax.Array, top_k: int = 1) -> jax.Array:
     """experts * sum_e f_e P_e, with f_e the share of real tokens routed to e and P_e its mean probability.
 
     (Fedus et al. 2021, equation 4.) `logits` are [batch, length, experts], `mask` is bool [batch, length].
     """
     experts = logits.shape[-1]
     probabilities = jax.nn.softmax(logits)
-    chosen = jax.nn.one_hot(jnp.argmax(logits, -1), experts)
+    chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], experts).sum(-2)
     weight = (mask / jnp.sum(mask))[..., None]
     return experts * jnp.sum(jnp.sum(chosen * weight, (0, 1)) * jnp.sum(probabilities * weight, (0, 1)))
 
@@ -57,13 +57,16 @@ def make_train_step(model, optimizer, settings):
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         loss = jnp.mean(cross_entropy, where=real["decoder"])
         routers = [
-            (layer["mlp"]["router_logits"][0], real[stack])
+            (layer["mlp"]["router_logits"][0], real[stack], stack)
             for stack in real
             for layer in state["intermediates"][stack].values()
             if "mlp" in layer
         ]
-        balance = jnp.mean(jnp.stack([balance_loss(r, mask) for r, mask in routers]))
-        z = jnp.stack([jnp.mean(jax.nn.logsumexp(r, -1) ** 2, where=mask) for r, mask in routers]).mean()
+        # Experts that choose are balanced already.
+        choose = [stack for stack in real if stack == "decoder" or model.config.experts_choose is None]
+        balance = [balance_loss(r, mask, model.config.top_k) for r, mask, stack in routers if stack in choose]
+        balance = jnp.mean(jnp.stack(balance))
+        z = jnp.stack([jnp.mean(jax.nn.logsumexp(r, -1) ** 2, where=mask) for r, mask, _ in routers]).mean()
         total = loss + settings.balance_loss * balance + settings.router_z_loss * z
         return total, {"loss": loss, "balance": balance}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -28,11 +29,14 @@ class ModelConfig:
       tied: logits use the embedding, scaled by 1 / sqrt(d_model), instead of decoder.logits_dense.
       relpos_per_layer: every layer has its own relative position bias (checkpoints of scanned models), instead of one
         per stack.
-      top_k: experts per token.
+      top_k: experts per token, where tokens choose.
+      experts_choose: capacity factor of the encoder's sparse layers if experts choose there, as in T5X's "experts
+        choose" models (1.0): each takes its most probable tokens, factor * tokens / experts of every group. None:
+        tokens choose. In the decoder they always do.
       batch_prioritized: in the encoder, tokens with a higher router probability get their slot first (matters only at
         finite capacity). None: when top_k > 1, as in T5X's "tokens choose" models.
-      router_group_size: T5X's GROUP_SIZE, tokens per routing group (finite capacity only).
-      min_expert_capacity: least slots per expert and group (finite capacity only).
+      router_group_size: T5X's GROUP_SIZE, tokens per routing group (finite capacity, and where experts choose).
+      min_expert_capacity: least slots per expert and group (likewise).
     """
 
     vocab_size: int
@@ -49,6 +53,7 @@ class ModelConfig:
     tied: bool = True
     relpos_per_layer: bool = False
     top_k: int = 1
+    experts_choose: float | None = None
     batch_prioritized: bool | None = None
     router_group_size: int = 8192
     min_expert_capacity: int = 4
@@ -64,6 +69,8 @@ class ModelConfig:
         ]
         if not 1 <= self.top_k <= self.num_experts:
             problems.append(f"top_k: found {self.top_k}, expected 1 to {self.num_experts} (num_experts)")
+        if self.experts_choose is not None and not 0 < self.experts_choose < math.inf:
+            problems.append(f"experts_choose: found {self.experts_choose}, expected a finite factor above 0, or None")
         for stack in ("encoder", "decoder"):
             layers, sparse = getattr(self, f"num_{stack}_layers"), getattr(self, f"{stack}_sparse_layers")
             if any(not 0 <= i < layers for i in sparse):

@@ -67,6 +67,7 @@ def default_config() -> config_dict.ConfigDict:
         model=dict(
             preset="",  # published size to check the checkpoint against, such as switch_base_128
             top_k=config_dict.placeholder(int),  # T5X checkpoints don't tell: 1 unless given
+            experts_choose=config_dict.placeholder(float),  # nor this: capacity factor, if the encoder's experts choose
             dtype="float32",  # of activations
         ),
         quantization=quantization,
@@ -86,10 +87,15 @@ def default_config() -> config_dict.ConfigDict:
     )
 
 
+def untold(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """Fields of `ModelConfig` that checkpoints may not tell, and the config gives."""
+    given = {field: config.model[field] for field in ("top_k", "experts_choose")}
+    return {field: value for field, value in given.items() if value is not None}
+
+
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Vocabulary]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
-    overrides = {} if config.model.top_k is None else {"top_k": config.model.top_k}
-    checkpoint = open_checkpoint(path, **overrides)
+    checkpoint = open_checkpoint(path, **untold(config))
     if config.model.preset:
         check_preset(checkpoint.config, config.model.preset)
     vocabulary = Vocabulary.load(_given(config, "vocabulary"))

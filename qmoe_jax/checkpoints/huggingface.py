@@ -276,6 +276,8 @@ def why_not_held(config: ModelConfig) -> list[str]:
     problems = []
     if config.gated:
         problems.append("its MLPs are gated (wi_0, wi_1); SwitchTransformers has wi alone")
+    if config.experts_choose is not None:
+        problems.append("the encoder's experts choose their tokens; in SwitchTransformers tokens choose")
     if config.top_k > 1:
         problems.append(f"each token goes to {config.top_k} experts; SwitchTransformers routes to one")
     for stack in ("encoder", "decoder"):

@@ -16,7 +16,7 @@ from qmoe_jax.config import ModelConfig
 CHUNK_BYTES = 64 * 2**20  # T5X's own
 CODEC = "gzip"
 # What a parameter tree doesn't tell, and what it is then taken for.
-_UNTOLD = {"top_k": 1, "batch_prioritized": None, "router_group_size": 8192}
+_UNTOLD = {"top_k": 1, "experts_choose": None, "batch_prioritized": None, "router_group_size": 8192}
 
 
 def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan:

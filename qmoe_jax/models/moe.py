@@ -122,6 +122,11 @@ def apply_experts(x: jax.Array, routing: Routing, kernels: list, mesh: Mesh | No
     return jnp.sum(y * routing.gate[..., None].astype(y.dtype), axis=1)
 
 
+def batched(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A `dot` for `expert_mlp`: rows [experts, slots, in]."""
+    return jnp.einsum("eci,eio->eco", rows, kernel.astype(rows.dtype))
+
+
 def apply_experts_in_slots(x: jax.Array, routing: Routing, kernels: list, slots: int) -> jax.Array:
     """`apply_experts` for at most `slots` kept choices per expert, as batched dense products.
 
@@ -134,13 +139,50 @@ def apply_experts_in_slots(x: jax.Array, routing: Routing, kernels: list, slots:
     position = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=-1)
     slot = jnp.where(gate > 0, expert * slots + position, experts * slots)  # One past the last: nowhere.
     rows = jnp.zeros((experts * slots, x.shape[-1]), x.dtype).at[slot].set(jnp.repeat(x, top_k, axis=0), mode="drop")
-
-    def dot(rows, kernel):
-        return jnp.einsum("eci,eio->eco", rows, kernel.astype(rows.dtype))
-
-    y = expert_mlp(rows.reshape(experts, slots, -1), kernels, dot).reshape(experts * slots, -1)
+    y = expert_mlp(rows.reshape(experts, slots, -1), kernels, batched).reshape(experts * slots, -1)
     y = y.at[slot].get(mode="fill", fill_value=0) * gate[:, None].astype(y.dtype)
     return y.reshape(-1, top_k, y.shape[-1]).sum(axis=1)
+
+
+# --- experts choose -------------------------------------------------------------------------------------------------
+
+
+def experts_choose(probabilities: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """The tokens that each expert takes (Zhou et al. 2022, section 3): of every group its `capacity` most probable.
+
+    A token may be taken by several experts, or by none. Of equally probable tokens the first are taken.
+
+    Args:
+      probabilities: the router's, softmax over experts: [groups, tokens of a group, experts].
+      capacity: at most the tokens of a group.
+
+    Returns:
+      Tokens, counted over all groups, int32 [experts, groups * capacity]; their probabilities, of the same shape.
+    """
+    groups, size, experts = probabilities.shape
+    gate, token = jax.lax.top_k(probabilities.swapaxes(1, 2), capacity)  # [groups, experts, capacity]
+    token = token + size * jnp.arange(groups)[:, None, None]
+    return tuple(t.swapaxes(0, 1).reshape(experts, -1) for t in (token.astype(jnp.int32), gate))
+
+
+def apply_experts_to_chosen(x: jax.Array, token: jax.Array, gate: jax.Array, kernels: list, mesh: Mesh | None = None):
+    """Sum of gate * expert(token) over the experts that chose a token: [tokens, d_model].
+
+    Args:
+      x: [tokens, d_model].
+      token: int32 [experts, slots], rows of x.
+      gate: float32 [experts, slots].
+      kernels: arrays or `CompressedExperts`.
+      mesh: over whose devices the experts are.
+    """
+    experts, slots = token.shape
+    rows = x[token.reshape(-1)]
+    if mesh is None and not any(isinstance(k, CompressedExperts) for k in kernels):
+        y = expert_mlp(rows.reshape(experts, slots, -1), kernels, batched).reshape(experts * slots, -1)
+    else:
+        expert = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), slots)
+        y = run_experts(rows, expert, kernels) if mesh is None else exchange(run_experts, rows, expert, kernels, mesh)
+    return jnp.zeros_like(x).at[token.reshape(-1)].add(y * gate.reshape(-1, 1).astype(y.dtype))
 
 
 class RouterWeights(nn.Module):
@@ -171,6 +213,7 @@ class MoeMlp(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     prioritized: bool  # Batch-prioritised slots at finite capacity.
+    experts_choose: bool = False  # Instead of the tokens.
     mesh: Mesh | None = None  # Over whose devices the experts are.
 
     def setup(self):
@@ -178,18 +221,47 @@ class MoeMlp(nn.Module):
         self.expert = MlpKernels(self.config, (self.config.num_experts,))
 
     def route(self, x: jax.Array) -> Routing:
-        """Routing of x [tokens, d_model] without capacity."""
-        return route(jax.nn.softmax(self.router(x)), self.config.top_k)
+        """Routing of x [batch, length, d_model], no token dropped: [batch, length, top_k] each.
+
+        Where experts choose, each has a column [batch, length, experts]: expert `num_experts`, gate 0 for tokens that it
+        didn't choose.
+        """
+        if not self.experts_choose:
+            return route(jax.nn.softmax(self.router(x)), self.config.top_k)
+        padded, _, token, gate = self._choose(x)
+        experts = jnp.arange(self.config.num_experts, dtype=jnp.int32)
+        gates = jnp.zeros((*padded.shape[:2], len(experts))).reshape(-1, len(experts))
+        gates = gates.at[token, experts[:, None]].set(gate).reshape(*padded.shape[:2], -1)
+        gates = gates[: x.shape[0], : x.shape[1]]
+        return Routing(jnp.where(gates > 0, experts, len(experts)), gates)
+
+    def _pad(self, x: jax.Array) -> jax.Array:
+        """Padding tokens are zero vectors that compete like any other."""
+        batch, length = padded_shape(*x.shape[:2], self.config.num_experts)
+        return jnp.pad(x, ((0, batch - x.shape[0]), (0, length - x.shape[1]), (0, 0)))
+
+    def _choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """x [batch, length, d_model] with padding, the router's logits, and `experts_choose` in T5X's groups."""
+        c, padded = self.config, self._pad(x)
+        logits = self.router(padded)
+        tokens = logits.shape[0] * logits.shape[1]
+        groups = num_groups(tokens, c.router_group_size, c.num_experts)
+        size = tokens // groups
+        capacity = expert_capacity(c.experts_choose, size, c.num_experts, c.min_expert_capacity)
+        probabilities = jax.nn.softmax(logits).reshape(groups, size, c.num_experts)
+        # T5X has no answer for groups smaller than the least capacity; here every expert takes all of them.
+        return padded, logits, *experts_choose(probabilities, min(capacity, size))
 
     def __call__(self, x: jax.Array, capacity_factor: float | None) -> jax.Array:
-        """x [batch, length, d_model] -> the same shape; no token is dropped when `capacity_factor` is None."""
+        """x [batch, length, d_model] -> the same shape; no token is dropped when `capacity_factor` is None.
+
+        Where experts choose, capacity is the config's.
+        """
+        if self.experts_choose:
+            return self._experts_choose(x)
         c = self.config
         batch, length, width = x.shape
-        if capacity_factor is None:
-            padded = x
-        else:  # Padding tokens are zero vectors that compete for slots like any other.
-            new_batch, new_length = padded_shape(batch, length, c.num_experts)
-            padded = jnp.pad(x, ((0, new_batch - batch), (0, new_length - length), (0, 0)))
+        padded = x if capacity_factor is None else self._pad(x)
         tokens = padded.reshape(-1, width)
         logits = self.router(tokens)
         routing = route(jax.nn.softmax(logits), c.top_k)
@@ -213,3 +285,11 @@ class MoeMlp(nn.Module):
         self.sow("intermediates", "expert_index", unpad(routing.expert))
         self.sow("intermediates", "combine_weight", unpad(routing.gate))
         return unpad(y)
+
+    def _experts_choose(self, x: jax.Array) -> jax.Array:
+        padded, logits, token, gate = self._choose(x)
+        y = apply_experts_to_chosen(
+            padded.reshape(-1, x.shape[-1]), token, gate, self.expert.kernels(), self.mesh
+        ).reshape(padded.shape)
+        self.sow("intermediates", "router_logits", logits[: x.shape[0], : x.shape[1]])
+        return y[: x.shape[0], : x.shape[1]]

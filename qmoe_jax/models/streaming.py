@@ -154,7 +154,8 @@ class ExpertGroup(NamedTuple):
       kernels: by name (wi, wo, ...), [experts, in, out] or `CompressedExperts`.
       inputs: normed inputs of all tokens [tokens, d_model], in the list buffers' order. With several processes, `Rows`
         of those that are routed to the group.
-      tokens: per expert of the group, the tokens routed to it as any of their choices (rows of `inputs`), in order.
+      tokens: per expert of the group, the tokens routed to it as any of their choices, or that it chose (rows of
+        `inputs`), in order.
       gates: per expert, the router's probability by which it multiplies its output for each of these tokens, float32.
     """
 
@@ -381,8 +382,10 @@ class _Pass:
             layer = kind(c, sparse, stack == "decoder", dtype)
             params = replicate(self.params(f"{stack}/layers_{i}/"), self.settings.mesh)
             h = self.documents.buffer(stack, c.d_model, dtype) if sparse else None
-            expert = self.documents.buffer(stack, c.top_k, np.int32) if sparse else None
-            gate = self.documents.buffer(stack, c.top_k, np.float32) if sparse else None
+            # Where experts choose, they do among the tokens of a batch; each expert has a column.
+            choices = c.num_experts if stack == "encoder" and c.experts_choose is not None else c.top_k
+            expert = self.documents.buffer(stack, choices, np.int32) if sparse else None
+            gate = self.documents.buffer(stack, choices, np.float32) if sparse else None
             for batch in self.documents.batches:
                 with self.stages("attention"):
                     positions, (new_x, new_h, routing) = attend(layer, params, batch)
@@ -546,7 +549,7 @@ class _Pass:
 
 
 class _Routed:
-    """Which tokens go to which expert: expert, gate [tokens, top_k]."""
+    """Which tokens go to which expert: expert, gate [tokens, choices]. Expert `num_experts`: no choice."""
 
     def __init__(self, expert: np.ndarray, gate: np.ndarray, num_experts: int):
         self.expert, self.gate = expert, gate

@@ -89,7 +89,8 @@ class Layer(nn.Module):
         self.pre_mlp_layer_norm = self._norm()
         if self.sparse:
             prioritized = c.batch_prioritized if c.batch_prioritized is not None else c.top_k > 1
-            self.mlp = MoeMlp(c, self.dtype, prioritized and not self.decoder, self.mesh)
+            experts_choose = c.experts_choose is not None and not self.decoder  # They would see the future.
+            self.mlp = MoeMlp(c, self.dtype, prioritized and not self.decoder, experts_choose, self.mesh)
         else:
             self.mlp = DenseMlp(c, dtype=self.dtype)
         if c.relpos_per_layer:
@@ -109,7 +110,7 @@ class Layer(nn.Module):
         return x + (self.mlp(h, capacity_factor) if self.sparse else self.mlp(h))
 
     def route(self, h: jax.Array):
-        """Routing of normed MLP inputs h [tokens, d_model] of a sparse layer, no token dropped."""
+        """Routing of normed MLP inputs h [batch, length, d_model] of a sparse layer, no token dropped."""
         return self.mlp.route(h)
 
 

@@ -82,7 +82,8 @@ def groups_and_capacity(tokens, config, factor):
 def moe(x, params, config, factor, decoder):
     """x [batch, length, d]; factor None: no token is dropped."""
     batch, length, width = x.shape
-    if factor is not None:
+    experts_choose = config.experts_choose is not None and not decoder
+    if factor is not None or experts_choose:
         extra = range(config.num_experts)
         more_length = next(n for n in extra if batch * (length + n) % config.num_experts == 0)
         more_batch = next(n for n in extra if (batch + n) * length % config.num_experts == 0)
@@ -92,6 +93,16 @@ def moe(x, params, config, factor, decoder):
             x = np.concatenate([x, np.zeros((batch, more_length, width))], 1)
     flat = x.reshape(-1, width)
     probabilities = softmax(flat @ params["router"]["router_weights"]["w"]["kernel"])
+    if experts_choose:
+        groups, capacity = groups_and_capacity(len(flat), config, config.experts_choose)
+        y, size = np.zeros_like(flat), len(flat) // groups
+        for group in range(groups):
+            for expert in range(config.num_experts):
+                kernels = {name: {"kernel": p["kernel"][expert]} for name, p in params["expert"].items()}
+                members = range(group * size, (group + 1) * size)
+                for token in sorted(members, key=lambda t: -probabilities[t, expert])[:capacity]:
+                    y[token] += probabilities[token, expert] * mlp(flat[token], kernels)
+        return y.reshape(x.shape)[:batch, :length]
     choices = np.argsort(-probabilities, -1, kind="stable")[:, : config.top_k]
     kept = np.ones(choices.shape, bool)
     if factor is not None:

@@ -29,6 +29,11 @@ CONFIGS = {
     ),
 }
 
+# Gated and untied; experts choose in the encoder, among the tokens of a batch; top-2 in the decoder.
+EXPERTS_CHOOSE = dataclasses.replace(
+    SWITCH, gated=True, tied=False, top_k=2, experts_choose=1.0, encoder_sparse_layers=(0, 1), router_group_size=8
+)
+
 
 def random_params(config: ModelConfig, seed: int = 0):
     """Nested float32 parameters, large enough for routing and attention to be decided."""

@@ -219,3 +219,33 @@ def test_bfloat16_experts_are_not_widened_all_at_once(dtype):
     routing = moe.Routing(jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2, 1), jnp.float32))
     program = jax.jit(moe.apply_experts).lower(jax.ShapeDtypeStruct((2, 24), dtype), routing, kernels).compile()
     assert program.memory_analysis().temp_size_in_bytes < 64 * 24 * 48 * 2 / 2
+
+
+# --- experts choose -------------------------------------------------------------------------------------------------
+
+
+def test_each_expert_takes_its_most_probable_tokens():
+    probabilities = jnp.array([[[0.9, 0.1], [0.6, 0.4], [0.6, 0.4]], [[0.2, 0.8], [0.1, 0.9], [0.3, 0.7]]])
+    token, gate = moe.experts_choose(probabilities, 2)  # 2 groups of 3 tokens
+    np.testing.assert_array_equal(token, [[0, 1, 5, 3], [1, 2, 4, 3]])  # a tie: the first
+    np.testing.assert_allclose(gate, [[0.9, 0.6, 0.3, 0.2], [0.4, 0.4, 0.9, 0.8]])
+
+
+def test_a_token_adds_up_all_experts_that_chose_it():
+    x = jnp.array([[1.0], [2.0], [3.0]])
+    kernels = [jnp.array([[[1.0]], [[10.0]]]), jnp.array([[[1.0]], [[1.0]]])]  # relu(x wi) wo
+    y = moe.apply_experts_to_chosen(x, jnp.array([[0, 2], [0, 0]]), jnp.array([[0.5, 1.0], [0.25, 0.5]]), kernels)
+    np.testing.assert_allclose(y, [[0.5 + 2.5 + 5], [0], [3]])
+
+
+def test_compressed_experts_choose_as_dense_ones_do():
+    rng = np.random.default_rng(0)
+    wi, wo = (rng.choice(3, (4, *shape)).astype(np.uint8) for shape in ((6, 5), (5, 6)))
+    compressed = [
+        CompressedExperts.from_symbols(s, np.sort(rng.normal(size=(*s.shape[:2], 2)), axis=-1)) for s in (wi, wo)
+    ]
+    dense = [k.to_dense().swapaxes(1, 2) for k in compressed]
+    x = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
+    chosen = (jnp.asarray(rng.integers(0, 7, (4, 3)), jnp.int32), jnp.asarray(rng.random((4, 3)), jnp.float32))
+    expected = moe.apply_experts_to_chosen(x, *chosen, dense)
+    np.testing.assert_allclose(moe.apply_experts_to_chosen(x, *chosen, compressed), expected, atol=1e-5)

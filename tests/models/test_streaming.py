@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from numpy_switch import cross_entropy
-from random_models import CONFIGS, SWITCH, padded, random_pairs, random_params
+from random_models import CONFIGS, EXPERTS_CHOOSE, SWITCH, padded, random_pairs, random_params
 
 import qmoe_jax
 from qmoe_jax.checkpoints import CompressedWriter, write_t5x
+from qmoe_jax.data import make_batches
 from qmoe_jax.models import streaming
 
 # (encoder, decoder) tokens of six documents: two batch shapes, and lengths on both sides of their limits.
@@ -50,6 +51,11 @@ def forward(model, params):
     return model.apply({"params": params}, *padded(PAIRS), mutable=["intermediates"])
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def logits_of(model, params, tokens):
+    return model.apply({"params": params}, *tokens)
+
+
 def expected_losses(model, params):
     """Summed cross-entropy per document, from one padded forward pass."""
     return cross_entropy(forward(model, params)[0], padded(PAIRS)[2])
@@ -71,6 +77,33 @@ def test_losses_are_those_of_whole_forward_passes(native, expected, name, settin
     losses = streaming.run(native(name), PAIRS, settings)
     np.testing.assert_allclose(losses.total, expected(name), rtol=1e-5)
     np.testing.assert_array_equal(losses.tokens, [d - 1 for _, d in LENGTHS])
+
+
+def test_where_experts_choose_they_do_within_a_batch(tmp_path):
+    """The losses are those of whole forward passes over the same batches; hooks see who took which token."""
+    path = write_t5x(tmp_path, random_params(EXPERTS_CHOOSE, seed=4))
+    untold = ("top_k", "experts_choose", "router_group_size", "min_expert_capacity")
+    checkpoint = qmoe_jax.open_checkpoint(path, **{field: getattr(EXPERTS_CHOOSE, field) for field in untold})
+    assert checkpoint.config == EXPERTS_CHOOSE
+    model, params = qmoe_jax.SwitchTransformer(EXPERTS_CHOOSE), checkpoint.load()
+    expected = np.zeros(len(PAIRS))
+    for batch in make_batches(PAIRS, 70):
+        real = batch.indices >= 0
+        logits = logits_of(model, params, tuple(batch[1:]))
+        expected[batch.indices[real]] = cross_entropy(logits, batch.decoder_target_tokens)[real]
+    taken = {}
+
+    def hook(group):
+        assert all((g > 0).all() and len(g) == len(rows) for rows, g in zip(group.tokens, group.gates, strict=True))
+        assert all((np.diff(rows) > 0).all() for rows in group.tokens)
+        taken.setdefault(group.layer, []).extend(map(len, group.tokens))
+        return group.kernels
+
+    settings = streaming.Settings(tokens_per_batch=70, experts_per_group=2, tokens_per_expert_call=9)
+    losses = streaming.run(checkpoint, PAIRS, settings, hook=hook)
+    np.testing.assert_allclose(losses.total, expected, rtol=1e-5)
+    tokens = sum(len(e) for e, _ in PAIRS)
+    assert max(taken["encoder/layers_0"]) < tokens and sum(taken["decoder/layers_0"]) == 2 * sum(losses.tokens)
 
 
 def test_compressed_checkpoint_gives_the_loss_of_its_dequantized_weights(tmp_path):

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy_switch import cross_entropy, forward
-from random_models import CONFIGS, SWITCH, padded, random_pairs, random_params
+from random_models import CONFIGS, EXPERTS_CHOOSE, SWITCH, padded, random_pairs, random_params
 
 import qmoe_jax
 from qmoe_jax.quantization import round_to_nearest
@@ -124,6 +124,14 @@ def test_random_model_agrees_with_float64_reference(random_model, tokens, capaci
         if name.startswith("layers")
     ]
     assert np.any([d.any() for d in dropped]) == (capacity_factor is not None)
+
+
+def test_where_experts_choose_it_agrees_with_float64_reference(tokens):
+    model, params = qmoe_jax.SwitchTransformer(EXPERTS_CHOOSE), random_params(EXPERTS_CHOOSE)
+    encoded, expected = forward(params, EXPERTS_CHOOSE, *tokens)
+    logits, found = run(model, params, tokens)
+    np.testing.assert_allclose(found["encoder_output"][0], encoded, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_padding_rows_are_zero(random_model, tokens):
