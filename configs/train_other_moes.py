@@ -26,5 +26,5 @@ def get_config(kind: str = "gated"):
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("train_tiny.py")))["get_config"]()
     config.model.update(d_model=96, d_ff=192, num_heads=6, num_encoder_layers=2, num_decoder_layers=2)
     config.model.update(encoder_sparse_layers=(0, 1), decoder_sparse_layers=(0, 1), **KINDS[kind])
-    config.train.update(steps=1_200, tokens_per_batch=2_560)
+    config.train.update(steps=700, tokens_per_batch=2_560)
     return config

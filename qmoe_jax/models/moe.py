@@ -223,8 +223,8 @@ class MoeMlp(nn.Module):
     def route(self, x: jax.Array) -> Routing:
         """Routing of x [batch, length, d_model], no token dropped: [batch, length, top_k] each.
 
-        Where experts choose, each has a column [batch, length, experts]: expert `num_experts`, gate 0 for tokens that it
-        didn't choose.
+        Where experts choose, each has a column [batch, length, experts]: expert `num_experts`, gate 0 for tokens that
+        it didn't choose.
         """
         if not self.experts_choose:
             return route(jax.nn.softmax(self.router(x)), self.config.top_k)

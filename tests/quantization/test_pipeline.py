@@ -13,7 +13,8 @@ from models import numpy_switch
 from models.random_models import padded
 from tiny_model import NUM_CALIBRATION, NUM_VALIDATION, bfloat16, random_params
 
-from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
+import qmoe_jax
+from qmoe_jax.checkpoints import Checkpoint, open_checkpoint, write_t5x
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
@@ -317,6 +318,30 @@ def test_other_architectures_evaluate_as_reported(config, documents, tmp_path):
     loss = streaming.run(checkpoint, documents.validation.pairs, MEMORY).summary()["loss"]
     assert loss == pytest.approx(report["loss"], abs=1e-6)
     assert report["experts_total"] == 24
+
+
+def test_where_experts_choose_it_evaluates_as_reported_in_the_same_batches(documents, tmp_path):
+    """And the compressed model computes what its dequantized weights do, and writes the same text."""
+    untold = {"top_k": 2, "experts_choose": 1.0}
+    path = tiny_model.write_checkpoint(tmp_path / "model", random_params(GATED), dtype="bfloat16")
+    report = run(open_checkpoint(path, **untold), documents, output=tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert (checkpoint.config.top_k, checkpoint.config.experts_choose) == (2, 1.0)
+    losses = streaming.run(checkpoint, documents.pairs, MEMORY)
+    losses = streaming.DocumentLosses(*(a[NUM_CALIBRATION:] for a in losses))
+    assert losses.summary()["loss"] == pytest.approx(report["loss"], abs=1e-6)
+    assert report["experts_total"] == 24
+    # Of each batch every expert takes as many tokens, some of them padding or special ones.
+    tokens = report["layers"]["encoder/layers_0"]["tokens_per_expert"]
+    assert 0 < min(tokens) and max(tokens) < calibrates("encoder", documents).sum()
+
+    dense = write_t5x(tmp_path / "dense", checkpoint.dense_leaves())
+    encoder, decoder, _ = padded(documents.validation.pairs)
+    models = [qmoe_jax.load(tmp_path / "out"), qmoe_jax.load(dense, **untold)]
+    logits = [qmoe_jax.forward(*loaded, encoder, decoder) for loaded in models]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
+    texts = [qmoe_jax.generate(*loaded, encoder[:2], max_length=5) for loaded in models]
+    np.testing.assert_array_equal(*texts)
 
 
 def test_a_scanned_checkpoint_is_compressed(fixture_path, documents, tmp_path):
