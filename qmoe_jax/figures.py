@@ -201,3 +201,18 @@ def plot_bars(
     fig.tight_layout()
     fig.savefig(path, dpi=130)
     plt.close(fig)
+
+
+def plot_rehearsal(models: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Projected minutes of each stage of a compression, a panel for each model."""
+    fig, axes = plt.subplots(1, len(models), figsize=(1.5 + 3.6 * len(models), 3.4), squeeze=False)
+    for ax, (name, model) in zip(axes.flat, models.items(), strict=True):
+        minutes = {stage: s / 60 for stage, s in model["projected_seconds"].items()}
+        colours = [RED if stage == "total" else BLUE for stage in minutes]
+        ax.barh(list(minutes), list(minutes.values()), color=colours)
+        ax.invert_yaxis()
+        ax.set_xlabel("minutes")
+        ax.set_title(name, loc="left")
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)

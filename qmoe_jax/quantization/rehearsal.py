@@ -290,7 +290,7 @@ def measure(
     found = {}
     if reading_seconds is None:
         say("reading")
-        reading_seconds = read_chunks(config, 1 << 28, scratch)
+        reading_seconds = read_chunks(config, 1 << 27, scratch)
     found["reading"] = reading_seconds
     say("attention")
     lengths = (work.encoder_length, work.decoder_length)

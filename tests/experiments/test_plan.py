@@ -79,3 +79,16 @@ def test_synthetic_checkpoints_refuse_what_they_dont_know(run, tmp_path):  # noq
     assert_fails(run("make_checkpoint", f"--output={tmp_path}", "--set=depth=3"), "depth", "num_experts")
     assert_fails(run("make_checkpoint", f"--output={tmp_path}", "--preset=switch_base_9"), "switch_base_8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rehearsal_of_a_published_size(run, tmp_path):  # noqa: F811
+    options = ("--models=switch_base_8", "--experts=1", "--tokens=16", "--method=rtn", "--nogeneration")
+    result = run("rehearse", f"--output={tmp_path}/out", *options)
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "out" / "rehearsal.json").read_text())
+    model = report["models"]["switch_base_8"]
+    assert model["projected_seconds"]["total"] > 0 and model["plan"]["peak_host_bytes"] > 0
+    assert "the paper, on an A6000" in (tmp_path / "out" / "rehearsal.md").read_text()
+    assert all(line in result.out for line in report["assumptions"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["rehearsal.json", "rehearsal.md", "rehearsal.png"]
+    assert (tmp_path / "out" / "rehearsal.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,107 @@
+"""Compresses a checkpoint through little memory, and has TensorStore's own counters witness what was read.
+
+    python experiments/make_checkpoint.py --output=MODEL --preset=switch_c_2048 --codec=zstd --chunks=256,96,128 \
+      --set=vocab_size=2176 --set=d_model=288 --set=d_ff=512 --set=num_heads=4 --set=num_experts=1024 \
+      --set=num_encoder_layers=2 --set=num_decoder_layers=1 --set=encoder_sparse_layers=0,1 \
+      --set=decoder_sparse_layers=0
+    python experiments/benchmark_streaming.py --checkpoint=MODEL --output=OUT --config.data.num_calibration=300 \
+      --config.data.num_validation=50 --config.memory.weights_bytes=1000000000
+
+OUT gets streaming.json beside the compressed checkpoint. Drop the page cache before, if the disk is to be measured.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
+
+import pathlib
+import time
+
+import tensorstore as ts
+from absl import app, flags
+from ml_collections import config_flags
+
+from qmoe_jax import experiment, reporting
+from qmoe_jax.quantization import planning
+from qmoe_jax.quantization.pipeline import compress
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Native T5X checkpoint.", required=True)
+OUTPUT = flags.DEFINE_string("output", "out/streaming", "Directory for the compressed checkpoint and streaming.json.")
+
+FILES = "/tensorstore/kvstore/file/"
+COUNTERS = ("read", "bytes_read", "write", "bytes_written")
+
+
+def counters() -> dict[str, int]:
+    """What TensorStore's file driver has read and written so far."""
+    metrics = {m["name"]: m for m in ts.experimental_collect_matching_metrics(FILES)}
+    return {n: sum(v["value"] for v in metrics.get(FILES + n, {"values": []})["values"]) for n in COUNTERS}
+
+
+def main(_):
+    experiment.give_freed_memory_back()
+    config = CONFIG.value
+    quantization, memory = experiment.quantization_settings(config), experiment.memory_settings(config)
+    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+    output = experiment.prepare_output(OUTPUT.value, False, CHECKPOINT.value)
+    memory = memory._replace(scratch=memory.scratch or str(output.parent))
+    calibration, validation = (experiment.examples(config, w, vocabulary) for w in ("calibration", "validation"))
+    pairs = [*calibration.pairs, *validation.pairs]
+    plan = experiment.plan(checkpoint, pairs, len(calibration.pairs), quantization, memory, config.codec.name)
+
+    sources = [s for layer in checkpoint.config.sparse_layers for s in checkpoint.sources(layer).values()]
+    step = pathlib.Path(checkpoint.path).parent
+    files = [p for s in sources for p in (step / f"target.{s.name.replace('/', '.')}").iterdir() if p.name[0] != "."]
+    before, started = counters(), time.perf_counter()
+    report = compress(
+        checkpoint,
+        vocabulary,
+        calibration,
+        validation,
+        quantization,
+        memory,
+        codec=config.codec.name,
+        output=str(output),
+    )
+    seconds = time.perf_counter() - started
+    done = {name: n - before[name] for name, n in counters().items()}
+    size = sum(p.stat().st_size for p in files)
+    result = {
+        "model": checkpoint.config.to_dict(),
+        "checkpoint_bytes": sum(p.stat().st_size for p in step.rglob("*") if p.is_file()),
+        "experts_bytes_per_layer": plan["read_bytes"] // plan["layers"],
+        "chunk_files_of_experts": len(files),
+        "chunk_shapes": sorted({s.grid.chunks for s in sources}),
+        "bytes_of_their_files": size,
+        "tensorstore": done,
+        "weights_limit_bytes": memory.weights_bytes,
+        "spilled": plan["spilled"],
+        "planned_peak_bytes": plan["peak_host_bytes"],
+        "measured_peak_bytes": report["peak_rss_bytes"],
+        "plan": plan,
+        "seconds": report["seconds"],
+        "wall_seconds": seconds,
+        "waited_for_reading_seconds": report["seconds"]["reading"],
+        "weights_per_second": report["expert_weights"] / seconds,
+        "bits_per_weight": report["bits_per_weight"],
+        "documents": len(pairs),
+        "environment": experiment.environment(),
+    }
+    reporting.write_json(output / "streaming.json", result)
+    rows = [
+        ("experts' chunk files", f"{len(files)}, {planning.gigabytes(size)}"),
+        ("file reads by TensorStore, everything", f"{done['read']}, {planning.gigabytes(done['bytes_read'])}"),
+        ("bound for experts", planning.gigabytes(plan["weights_limit_bytes"])),
+        ("through scratch files", "yes" if plan["spilled"] else "no"),
+        ("peak memory, planned", planning.gigabytes(plan["peak_host_bytes"])),
+        ("peak memory, measured", planning.gigabytes(report["peak_rss_bytes"])),
+        ("seconds", f"{seconds:.0f}, of them {report['seconds']['reading']:.1f} waiting for the reader"),
+        ("million weights a second", f"{result['weights_per_second'] / 1e6:.1f}"),
+    ]
+    reporting.say(reporting.table(("streaming", ""), rows))
+
+
+if __name__ == "__main__":
+    app.run(experiment.without_traceback(main))
