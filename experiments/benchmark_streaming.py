@@ -7,13 +7,15 @@
     python experiments/benchmark_streaming.py --checkpoint=MODEL --output=OUT --config.data.num_calibration=300 \
       --config.data.num_validation=50 --config.memory.weights_bytes=1000000000
 
-OUT gets streaming.json beside the compressed checkpoint. Drop the page cache before, if the disk is to be measured.
+`--read_only` reads all experts and computes nothing: what the reader alone can do, and with a smaller bound what
+scratch files cost. OUT gets streaming.json beside the compressed checkpoint. Files may come from the page cache.
 """
 
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
+import contextlib
 import pathlib
 import time
 
@@ -30,6 +32,8 @@ CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Native T5X checkpoint.", required=True)
 OUTPUT = flags.DEFINE_string("output", "out/streaming", "Directory for the compressed checkpoint and streaming.json.")
 
+READ_ONLY = flags.DEFINE_bool("read_only", False, "Only read all experts.")
+
 FILES = "/tensorstore/kvstore/file/"
 COUNTERS = ("read", "bytes_read", "write", "bytes_written")
 
@@ -38,6 +42,24 @@ def counters() -> dict[str, int]:
     """What TensorStore's file driver has read and written so far."""
     metrics = {m["name"]: m for m in ts.experimental_collect_matching_metrics(FILES)}
     return {n: sum(v["value"] for v in metrics.get(FILES + n, {"values": []})["values"]) for n in COUNTERS}
+
+
+def read_all(checkpoint, memory) -> dict:
+    """Reads the experts of all layers, group by group."""
+    weights = 0
+    reading = memory._replace(round_weights=True).reading
+    groups = checkpoint.stream(checkpoint.config.sparse_layers, memory.experts_per_group, reading)
+    stages = reporting.Stages()
+    with contextlib.closing(groups), stages("reading"):
+        for *_, kernels in groups:
+            weights += sum(kernel.size for kernel in kernels.values())
+            del kernels
+    return {
+        "peak_rss_bytes": reporting.peak_rss_bytes(),
+        "seconds": stages.report(),
+        "expert_weights": weights,
+        "bits_per_weight": None,
+    }
 
 
 def main(_):
@@ -55,16 +77,19 @@ def main(_):
     step = pathlib.Path(checkpoint.path).parent
     files = [p for s in sources for p in (step / f"target.{s.name.replace('/', '.')}").iterdir() if p.name[0] != "."]
     before, started = counters(), time.perf_counter()
-    report = compress(
-        checkpoint,
-        vocabulary,
-        calibration,
-        validation,
-        quantization,
-        memory,
-        codec=config.codec.name,
-        output=str(output),
-    )
+    if READ_ONLY.value:
+        report = read_all(checkpoint, memory)
+    else:
+        report = compress(
+            checkpoint,
+            vocabulary,
+            calibration,
+            validation,
+            quantization,
+            memory,
+            codec=config.codec.name,
+            output=str(output),
+        )
     seconds = time.perf_counter() - started
     done = {name: n - before[name] for name, n in counters().items()}
     size = sum(p.stat().st_size for p in files)
