@@ -38,7 +38,6 @@ ROWS = {
     "round to nearest, ternary": ("rtn", TERNARY, "dictionary"),
     "QMoE, 2-bit": ("gptq", 2, "gap"),
     SAVED: ("gptq", TERNARY, "dictionary"),
-    "rate-distortion, ternary": ("rd", TERNARY, "gap"),
 }
 
 

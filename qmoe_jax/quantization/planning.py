@@ -111,11 +111,12 @@ def activation_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
 
     The encoder has x and h; the decoder its own two and the encoder's output.
     """
-    d, k = config.d_model, config.top_k
+    d = config.d_model
     # Expert and gate of each choice, tokens in the order of their experts (int64), and one expert's again.
-    routing = k * (4 + 4 + 3 * 8)
-    encoder = work.encoder_tokens * (2 * d * itemsize + routing)
-    decoder = work.encoder_tokens * d * itemsize + work.decoder_tokens * (2 * d * itemsize + routing)
+    routing = 4 + 4 + 3 * 8
+    choices = config.top_k if config.experts_choose is None else config.num_experts
+    encoder = work.encoder_tokens * (2 * d * itemsize + choices * routing)
+    decoder = work.encoder_tokens * d * itemsize + work.decoder_tokens * (2 * d * itemsize + config.top_k * routing)
     documents = 3 * 4 * (work.encoder_tokens + work.decoder_tokens)
     return max(encoder, decoder) + documents
 
