@@ -96,8 +96,8 @@ def main(_):
             f"\n\nA document's summed loss differs by at most {off:.1e} between compressed and dequantized experts."
         )
         reporting.say("\n" + tables[-1])
-    reporting.write_json(output / "other_moes.json", results)
-    (output / "other_moes.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+        reporting.write_json(output / "other_moes.json", results)
+        (output / "other_moes.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     reporting.say(f"\n{output}: other_moes.json, other_moes.md")
 
 
