@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
 import gc
-import math
 import pathlib
 
 import jax
@@ -99,6 +98,10 @@ def rehearse(name: str, experts: int, tokens: int, memory: streaming.Settings) -
     return result
 
 
+def _paper(minutes: float | None) -> str:
+    return "-" if minutes is None else planning.duration(60 * minutes)
+
+
 def main(_):
     experiment.give_freed_memory_back()
     device = jax.local_devices()[0]
@@ -122,9 +125,9 @@ def main(_):
     plot_rehearsal(report["models"], output / "rehearsal.png")
     models = report["models"].values()
     stages = list(next(iter(models))["projected_seconds"])
-    rows = [(s, *(f"{m['projected_seconds'][s] / 60:.1f} min" for m in models)) for s in stages]
+    rows = [(s, *(planning.duration(m["projected_seconds"][s]) for m in models)) for s in stages]
     rows += [
-        ("the paper, on an A6000", *(f"{m['paper_minutes_on_an_a6000'] or math.nan:.1f} min" for m in models)),
+        ("the paper, on an A6000", *(_paper(m["paper_minutes_on_an_a6000"]) for m in models)),
         ("host memory", *(planning.gigabytes(m["plan"]["peak_host_bytes"]) for m in models)),
         ("device memory", *(planning.gigabytes(m["plan"]["peak_device_bytes"]) for m in models)),
         ("bfloat16", *(planning.gigabytes(m["bytes_bfloat16"]) for m in models)),

@@ -143,8 +143,8 @@ class Checkpoint(abc.ABC):
                 return np.asarray(kernel.to_dense()).swapaxes(1, 2)  # [experts, in, out]
             return kernel
 
-        leaves = {n: functools.partial(self.read, n) for n in self.specs if not is_expert_kernel(n)}
+        leaves = {n: functools.partial(self.read, n) for n in self.specs}
         for layer in self.config.sparse_layers:
             for matrix in self.config.expert_matrices:
-                leaves[f"{layer}/mlp/expert/{matrix}/kernel"] = functools.partial(experts, layer, matrix)
+                leaves.setdefault(f"{layer}/mlp/expert/{matrix}/kernel", functools.partial(experts, layer, matrix))
         return leaves

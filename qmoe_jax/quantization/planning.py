@@ -249,6 +249,14 @@ def gigabytes(number: float) -> str:
     return f"{number / 1e9:.3g} GB" if number < 1e12 else f"{number / 1e12:.3g} TB"
 
 
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A plan as lines of a table."""
     work = plan["documents"]
@@ -269,7 +277,7 @@ def rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not plan["device_is_host"]:
         found += [(f"device: {part}", gigabytes(n)) for part, n in plan["device_bytes"].items()]
         found.append(("device: peak", gigabytes(plan["peak_device_bytes"])))
-    found += [(f"expected: {stage}", f"{s / 60:.1f} min") for stage, s in plan.get("expected_seconds", {}).items()]
+    found += [(f"expected: {stage}", duration(s)) for stage, s in plan.get("expected_seconds", {}).items()]
     return found
 
 
