@@ -102,8 +102,9 @@ def forward(
         "decoder_target_tokens": decoder_target_tokens,
     }
     tokens = {n: as_tokens(n, t, model.config.vocab_size) for n, t in given.items() if t is not None}
-    encoder, inputs, *targets = tokens.values()
-    if len(encoder) != len(inputs) or any(t.shape != inputs.shape for t in targets):
+    encoder, inputs = tokens["encoder_input_tokens"], tokens["decoder_input_tokens"]
+    targets = tokens.get("decoder_target_tokens")
+    if len(encoder) != len(inputs) or (targets is not None and targets.shape != inputs.shape):
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in tokens.items())
         raise ValueError(f"{shapes}: expected one batch size, and targets as long as the decoder's inputs.")
-    return _forward(model, params, encoder, inputs, *(targets or [None]), capacity_factor)
+    return _forward(model, params, encoder, inputs, targets, capacity_factor)

@@ -115,7 +115,8 @@ INK = "#010203"  # Stands for the text's colour until the figure is drawn.
 
 def _svg(title: str, draw: Callable[[Any, Mapping[str, Any]], None], layers: Mapping[str, Any]) -> str:
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(names, INK) | {
+    style: dict[Any, Any] = {
+        **dict.fromkeys(names, INK),
         "svg.fonttype": "none",  # Text stays text.
         "svg.hashsalt": title,  # Names inside one page don't clash, and are the same every time.
         "font.size": 11,

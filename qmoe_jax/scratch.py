@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 
 import numpy as np
+from jax.typing import DTypeLike
 
 PREFIX = "qmoe-scratch-"
 _LOCK = "lock"
@@ -69,7 +70,7 @@ class MappedArray:
       OSError: there isn't room for it, or the folder can't be written to.
     """
 
-    def __init__(self, parent: str | os.PathLike, shape: tuple[int, ...], dtype):
+    def __init__(self, parent: str | os.PathLike, shape: tuple[int, ...], dtype: DTypeLike):
         size = math.prod(shape) * np.dtype(dtype).itemsize
         pathlib.Path(parent).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import jax
 
@@ -11,7 +12,7 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, cuda, pallas, triton, xla
 
 # Best first.
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[[jax.Array, CompressedExperts, jax.Array], jax.Array]] = {
     "cpu": cpu.compressed_ragged_dot,
     "cuda": cuda.compressed_ragged_dot,
     "triton": triton.compressed_ragged_dot,
@@ -56,7 +57,7 @@ def compressed_ragged_dot(
 
 
 def _best(lhs, rhs, group_sizes):
-    branches = {"default": xla.compressed_ragged_dot}
+    branches: dict[str, Callable[..., jax.Array]] = {"default": xla.compressed_ragged_dot}
     if reason := cpu.why_not(rhs):
         _say_once(f"On CPU compressed_ragged_dot runs as plain XLA, many times slower than in C++: {reason}.")
     else:

@@ -17,10 +17,12 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_gap, pallas, pallas_gap
@@ -75,7 +77,7 @@ def multiply(
     )
 
 
-def heuristic(tokens: int, shape: tuple[int, int, int], dtype) -> Config:
+def heuristic(tokens: int, shape: tuple[int, int, int], dtype: DTypeLike) -> Config:
     """Block sizes as of `gpu_gap.heuristic`, for blocks of threads that share what they gather from: untuned."""
     experts, out, width = shape
     rows = max(1, min(tokens, experts)) * out * -(-width // gpu_gap.SEGMENT)  # of a segment each
@@ -85,12 +87,19 @@ def heuristic(tokens: int, shape: tuple[int, int, int], dtype) -> Config:
     return Config(rows=block, warps=block // 32, tokens=min(tokens, MAX_TOKENS), dense_tokens=own.dense_tokens)
 
 
-def multiply_few(call, lhs, blocks, rhs, items, config):
+def multiply_few(
+    call: Callable[..., jax.Array],
+    lhs: jax.Array,
+    blocks: jax.Array | None,
+    rhs: CompressedExperts,
+    items: jax.Array,
+    config: Config,
+) -> jax.Array:
     """As in `gpu.multiply`; `blocks` go unused, as a block of threads collects its tokens itself."""
     del blocks
     segments = -(-rhs.shape[2] // gpu_gap.SEGMENT)
-    parts = jax.ShapeDtypeStruct((segments, lhs.shape[0], rhs.shape[1]), jnp.float32)
-    parts = call(parts, lhs, *gpu_gap.arrays(rhs), items, threads=config.rows, block=config.tokens)
+    out = jax.ShapeDtypeStruct((segments, lhs.shape[0], rhs.shape[1]), jnp.float32)
+    parts = call(out, lhs, *gpu_gap.arrays(rhs), items, threads=config.rows, block=config.tokens)
     return jnp.sum(parts, axis=0).astype(lhs.dtype)
 
 
@@ -122,7 +131,7 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def compile_with(nvcc: str, *arguments) -> str:
+def compile_with(nvcc: str, *arguments: str | os.PathLike) -> str:
     """Runs nvcc on the source: what it prints. Raises RuntimeError where it fails."""
     command = [nvcc, *map(str, arguments), f"-I{jax.ffi.include_dir()}", str(SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -135,7 +144,7 @@ def compile_with(nvcc: str, *arguments) -> str:
 def _load() -> str | None:
     """Registers the library with XLA: None, or the reason why not."""
     try:
-        library = ctypes.CDLL(build())
+        library = ctypes.CDLL(str(build()))
         # With the backend there, a library that does not fit it raises here and not when JAX starts.
         jax.devices()
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.QmoeGapCuda), platform="CUDA")

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from qmoe_jax.codecs.experts import CompressedExperts
 
@@ -65,7 +66,7 @@ class Config:
     dense_weights: int = 1 << 27
 
 
-def dense_tokens(tokens: int, shape: tuple[int, int, int], dtype) -> int:
+def dense_tokens(tokens: int, shape: tuple[int, int, int], dtype: DTypeLike) -> int:
     """`Config.dense_tokens` for [tokens, in] and experts of `shape` (experts, out, in)."""
     # float32 takes three products; with more than 64 tokens registers spill.
     return min(256 // jnp.dtype(dtype).itemsize, max(16, _power_of_two(tokens // max(1, shape[0]))))

@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.codecs.experts import CompressedExperts
@@ -38,7 +39,7 @@ def arrays(rhs: CompressedExperts) -> tuple[jax.Array, ...]:
     return rhs.data["codewords"], rhs.data["row_offsets"], rhs.levels, jnp.asarray(table())
 
 
-def heuristic(tokens: int, shape: tuple[int, int, int], dtype) -> Config:
+def heuristic(tokens: int, shape: tuple[int, int, int], dtype: DTypeLike) -> Config:
     """Block sizes for [tokens, in] and experts of `shape` (experts, out, in): untuned, reasoned for an H200."""
     experts, out, _ = shape
     # Latency is hidden by about 1000 lanes a multiprocessor; beyond that, few codewords a row waste the least.

@@ -29,6 +29,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.experts import CompressedExperts
@@ -62,7 +63,7 @@ def arrays(rhs: CompressedExperts) -> tuple[jax.Array, ...]:
     )
 
 
-def heuristic(tokens: int, shape: tuple[int, int, int], dtype) -> Config:
+def heuristic(tokens: int, shape: tuple[int, int, int], dtype: DTypeLike) -> Config:
     """Block sizes for [tokens, in] and experts of `shape` (experts, out, in): untuned.
 
     A program is a warp, so that no warp waits for another at the end of a step.

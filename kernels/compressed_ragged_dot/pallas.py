@@ -62,10 +62,10 @@ def multiply(
 
 def launch(kernel, *inputs, out, **options):
     """A kernel's result, like `out` in shape and dtype; `options` as of `pl.pallas_call`."""
-    inputs = gpu.vary_together(inputs)
-    varying = jax.typeof(inputs[0]).manual_axis_type
+    together = gpu.vary_together(inputs)
+    varying = jax.typeof(together[0]).manual_axis_type
     out_shape = jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=varying)
-    return pl.pallas_call(kernel, out_shape=out_shape, **options)(*inputs)
+    return pl.pallas_call(kernel, out_shape=out_shape, **options)(*together)
 
 
 # --- The dense product, for all codecs -------------------------------------------------------------------

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import ArrayLike
 
 LEVELS = (2,)
 ENTRIES = 65_536
@@ -218,7 +219,7 @@ def static_bound(data: Mapping[str, np.ndarray]) -> int:
 
 
 def decode_expert(
-    data: Mapping[str, jax.Array], shape: tuple[int, int, int], num_levels: int, bound: int, expert
+    data: Mapping[str, jax.Array], shape: tuple[int, int, int], num_levels: int, bound: int, expert: ArrayLike
 ) -> jax.Array:
     """Decodes one expert, inside `jit`: trits uint8 [out, in]. `expert` may be traced.
 
@@ -253,12 +254,12 @@ def decode_expert(
 # --- What is stored -------------------------------------------------------------------------------
 
 
-def pack(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+def pack(data: Mapping[str, jax.Array], levels: ArrayLike, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """What a checkpoint stores: `data` and levels bfloat16 [experts, out, 2], as they are."""
     return {"levels": np.asarray(levels), **{name: np.asarray(array) for name, array in data.items()}}
 
 
-def stored_nbytes(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> int:
+def stored_nbytes(data: Mapping[str, jax.Array], levels: jax.Array, shape: tuple[int, int, int]) -> int:
     """Bytes of all that `pack` returns."""
     return sum(a.size * a.dtype.itemsize for a in (*data.values(), levels))
 

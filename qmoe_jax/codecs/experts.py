@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from qmoe_jax import codecs
 
@@ -35,7 +36,7 @@ class CompressedExperts:
     bound: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def from_symbols(cls, symbols, levels, codec: str = "gap") -> CompressedExperts:
+    def from_symbols(cls, symbols: np.ndarray | jax.Array, levels: ArrayLike, codec: str = "gap") -> CompressedExperts:
         """Compresses a matrix of all experts. Not for use inside `jit`, as sizes depend on the values.
 
         Args:
@@ -65,7 +66,7 @@ class CompressedExperts:
         """What a checkpoint stores, levels included: the inverse of `from_stored`."""
         return codecs.get(self.codec).pack(self.data, self.levels, self.shape)
 
-    def expert(self, index) -> jax.Array:
+    def expert(self, index: ArrayLike) -> jax.Array:
         """One expert's weights, float32 [out, in]; the index may be traced."""
         return _expert(self, index)
 
@@ -100,8 +101,8 @@ class CompressedExperts:
         """
         # What isn't stored follows from what is.
         rebuilt = CompressedExperts.from_stored(self.stored(), self.codec, self.shape)
-        for name, found in self.data.items():
-            found, expected = np.asarray(found), np.asarray(rebuilt.data[name])
+        for name in self.data:
+            found, expected = np.asarray(self.data[name]), np.asarray(rebuilt.data[name])
             if (found.dtype, found.shape) != (expected.dtype, expected.shape):
                 raise ValueError(
                     f"{name}: {found.dtype} {list(found.shape)}, expected {expected.dtype} {list(expected.shape)}."

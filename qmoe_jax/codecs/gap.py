@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import ArrayLike
 
 PARAMETERS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64)
 BLOCK_ROWS = 32
@@ -208,7 +209,8 @@ def _best_parameter(chunks: list[np.ndarray], num_levels: int) -> tuple[int, int
         counts = np.bincount(gap)
         histogram[: counts.size] += counts
         rests.append(rest)
-        symbol_bits += position.size * (num_levels - 1) - (np.count_nonzero(chunk == 2) if num_levels == 3 else 0)
+        symbol_bits += position.size * (num_levels - 1)
+        symbol_bits -= int(np.count_nonzero(chunk == 2)) if num_levels == 3 else 0
     rest = np.concatenate(rests)
     gap = np.flatnonzero(histogram)
     count = histogram[gap]
@@ -246,7 +248,7 @@ def static_bound(data: Mapping[str, np.ndarray]) -> int:
 
 
 def decode_expert(
-    data: Mapping[str, jax.Array], shape: tuple[int, int, int], num_levels: int, bound: int, expert
+    data: Mapping[str, jax.Array], shape: tuple[int, int, int], num_levels: int, bound: int, expert: ArrayLike
 ) -> jax.Array:
     """Decodes one expert, inside `jit`: symbols uint8 [out, in]. `expert` may be traced.
 
@@ -334,7 +336,7 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
 # --- What is stored -------------------------------------------------------------------------------------------------
 
 
-def pack(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+def pack(data: Mapping[str, jax.Array], levels: ArrayLike, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """What a checkpoint stores, of `data` and levels bfloat16 [experts, out, 2 or 3]."""
     level_words, level_formats = _pack_levels(np.asarray(levels))
     return {
@@ -345,7 +347,7 @@ def pack(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> 
     }
 
 
-def stored_nbytes(data: Mapping[str, jax.Array], levels, shape: tuple[int, int, int]) -> int:
+def stored_nbytes(data: Mapping[str, jax.Array], levels: jax.Array, shape: tuple[int, int, int]) -> int:
     """Bytes of all that `pack` returns."""
     experts, out, _ = shape
     as_they_are = sum(data[name].size * data[name].dtype.itemsize for name in ("words", "word_counts", "parameters"))

@@ -87,7 +87,8 @@ def load_examples(
         )
     rng = np.random.RandomState(seed)
     end = [EOS] if append_eos else []
-    pairs, num_read, num_too_long, num_too_short = [], 0, 0, 0
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    num_read = num_too_long = num_too_short = 0
 
     documents = read_documents(paths)
     rest: list[int] = []  # of a window

@@ -45,8 +45,8 @@ def find_files(paths: Paths) -> list[pathlib.Path]:
         paths = [paths] if os.path.exists(paths) else [p.strip() for p in paths.split(",") if p.strip()]
     elif isinstance(paths, os.PathLike):
         paths = [paths]
-    files = []
-    for path in map(os.fspath, paths):
+    files: list[pathlib.Path] = []
+    for path in [os.fspath(p) for p in paths]:
         found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not found:
             raise DataError(f"{path}: no such text file, and no file matches it as a pattern.")

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sentencepiece
 
@@ -76,7 +77,7 @@ class Vocabulary:
             raise DataError(f"Sentinel {k} was asked for, but {self.path} is used with {self.num_sentinels}.")
         return self.size - 1 - k
 
-    def is_sentinel(self, ids):
+    def is_sentinel(self, ids: Any) -> Any:
         """Whether ids (a number, or an array of any shape) are sentinels. Same shape, bool."""
         return ids >= self.size - self.num_sentinels
 

@@ -52,7 +52,7 @@ def check_mesh(mesh: Mesh, experts: int) -> None:
 
 def part_of_mesh(mesh: Mesh, experts: int) -> Mesh:
     """As many devices of the mesh as divide a group of experts."""
-    return expert_mesh(math.gcd(mesh.shape[AXIS], experts), mesh.devices.reshape(-1))
+    return expert_mesh(math.gcd(mesh.shape[AXIS], experts), mesh.devices.reshape(-1).tolist())
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ class ShardedExperts:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(experts, out, in), of all devices together."""
-        each, *matrix = self.parts.shape
-        return (self.parts.levels.shape[0] * each, *matrix)
+        each, rows, columns = self.parts.shape
+        return self.parts.levels.shape[0] * each, rows, columns
 
     def of_this_device(self) -> CompressedExperts:
         """Inside `shard_map`: this device's part."""

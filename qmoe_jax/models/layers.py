@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qmoe_jax.config import ModelConfig
 
 MASKED = -1e10  # Finite: a query whose keys are all masked attends uniformly, as in T5X.
 
 
-def fan_in_normal(fan_in: int):
+def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
     """Normal initialiser with variance 1 / fan_in."""
     return nn.initializers.normal(fan_in**-0.5)
 
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         return self.attend(x, *self.keys_and_values(inputs), bias)
 
 
-def mask_bias(mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def mask_bias(mask: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Additive bias of a boolean attention mask [batch, queries, keys]: [batch, 1, queries, keys]."""
     return jnp.where(mask, 0.0, MASKED).astype(dtype)[:, None]
 

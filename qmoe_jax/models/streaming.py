@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
 
 from qmoe_jax import reporting, scratch
 from qmoe_jax.checkpoints.base import Checkpoint
@@ -53,7 +54,7 @@ class ListBuffer:
     In memory, or in a file below `folder`.
     """
 
-    def __init__(self, lengths: Sequence[int], width: int, dtype, folder: str | None = None):
+    def __init__(self, lengths: Sequence[int], width: int, dtype: DTypeLike, folder: str | None = None):
         self.lengths = np.asarray(lengths)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         # One more row, always zero: padding is read from there.
@@ -72,7 +73,7 @@ class ListBuffer:
     def get(self, positions: np.ndarray) -> np.ndarray:
         return self._rows[positions]
 
-    def put(self, positions: np.ndarray, values) -> None:
+    def put(self, positions: np.ndarray, values: ArrayLike) -> None:
         real = positions < len(self.data)
         self._rows[positions[real]] = np.asarray(values)[real]
 
@@ -109,7 +110,7 @@ class Documents:
         self._folder = folder
         self._buffers: weakref.WeakSet[ListBuffer] = weakref.WeakSet()
 
-    def buffer(self, stack: str, width: int, dtype) -> ListBuffer:
+    def buffer(self, stack: str, width: int, dtype: DTypeLike) -> ListBuffer:
         buffer = ListBuffer(np.where(self.own, self.lengths[stack], 0), width, dtype, self._folder)
         self._buffers.add(buffer)
         return buffer

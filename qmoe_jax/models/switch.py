@@ -9,21 +9,22 @@ layer by layer with the same code; see `qmoe_jax.models.streaming`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from qmoe_jax.config import ModelConfig
 from qmoe_jax.models.expert_parallel import shard_batch
 from qmoe_jax.models.layers import Attention, DenseMlp, Kernel, RelativePositionBias, RMSNorm, mask_bias
-from qmoe_jax.models.moe import MoeMlp
+from qmoe_jax.models.moe import MoeMlp, Routing
 
 
-def as_tokens(name: str, tokens, vocab_size: int) -> jax.Array:
+def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
     """Token ids as int32 [batch, length].
 
     Raises ValueError for other shapes, other kinds of numbers and, outside `jit`, ids that the embedding doesn't have:
@@ -46,7 +47,7 @@ class DecoderMasks(NamedTuple):
     cross_bias: jax.Array  # [batch, 1, length, encoder length]
 
 
-def encoder_masks(tokens: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+def encoder_masks(tokens: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Token mask [batch, length, 1] and additive attention bias [batch, 1, length, length] of encoder tokens."""
     real = tokens > 0
     return real[..., None].astype(dtype), mask_bias(real[:, :, None] & real[:, None, :], dtype)
@@ -58,7 +59,9 @@ def decoder_token_mask(inputs: jax.Array) -> jax.Array:
     return (inputs > 0) | follows | (jnp.arange(inputs.shape[1]) == 0)
 
 
-def decoder_masks(encoder_tokens, inputs, targets, dtype) -> DecoderMasks:
+def decoder_masks(
+    encoder_tokens: jax.Array, inputs: jax.Array, targets: jax.Array | None, dtype: DTypeLike
+) -> DecoderMasks:
     """T5X's decoder masks from encoder tokens, decoder inputs and decoder targets, each [batch, length].
 
     Attention looks at targets > 0. Without targets every position whose input is real counts as real.
@@ -84,21 +87,26 @@ class Layer(nn.Module):
     def _norm(self) -> RMSNorm:
         return RMSNorm(self.config.d_model, self.dtype)
 
-    def setup_mlp(self):
+    def setup_mlp(self) -> None:
         c = self.config
         self.pre_mlp_layer_norm = self._norm()
+        mlp: Any  # One of the two, which are called with other arguments.
         if self.sparse:
             prioritized = c.batch_prioritized if c.batch_prioritized is not None else c.top_k > 1
             experts_choose = c.experts_choose is not None and not self.decoder  # They would see the future.
-            self.mlp = MoeMlp(c, self.dtype, prioritized and not self.decoder, experts_choose, self.mesh)
+            mlp = MoeMlp(c, self.dtype, prioritized and not self.decoder, experts_choose, self.mesh)
         else:
-            self.mlp = DenseMlp(c, dtype=self.dtype)
+            mlp = DenseMlp(c, dtype=self.dtype)
+        self.mlp = mlp
         if c.relpos_per_layer:
             self.relpos_bias = RelativePositionBias(c, not self.decoder, self.dtype)
 
     def position_bias(self, queries: jax.Array, keys: jax.Array, shared: jax.Array | None) -> jax.Array:
         """This layer's bias [heads, queries, keys]: the stack's shared one, or its own."""
-        return self.relpos_bias(queries, keys) if self.config.relpos_per_layer else shared
+        if self.config.relpos_per_layer:
+            return self.relpos_bias(queries, keys)
+        assert shared is not None
+        return shared
 
     def mlp_input(self, x: jax.Array, token_mask: jax.Array) -> jax.Array:
         """The normed, masked input of the MLP."""
@@ -109,7 +117,7 @@ class Layer(nn.Module):
         h = self.mlp_input(x, token_mask)
         return x + (self.mlp(h, capacity_factor) if self.sparse else self.mlp(h))
 
-    def route(self, h: jax.Array):
+    def route(self, h: jax.Array) -> Routing:
         """Routing of normed MLP inputs h [batch, length, d_model] of a sparse layer, no token dropped."""
         return self.mlp.route(h)
 
@@ -120,7 +128,9 @@ class EncoderLayer(Layer):
         self.attention = Attention(self.config, self.dtype)
         self.setup_mlp()
 
-    def attend(self, x, token_mask, attention_bias, shared_bias) -> jax.Array:
+    def attend(
+        self, x: jax.Array, token_mask: jax.Array, attention_bias: jax.Array, shared_bias: jax.Array | None
+    ) -> jax.Array:
         """x + attention(norm(x)) for x [batch, length, d_model]."""
         positions = jnp.arange(x.shape[1])
         h = self.pre_attention_layer_norm(x) * token_mask
@@ -148,7 +158,7 @@ class DecoderLayer(Layer):
         self.encoder_decoder_attention = Attention(self.config, self.dtype)
         self.setup_mlp()
 
-    def attend(self, x, encoded, masks: DecoderMasks, shared_bias) -> jax.Array:
+    def attend(self, x: jax.Array, encoded: jax.Array, masks: DecoderMasks, shared_bias: jax.Array | None) -> jax.Array:
         """x + self-attention, then + cross-attention to `encoded` [batch, encoder length, d_model]."""
         positions = jnp.arange(x.shape[1])
         h = self.pre_self_attention_layer_norm(x) * masks.token
@@ -167,7 +177,9 @@ class DecoderLayer(Layer):
         empty = jnp.zeros(shape, self.dtype)
         return LayerCache(empty, empty, *self.encoder_decoder_attention.keys_and_values(encoded))
 
-    def step(self, x, index, cache: LayerCache, cross_bias, shared_bias) -> tuple[jax.Array, LayerCache]:
+    def step(
+        self, x: jax.Array, index: jax.Array, cache: LayerCache, cross_bias: jax.Array, shared_bias: jax.Array | None
+    ) -> tuple[jax.Array, LayerCache]:
         """One position: x [batch, 1, d_model] at position `index` (traced)."""
         h = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_and_values(h)
@@ -273,7 +285,9 @@ class Decoder(nn.Module):
     def init_cache(self, encoded: jax.Array, length: int) -> list[LayerCache]:
         return [layer.init_cache(encoded, length) for layer in self.layers]
 
-    def step(self, x, index, caches, cross_bias):
+    def step(
+        self, x: jax.Array, index: jax.Array, caches: list[LayerCache], cross_bias: jax.Array
+    ) -> tuple[jax.Array, list[LayerCache]]:
         shared = None
         if not self.config.relpos_per_layer:
             shared = self.relpos_bias(index[None], jnp.arange(caches[0].keys.shape[1]))
@@ -327,11 +341,13 @@ class SwitchTransformer(nn.Module):
         masks = decoder_masks(encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, self.dtype)
         return self.logits(self.decoder(self.embed(decoder_input_tokens), encoded, masks, capacity_factor))
 
-    def init_cache(self, encoder_input_tokens: jax.Array, length: int):
+    def init_cache(self, encoder_input_tokens: jax.Array, length: int) -> list[LayerCache]:
         """Caches for `step`, from encoder tokens [batch, length] and the number of decoder positions."""
         return self.decoder.init_cache(self.encode(encoder_input_tokens), length)
 
-    def step(self, tokens, index, caches, encoder_input_tokens):
+    def step(
+        self, tokens: jax.Array, index: jax.Array, caches: list[LayerCache], encoder_input_tokens: jax.Array
+    ) -> tuple[jax.Array, list[LayerCache]]:
         """Logits [batch, vocabulary] after the decoder input `tokens` [batch] at position `index`; the new caches."""
         cross_bias = mask_bias((encoder_input_tokens > 0)[:, None, :], self.dtype)
         y, caches = self.decoder.step(self.embed(tokens[:, None]), index, caches, cross_bias)

@@ -42,15 +42,14 @@ def _match(W, H, R, *, damping, block_size):
 
 def _solve(factored: Factored, B: jax.Array) -> jax.Array:
     """H^-1 B, B [padded columns, rows]; H = UU' by panels, and L are the transposed inverses of U's diagonal blocks."""
-    B = jnp.split(B, len(factored.L))
-    # UZ = B, from the last panel to the first.
-    Z = [None] * len(B)
-    for k in reversed(range(len(B))):
-        Z[k] = matmul(factored.L[k].T, B[k])
+    Z = jnp.split(B, len(factored.L))
+    # UZ = B, from the last panel to the first; panels of B become those of Z.
+    for k in reversed(range(len(Z))):
+        Z[k] = matmul(factored.L[k].T, Z[k])
         for i, U in enumerate(jnp.split(factored.U[k].T, k) if k else []):  # U[i, k], [panel, panel]
-            B[i] = B[i] - matmul(U, Z[k])
+            Z[i] = Z[i] - matmul(U, Z[k])
     # U'X = Z, from the first to the last.
     X = Z[0][:0]
-    for k in range(len(B)):
+    for k in range(len(Z)):
         X = jnp.concatenate([X, matmul(factored.L[k], Z[k] - matmul(factored.U[k], X))])
     return X

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from qmoe_jax.quantization import grids
 from qmoe_jax.quantization.grids import Grid
@@ -160,7 +162,7 @@ class Factored(NamedTuple):
         return W[:, jnp.argsort(self.order)] if self.reordered else W
 
 
-def factor(H: jax.Array, damping, block: int, *, unit: int, activation_order: bool) -> Factored:
+def factor(H: jax.Array, damping: ArrayLike, block: int, *, unit: int, activation_order: bool) -> Factored:
     """Damps and factors one Hessian [columns, columns]; panels are whole multiples of `unit`, and so of `block`."""
     columns = len(H)
     small = _small(block)
@@ -179,7 +181,11 @@ def factor(H: jax.Array, damping, block: int, *, unit: int, activation_order: bo
     return Factored(U, L, H, order.astype(jnp.int32), activation_order, fallback)
 
 
-def sweep(Wt: jax.Array, factored: Factored, quantize) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+# Of W [columns, rows] and their part of L [columns, columns]: errors [columns, rows], and (Q, symbols, ...) like it.
+Quantize = Callable[[jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
+
+
+def sweep(Wt: jax.Array, factored: Factored, quantize: Quantize) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The column loop, panel by panel.
 
     Args:
@@ -191,7 +197,7 @@ def sweep(Wt: jax.Array, factored: Factored, quantize) -> tuple[jax.Array, tuple
     Returns:
       Sum of squared errors of each row, [rows], and what `quantize` returned, of all columns.
     """
-    loss, D, panels = 0.0, Wt[:0], []  # D: (W - Q)' of all finished panels, [finished columns, rows]
+    loss, D, panels = jnp.zeros(Wt.shape[1]), Wt[:0], []  # D: (W - Q)' of all finished panels, [finished columns, rows]
     for W_panel, U_panel, L_panel in zip(jnp.split(Wt, len(factored.L)), factored.U, factored.L, strict=True):
         errors, outputs = quantize(W_panel + matmul(L_panel, matmul(U_panel, D)), L_panel)
         # (W - Q) U is errors', hence tr (W - Q) H (W - Q)' is the sum of squared errors.
@@ -201,7 +207,7 @@ def sweep(Wt: jax.Array, factored: Factored, quantize) -> tuple[jax.Array, tuple
     return loss, tuple(map(jnp.concatenate, zip(*panels, strict=True)))
 
 
-def in_blocks(quantize_column, block: int):
+def in_blocks(quantize_column: Quantize, block: int) -> Quantize:
     """`quantize` for a panel from one for a column: w [1, rows], l [1, 1] -> error, (q, symbols)."""
     quantize = quantize_column
     for size in sorted({1, _small(_small(block), 8), _small(block), block}):
@@ -357,7 +363,7 @@ def _round_to_nearest(W, bits, group_size) -> Quantized:
     )
 
 
-def check_matrices(W, H, block_size, damping) -> None:
+def check_matrices(W: jax.Array, H: jax.Array, block_size: int, damping: ArrayLike) -> None:
     """Raises ValueError unless these are what `gptq` takes."""
     _check_weights(W)
     experts, _, columns = W.shape

@@ -14,7 +14,7 @@ It depends on whole layers only, never on how experts are grouped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class RateControl:
             for matrix in self.left:
                 left = self.left[matrix] + more * self.total / len(self.left)
                 curves = self.curves[matrix]
-                total += left * (np.mean([c(log) for c in curves]) if curves else self.target_bits)
+                total += left * (float(np.mean([c(log) for c in curves])) if curves else self.target_bits)
             return total
 
         low, high = -110.0, 110.0
@@ -117,7 +117,7 @@ class RateControl:
 class Curve:
     """Bits per weight against log2 of the Lagrangian, falling; through the points that are known."""
 
-    def __init__(self, logs: list[float] = (), bits: list[float] = ()):
+    def __init__(self, logs: Sequence[float] = (), bits: Sequence[float] = ()):
         self.logs, self.bits = list(logs), list(bits)
 
     def add(self, log: float, bits: float) -> None:

@@ -137,7 +137,9 @@ def _expert(W, H, lagrangian, *, damping, refits, level_bits, block_size, activa
 
 
 @functools.partial(jax.jit, static_argnames="level_bits")
-def refit_levels(W, H, quantized: Quantized, *, damping: float = 0.1, level_bits: int = 7) -> Quantized:
+def refit_levels(
+    W: jax.Array, H: jax.Array, quantized: Quantized, *, damping: float = 0.1, level_bits: int = 7
+) -> Quantized:
     """Levels of ternary matrices anew, for the symbols they have: least (W - Q) H (W - Q)' of each row.
 
     Args:
