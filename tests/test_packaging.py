@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -59,28 +60,56 @@ def test_nothing_of_the_checkout_is_importable_by_its_folders_name(tmp_path):
     assert str(ROOT) not in finished.stdout
 
 
-def test_a_wheel_holds_the_package_and_nothing_beside_it(tmp_path):
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """(sdist, wheel), the latter made from the former, as an index would have them; without the C++ part."""
     if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
         pytest.skip("building a wheel without a network needs pip and setuptools")
+    directory = tmp_path_factory.mktemp("distributions")
     # A copy, as setuptools builds inside the tree.
-    source = tmp_path / "source"
+    source = directory / "source"
     source.mkdir()
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("qmoe_jax", "kernels", "experiments", "configs", "tests"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("qmoe_jax", "kernels", "experiments", "configs", "tests", "results"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored, symlinks=True)
+    (source / "qmoe_jax" / "kernels").unlink(missing_ok=True)  # Where someone linked it for an editor.
     no_compiler = os.environ | {"CC": "false", "CXX": "false"}  # The C++ part is optional, and slow to build.
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    command += ["-w", tmp_path / "wheel", source]
-    finished = subprocess.run(command, capture_output=True, text=True, env=no_compiler)
-    assert finished.returncode == 0, finished.stderr
-    (wheel,) = (tmp_path / "wheel").iterdir()
+
+    def run(*command, cwd=None):
+        command = [sys.executable, *command]
+        finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=no_compiler)
+        assert finished.returncode == 0, finished.stderr
+
+    run("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(directory)!r})", cwd=source)
+    (sdist,) = directory.glob("*.tar.gz")
+    pip = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q")
+    run(*pip, "-w", directory, sdist)
+    (wheel,) = directory.glob("*.whl")
+    return sdist, wheel
+
+
+def test_an_sdist_holds_what_a_build_needs_and_the_licence(distributions):
+    sdist, _ = distributions
+    with tarfile.open(sdist) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    expected = {str(f.relative_to(ROOT)) for files in package_files().values() for f in files}
+    expected |= {str(f.relative_to(ROOT)) for f in (ROOT / "kernels/compressed_ragged_dot/csrc").iterdir()}
+    expected |= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg", "setup.py", "qmoe_jax/py.typed"}
+    assert expected <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {"kernels", "qmoe_jax", "qmoe_jax.egg-info"}
+
+
+def test_a_wheel_holds_the_package_and_nothing_beside_it(distributions):
+    _, wheel = distributions
     names = zipfile.ZipFile(wheel).namelist()
     dist_info = f"qmoe_jax-{qmoe_jax.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"qmoe_jax", dist_info}
     code = [name for name in names if not name.startswith(dist_info)]
     expected = {"/".join([*package.split("."), f.name]) for package, files in package_files().items() for f in files}
-    assert set(code) >= expected
+    assert set(code) >= expected | {"qmoe_jax/py.typed"}
     assert "qmoe_jax/kernels/__init__.py" in code
     assert any(name.endswith("LICENSE") for name in names)
 
