@@ -150,13 +150,22 @@ def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
 # --- Plans ------------------------------------------------------------------------------------------------------------
 
 
-def streamed_pairs(config, quantization: QuantizationSettings, vocabulary: Vocabulary) -> tuple[list, int]:
+def streamed_pairs(
+    config: config_dict.ConfigDict, quantization: QuantizationSettings, vocabulary: Vocabulary
+) -> tuple[list, int]:
     """All documents that stream through a compression, and how many of them, the first, calibrate."""
     calibration = examples(config, "calibration", vocabulary).pairs if quantization.calibrated else []
     return [*calibration, *examples(config, "validation", vocabulary).pairs], len(calibration)
 
 
-def plan(checkpoint: Checkpoint, pairs, num_calibration: int, quantization, memory, codec: str | None) -> dict:
+def plan(
+    checkpoint: Checkpoint,
+    pairs: list,
+    num_calibration: int,
+    quantization: QuantizationSettings,
+    memory: streaming.Settings,
+    codec: str | None,
+) -> dict:
     """See `planning.plan`."""
     if isinstance(checkpoint, NativeCheckpoint):
         grids = {m: s.grid for m, s in checkpoint.sources(checkpoint.config.sparse_layers[0]).items()}
@@ -166,7 +175,12 @@ def plan(checkpoint: Checkpoint, pairs, num_calibration: int, quantization, memo
 
 
 def expected_seconds(
-    checkpoint: Checkpoint, pairs, num_calibration: int, quantization, memory, codec: str | None
+    checkpoint: Checkpoint,
+    pairs: list,
+    num_calibration: int,
+    quantization: QuantizationSettings,
+    memory: streaming.Settings,
+    codec: str | None,
 ) -> dict[str, float]:
     """Seconds of each stage, from a few experts of the first sparse layer; see `rehearsal`."""
     model, work = checkpoint.config, planning.workload(pairs, num_calibration)
@@ -187,7 +201,9 @@ def expected_seconds(
     return rehearsal.project(model, work, quantization, measured)
 
 
-def plan_of_preset(config: config_dict.ConfigDict, quantization, memory, codec: str | None) -> dict:
+def plan_of_preset(
+    config: config_dict.ConfigDict, quantization: QuantizationSettings, memory: streaming.Settings, codec: str | None
+) -> dict:
     """The same for a published model, from nothing but its name; every document as long as may be."""
     model, data = preset(config.model.preset), config.data
     calibration = data.num_calibration if quantization.calibrated else 0

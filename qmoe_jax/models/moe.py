@@ -162,10 +162,13 @@ def experts_choose(probabilities: jax.Array, capacity: int) -> tuple[jax.Array, 
     groups, size, experts = probabilities.shape
     gate, token = jax.lax.top_k(probabilities.swapaxes(1, 2), capacity)  # [groups, experts, capacity]
     token = token + size * jnp.arange(groups)[:, None, None]
-    return tuple(t.swapaxes(0, 1).reshape(experts, -1) for t in (token.astype(jnp.int32), gate))
+    flat = lambda t: t.swapaxes(0, 1).reshape(experts, -1)
+    return flat(token.astype(jnp.int32)), flat(gate)
 
 
-def apply_experts_to_chosen(x: jax.Array, token: jax.Array, gate: jax.Array, kernels: list, mesh: Mesh | None = None):
+def apply_experts_to_chosen(
+    x: jax.Array, token: jax.Array, gate: jax.Array, kernels: list, mesh: Mesh | None = None
+) -> jax.Array:
     """Sum of gate * expert(token) over the experts that chose a token: [tokens, d_model].
 
     Args:
@@ -237,12 +240,13 @@ class MoeMlp(nn.Module):
 
     def _pad(self, x: jax.Array) -> jax.Array:
         """Padding tokens are zero vectors that compete like any other."""
-        batch, length = padded_shape(*x.shape[:2], self.config.num_experts)
+        batch, length = padded_shape(x.shape[0], x.shape[1], self.config.num_experts)
         return jnp.pad(x, ((0, batch - x.shape[0]), (0, length - x.shape[1]), (0, 0)))
 
     def _choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """x [batch, length, d_model] with padding, the router's logits, and `experts_choose` in T5X's groups."""
         c, padded = self.config, self._pad(x)
+        assert c.experts_choose is not None
         logits = self.router(padded)
         tokens = logits.shape[0] * logits.shape[1]
         groups = num_groups(tokens, c.router_group_size, c.num_experts)
