@@ -7,6 +7,9 @@
 DIR is a native T5X checkpoint (step directory or its parent, local or gs://). OUT gets the compressed checkpoint,
 report.json, report.html, report.png and TensorBoard events. Every field of the config can be set, e.g.
 --config.quantization.method=rtn.
+
+A run that was interrupted (killed, out of space, the host lost) goes on after the last layer that it committed when the
+same command is given again, and gives the same bytes. OUT/progress/ is there as long as it isn't through.
 """
 
 import os
@@ -26,12 +29,13 @@ from qmoe_jax.html_report import html_report
 from qmoe_jax.models import streaming
 from qmoe_jax.quantization import planning
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress, why_not_stored
+from qmoe_jax.quantization.progress import is_unfinished, remove_progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output, finished or not.")
 
 PLAN = flags.DEFINE_bool(
     "plan", False, "Only tell bytes, memory and (with a checkpoint) time. Without --checkpoint: of config.model.preset."
@@ -71,7 +75,8 @@ def main(_):
 
     # --- Input -------------------------------------------------------------------------------------------------------
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value, CHECKPOINT.value)
+    unfinished = save and is_unfinished(OUTPUT.value)
+    output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value or unfinished, CHECKPOINT.value)
     memory = memory._replace(scratch=memory.scratch or str(output.parent))
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
@@ -108,6 +113,9 @@ def main(_):
         codec=config.codec.name,
         output=str(output) if save else None,
         provenance=checkpoint.provenance,
+        num_shards=config.codec.num_shards,
+        resume=not OVERWRITE.value,
+        keep_progress=True,  # until the reports are written, too
     )
 
     report["plan"] = plan | {"measured_peak_host_bytes": report["peak_rss_bytes"]}
@@ -132,6 +140,8 @@ def main(_):
     reporting.write_text(output / "report.html", html_report(report))
     plot_compression(report, output / "report.png")
     write_compression(report, output / "tensorboard")
+    if save:
+        remove_progress(output)
     reporting.say("\n" + reporting.table(reporting.COMPRESSION_HEADER, reporting.comparison_rows(report)) + "\n")
     reporting.say(
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "

@@ -30,6 +30,9 @@ DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Cast all uncompressed parameters (t5x, huggingface); default: as they are."
 )
 SHARD_MB = flags.DEFINE_float("shard_mb", 2048, "About how large files of several tensors are (10^6 bytes).")
+NUM_SHARDS = flags.DEFINE_integer(
+    "num_shards", None, "Of each layer's experts (compressed): devices or hosts that read one each. Default: by size."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what would be read and written.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
 
@@ -99,7 +102,7 @@ def main(_):
     codecs.get(CODEC.value)
     checkpoint = open_checkpoint(CHECKPOINT.value)
     output = pathlib.Path(OUTPUT.value)
-    options = conversion.Options(DTYPE.value, CODEC.value, int(SHARD_MB.value * 1e6))
+    options = conversion.Options(DTYPE.value, CODEC.value, int(SHARD_MB.value * 1e6), NUM_SHARDS.value)
     identity = conversion.fingerprint(checkpoint, FORMAT.value, options)
     progress = conversion.read_progress(output)
     continued = progress is not None and progress["identity"] == identity

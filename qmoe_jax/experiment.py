@@ -71,7 +71,10 @@ def default_config() -> config_dict.ConfigDict:
             dtype="float32",  # of activations
         ),
         quantization=quantization,
-        codec=dict(name="gap"),
+        codec=dict(
+            name="gap",
+            num_shards=config_dict.placeholder(int),  # of each layer's experts, for as many readers; None: by size
+        ),
         save=config_dict.placeholder(bool),  # None: if the codec holds them (2-bit experts: gap)
         compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
         mesh=dict(experts=1),  # devices that a layer's experts are spread over, in evaluation and generation

@@ -17,6 +17,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 FIXTURES = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=24, help="how many runs the test of killed runs kills")
+
+
 @pytest.fixture(scope="session")
 def fixture_path(tmp_path_factory):
     """fixture_path(name) -> path of a fixture; `name.tar.gz` is unpacked once per session.

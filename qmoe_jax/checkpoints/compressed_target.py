@@ -51,7 +51,7 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     @contextlib.contextmanager
     def writing():
         settings = (checkpoint.config, checkpoint.quantization, options.codec, checkpoint.provenance)
-        with CompressedWriter(output, *settings) as writer:
+        with CompressedWriter(output, *settings, num_shards=options.num_shards) as writer:
             writers.append(writer)
             yield
 

@@ -38,11 +38,13 @@ class Options:
       dtype: 'float32' or 'bfloat16', to which all uncompressed parameters are cast; None: as they are.
       codec: of compressed experts, where the layout leaves a choice.
       shard_bytes: files with several tensors are about this large, and so is what is in memory.
+      num_shards: of each layer's compressed experts; None: as many as `default_shards` says.
     """
 
     dtype: str | None = None
     codec: str = "gap"
     shard_bytes: int = 2 * 1024**3
+    num_shards: int | None = None
 
     def __post_init__(self):
         if self.dtype not in (None, "float32", "bfloat16"):

@@ -223,6 +223,25 @@ class DocumentLosses(NamedTuple):
 Hook = Callable[[ExpertGroup], dict[str, Any]]
 
 
+class Position(NamedTuple):
+    """Between two layers: where a pass goes on, with what `commit` was told there.
+
+    Attributes:
+      stack: 'encoder' or 'decoder'.
+      layers: how many layers of the stack are done.
+      fill: fill(name, array) reads the array of that name.
+    """
+
+    stack: str
+    layers: int
+    fill: Callable[[str, np.ndarray], None]
+
+
+# commit(stack, layers, arrays): so many layers of the stack are done. 'x' [tokens, d_model] are the activations after
+# them and, in the decoder, 'encoded' the encoder's output.
+Commit = Callable[[str, int, dict[str, np.ndarray]], None]
+
+
 def run(
     checkpoint: Checkpoint,
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -233,6 +252,8 @@ def run(
     processes: Processes | None = None,
     stages: reporting.Stages | None = None,
     what: str = "evaluating",
+    position: Position | None = None,
+    commit: Commit | None = None,
 ) -> DocumentLosses:
     """Losses of corrupted documents, one layer in memory at a time.
 
@@ -245,10 +266,13 @@ def run(
       processes: of the run; None: `jax.distributed`'s. Each calls this with the same arguments, and gets all losses.
       stages: where seconds are counted.
       what: the progress bar's label.
+      position: where to go on; None: at the beginning.
+      commit: called after each sparse layer.
 
     Raises:
       CheckpointError: something could not be read, or is NaN or Inf.
-      ValueError: settings below one; no documents, an empty one, or ids that the embedding doesn't have.
+      ValueError: settings below one; no documents, an empty one, or ids that the embedding doesn't have; activations
+        become NaN or Inf (names layer and document).
     """
     config = checkpoint.config
     for name in ("tokens_per_batch", "tokens_per_expert_call", "experts_per_group"):
@@ -260,15 +284,23 @@ def run(
     documents = Documents(pairs, settings.tokens_per_batch, settings.activations, processes)
     own = processes.share(config.num_experts)
     units = sum(_units(config, settings, len(documents.batches), len(own)).values())
+    layers = [layer for layer in config.sparse_layers if not _is_done(layer, position)]
     with (
-        contextlib.closing(
-            checkpoint.stream(config.sparse_layers, settings.experts_per_group, settings.reading, own)
-        ) as experts,
+        contextlib.closing(checkpoint.stream(layers, settings.experts_per_group, settings.reading, own)) as experts,
         reporting.progress(units, what, "step") as bar,
     ):
         forward = _Pass(checkpoint, experts, config, documents, settings, hook, sample, processes, stages, bar)
+        forward.position, forward.commit = position, commit
         encoded = forward.encoder()
         return forward.losses(forward.decoder(encoded))
+
+
+def _is_done(layer: str, position: Position | None) -> bool:
+    """Whether a layer, such as 'encoder/layers_1', lies before a position."""
+    stack, _, number = layer.partition("/layers_")
+    if position is None or stack != position.stack:
+        return position is not None and stack == "encoder"
+    return int(number) < position.layers
 
 
 def _check_documents(pairs: Sequence[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> None:
@@ -304,6 +336,8 @@ class _Pass:
         self.checkpoint, self.stream, self.config, self.documents = checkpoint, experts, config, documents
         self.settings, self.hook, self.sample, self.processes = settings, hook, sample, processes
         self.stages, self.bar = stages, bar
+        self.position: Position | None = None
+        self.commit: Commit | None = None
         self.embedder = self.params("token_embedder/")
 
     def step(self, steps: int = 1) -> None:
@@ -342,8 +376,21 @@ class _Pass:
 
     # --- layers ------------------------------------------------------------------------------------------------------
 
+    def begin(self, stack: str) -> ListBuffer:
+        """What goes into the first layer of the stack that isn't done."""
+        if self.position is None or self.position.stack != stack:
+            return self.embed(stack)
+        x = self.documents.buffer(stack, self.config.d_model, self.settings.dtype)
+        self.position.fill("x", x.data)
+        return x
+
     def encoder(self) -> ListBuffer:
-        x = self.embed("encoder")
+        if self.position is not None and self.position.stack == "decoder":
+            encoded = self.documents.buffer("encoder", self.config.d_model, self.settings.dtype)
+            self.position.fill("encoded", encoded.data)
+            self.skip("encoder", self.config.num_encoder_layers)
+            return encoded
+        x = self.begin("encoder")
         relpos = self.params("encoder/relpos_bias/")
 
         def attend(layer, params, batch):
@@ -353,7 +400,7 @@ class _Pass:
             x_batch, tokens = place_batch((x.get(positions), tokens), self.settings.mesh)
             return positions, _encoder_layer(layer, params, x_batch, tokens, bias)
 
-        self.layers("encoder", EncoderLayer, x, attend)
+        self.layers("encoder", EncoderLayer, x, attend, {})
         norm = self.params("encoder/encoder_norm/")
         for batch in self.documents.batches:
             positions = x.positions(batch.indices, batch.encoder_input_tokens.shape[1])
@@ -362,7 +409,7 @@ class _Pass:
         return x
 
     def decoder(self, encoded: ListBuffer) -> ListBuffer:
-        x = self.embed("decoder")
+        x = self.begin("decoder")
         relpos = self.params("decoder/relpos_bias/")
 
         def attend(layer, params, batch):
@@ -372,13 +419,21 @@ class _Pass:
             x_batch, memory, tokens = place_batch((x.get(positions), memory, tuple(batch[1:])), self.settings.mesh)
             return positions, _decoder_layer(layer, params, x_batch, memory, tokens, bias)
 
-        self.layers("decoder", DecoderLayer, x, attend)
+        self.layers("decoder", DecoderLayer, x, attend, {"encoded": encoded.data})
         return x
 
-    def layers(self, stack: str, kind, x: ListBuffer, attend) -> None:
+    def skip(self, stack: str, layers: int) -> None:
+        """Steps of the progress bar that an earlier run has done."""
+        c, groups = self.config, -(-self.config.num_experts // self.settings.experts_per_group)
+        sparse = [i for i in (c.encoder_sparse_layers if stack == "encoder" else c.decoder_sparse_layers) if i < layers]
+        self.bar.update(layers * len(self.documents.batches) + len(sparse) * groups)
+
+    def layers(self, stack: str, kind, x: ListBuffer, attend, others: dict[str, np.ndarray]) -> None:
         c, dtype = self.config, self.settings.dtype
         sparse_layers = c.encoder_sparse_layers if stack == "encoder" else c.decoder_sparse_layers
-        for i in range(c.num_encoder_layers if stack == "encoder" else c.num_decoder_layers):
+        first = self.position.layers if self.position is not None and self.position.stack == stack else 0
+        self.skip(stack, first)
+        for i in range(first, c.num_encoder_layers if stack == "encoder" else c.num_decoder_layers):
             sparse = i in sparse_layers
             layer = kind(c, sparse, stack == "decoder", dtype)
             params = replicate(self.params(f"{stack}/layers_{i}/"), self.settings.mesh)
@@ -391,19 +446,38 @@ class _Pass:
                 with self.stages("attention"):
                     positions, (new_x, new_h, routing) = attend(layer, params, batch)
                     x.put(positions, new_x)
+                    self.check(f"{stack}/layers_{i}", x, positions, np.asarray(new_x))
                     if sparse:
                         h.put(positions, new_h)
                         expert.put(positions, routing.expert)
                         gate.put(positions, routing.gate)
                 self.step()
             if sparse:
-                self.experts(f"{stack}/layers_{i}", stack, x.data, h.data, expert.data, gate.data)
+                self.experts(f"{stack}/layers_{i}", stack, x, h.data, expert.data, gate.data)
+                if self.commit is not None:
+                    with self.stages("committing"):
+                        self.commit(stack, i + 1, {"x": x.data, **others})
 
-    def experts(self, layer: str, stack: str, x, h, expert, gate) -> None:
+    def check(self, layer: str, x: ListBuffer, positions: np.ndarray, values: np.ndarray) -> None:
+        """Raises ValueError for activations that aren't finite; values [..., d_model] of rows `positions` of x."""
+        if np.isfinite(values.sum(dtype=np.float64)):
+            return
+        bad = np.unique(positions[~np.isfinite(values).all(-1)])
+        bad = bad[bad < len(x.data)]
+        if len(bad):
+            document = int(np.searchsorted(x.offsets, bad[0], side="right")) - 1
+            raise ValueError(
+                f"{layer}: activations of document {document}, token {bad[0] - x.offsets[document]}, are NaN or Inf "
+                f"({len(bad)} tokens here). Nothing is computed from them: take float32 for activations, or look at "
+                "the document and the checkpoint."
+            )
+
+    def experts(self, layer: str, stack: str, buffer: ListBuffer, h, expert, gate) -> None:
         """x += sum of a token's gate * expert(h), group by group. x, h [tokens, d_model]; expert, gate [tokens, top_k].
 
         Two choices are added to each other before they are to x: in whichever order they come, the sum is the same.
         """
+        x = buffer.data
         sums = None if expert.shape[1] == 1 else self.documents.buffer(stack, x.shape[1], x.dtype)
         y = x if sums is None else sums.data
         if self.processes.count == 1:
@@ -414,6 +488,10 @@ class _Pass:
             self.experts_of_processes(layer, stack, y, h, expert, gate)
         if y is not x:
             x += y
+        with self.stages("experts"):
+            for rows in _chunks(np.arange(len(x)), 1 << 16):
+                self.check(layer, buffer, rows, x[rows[0] : rows[-1] + 1])
+                buffer.release()
 
     def group(self, layer, stack, start, stop, kernels, y, h, inputs, routed, in_all) -> None:
         """y += gate * expert(h) for the tokens of experts start:stop.

@@ -35,6 +35,7 @@ from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.hessian import accumulate
 from qmoe_jax.quantization.output_error import OutputError, output_error
+from qmoe_jax.quantization.progress import Progress, fingerprint
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
 
@@ -201,6 +202,16 @@ class LayerAccount(NamedTuple):
     stored_bytes: int | None
     output_error: OutputError
 
+    def to_json(self) -> dict[str, Any]:
+        fields = self._asdict() | {"output_error": [a.tolist() for a in self.output_error]}
+        return {k: list(v.items()) if isinstance(v, dict) else v for k, v in fields.items()}  # JSON's keys are strings.
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> LayerAccount:
+        error = OutputError(*(np.array(a, np.float64) for a in fields["output_error"]))
+        by_expert = {name: dict(fields[name]) for name in ("tokens", "fallback")}
+        return cls(**fields | by_expert | {"output_error": error})
+
 
 def entropy(symbols: np.ndarray) -> float:
     """Empirical entropy of symbols 0..3 in bits."""
@@ -281,6 +292,17 @@ class Quantizer:
         else:
             quantized = self._gptq(kernels, group.inputs, tokens, sharding)
         return quantized if count > 1 else jax.tree.map(lambda a: a[:1], quantized)
+
+    def state(self) -> dict[str, Any]:
+        """What it has to know, between two layers, to go on: JSON values."""
+        control = None if self.control is None else self.control.state()
+        return {"accounts": {layer: a.to_json() for layer, a in self.accounts.items()}, "control": control}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned."""
+        self.accounts = {layer: LayerAccount.from_json(a) for layer, a in state["accounts"].items()}
+        if self.control is not None:
+            self.control.restore(state["control"])
 
     def _output_error(self, group, quantized) -> OutputError:
         measured = [self.validation[group.stack][t] for t in group.tokens]
@@ -576,9 +598,15 @@ def compress(
     codec: str | None = "gap",
     output: str | None = None,
     provenance: dict[str, Any] | None = None,
+    num_shards: int | None = None,
+    resume: bool = True,
+    keep_progress: bool = False,
     what: str = "compressing",
 ) -> dict[str, Any]:
     """Quantizes all experts and measures the loss of the result on the validation documents.
+
+    With `output`, each sparse layer is committed when it is done (see `progress`). If the run ends before it is
+    through, however it ends, the same call goes on after the last one, and gives the same bytes.
 
     Args:
       checkpoint: the model; its weights are rounded to bfloat16 first, as the paper's are.
@@ -590,6 +618,9 @@ def compress(
       codec: how experts are stored; None, or one that doesn't hold them: sizes aren't measured.
       output: directory of the compressed checkpoint; None: nothing is written.
       provenance: kept in the manifest.
+      num_shards: of each layer in the compressed checkpoint; None: by size.
+      resume: go on from what an interrupted run has committed in `output`; otherwise that is removed.
+      keep_progress: leave what was committed in `output`, for the caller to `remove_progress` once all is written.
       what: the progress bar's label.
 
     Returns:
@@ -597,8 +628,10 @@ def compress(
 
     Raises:
       ValueError: experts are to be stored that the codec doesn't hold; no calibration for 'gptq'; experts are
-        compressed already.
-      CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind.
+        compressed already; activations become NaN or Inf.
+      OtherRunError: the interrupted run in `output` had other data or settings, or another checkpoint.
+      CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind, only what was
+        committed.
     """
     config = checkpoint.config
     if codec is not None and (problem := why_not_stored(quantization, codec)):
@@ -621,11 +654,11 @@ def compress(
     masks = _calibration_masks(pairs, num_calibration, vocabulary, quantization.mask_special_tokens)
     measured = _validation_masks(pairs, num_calibration)
 
-    def run(writer):
-        control = None
-        if quantization.target_bits is not None:
-            control = RateControl(quantization.target_bits, _weights_by_matrix(checkpoint.specs))
-        own = processes.share(config.num_experts)
+    control = None
+    if quantization.target_bits is not None:
+        control = RateControl(quantization.target_bits, _weights_by_matrix(checkpoint.specs))
+
+    def run(writer=None, progress=None):
         hook = Quantizer(
             quantization,
             masks,
@@ -635,11 +668,29 @@ def compress(
             writer,
             stages,
             control,
-            own=own,
+            own=processes.share(config.num_experts),
             processes=processes,
         )
+
+        def commit(stack, layers, arrays):
+            state = {"stack": stack, "layers": layers, "kept": writer.layers, "quantizer": hook.state()}
+            progress.commit(state, arrays)
+
+        position = None
+        if progress is not None and (committed := progress.committed):
+            hook.restore(committed["quantizer"])
+            position = streaming.Position(committed["stack"], committed["layers"], progress.fill)
         losses = streaming.run(
-            checkpoint, pairs, memory, hook=hook, sample=hook.sample, processes=processes, stages=stages, what=what
+            checkpoint,
+            pairs,
+            memory,
+            hook=hook,
+            sample=hook.sample,
+            processes=processes,
+            stages=stages,
+            what=what,
+            position=position,
+            commit=None if progress is None else commit,
         )
         missing = set(config.sparse_layers) - set(hook.accounts)
         if missing:
@@ -650,10 +701,40 @@ def compress(
         return hook.accounts, losses
 
     if output is None:
-        accounts, losses = run(None)
+        accounts, losses = run()
     else:
-        with CompressedWriter(output, config, dataclasses.asdict(quantization), codec, provenance or {}) as writer:
-            accounts, losses = run(writer)
+        settings = {
+            "quantization": dataclasses.asdict(quantization),
+            "codec": codec,
+            "num_shards": num_shards,
+            "model.dtype": str(jnp.dtype(memory.dtype)),
+            "memory.tokens_per_batch": memory.tokens_per_batch,
+            "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
+        }
+        identity = fingerprint(checkpoint, pairs[:num_calibration], validation.pairs, settings)
+        progress = Progress(output, identity, resume)
+        kept = progress.committed["kept"] if progress.committed else None
+        if kept:
+            reporting.say(f"{output}: going on after {len(kept)} of {len(config.sparse_layers)} sparse layers")
+        manifest = (config, dataclasses.asdict(quantization), codec, provenance or {}, num_shards)
+        try:
+            with CompressedWriter(output, *manifest, layers=kept) as writer:
+                try:
+                    accounts, losses = run(writer, progress)
+                except BaseException:
+                    writer.keep(progress.stored()["kept"] if progress.stored() else {})
+                    raise
+        except BaseException:
+            if stored := progress.stored():
+                reporting.say(
+                    f"{output}: {len(stored['kept'])} of {len(config.sparse_layers)} sparse layers are committed; run "
+                    "the same command to go on after them"
+                )
+            else:
+                progress.remove()
+            raise
+        if not keep_progress:
+            progress.remove()
     validation_losses = streaming.DocumentLosses(*(a[num_calibration:] for a in losses))
     dense_weights = sum(math.prod(s.shape) for n, s in checkpoint.specs.items() if not is_expert_kernel(n))
     return {

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -51,13 +52,13 @@ def experts():
     return random_layers()
 
 
-def writer(directory, codec="dictionary"):
-    return CompressedWriter(directory, CONFIG, {"bits": 1.5}, codec, {"checkpoint": "somewhere"})
+def writer(directory, codec="dictionary", num_shards=None):
+    return CompressedWriter(directory, CONFIG, {"bits": 1.5}, codec, {"checkpoint": "somewhere"}, num_shards)
 
 
-def write(directory, experts):
+def write(directory, experts, num_shards=None):
     (codec,) = {e.codec for matrices in experts.values() for _, _, e in matrices.values()}
-    with writer(directory, codec) as w:
+    with writer(directory, codec, num_shards) as w:
         for layer, matrices in experts.items():
             w.write_layer(layer, {m: e for m, (_, _, e) in matrices.items()})
         w.finish(DENSE)
@@ -141,7 +142,7 @@ def test_what_is_read_is_what_was_written(codec, num_levels, tmp_path):
 
 
 def test_a_layer_is_read_without_the_others(copy, experts):
-    shutil.rmtree(copy / "layers" / "encoder.layers_1" / "wi.codewords")
+    shutil.rmtree(copy / "layers" / "encoder.layers_1" / "0-of-1" / "wi.codewords")
     checkpoint = open_checkpoint(copy)
     for layer in ("encoder/layers_0", "decoder/layers_1"):
         assert len(list(checkpoint.experts(layer))) == 1
@@ -158,13 +159,14 @@ def test_the_public_loader_opens_it_and_the_model_runs(copy):
 
 def test_the_manifest_accounts_for_bytes_and_hashes(copy, experts):
     manifest = json.loads((copy / "manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("qmoe_jax", 1)
+    assert (manifest["format"], manifest["format_version"]) == ("qmoe_jax", 2)
     assert set(manifest["layers"]) == set(LAYERS)
     for layer, part in manifest["layers"].items():
         assert part["bytes"] == sum(e.nbytes for _, _, e in experts[layer].values())
-        files = [p for p in (copy / part["directory"]).rglob("*") if p.is_file()]
-        assert part["bytes_on_disk"] == sum(p.stat().st_size for p in files)
-        assert len(part["sha256"]) == 64
+        (shard,) = part["shards"]
+        files = [p for p in (copy / shard["directory"]).rglob("*") if p.is_file()]
+        assert shard["bytes_on_disk"] == sum(p.stat().st_size for p in files)
+        assert len(shard["sha256"]) == 64
     assert manifest["dense"]["bytes"] == 2 * sum(v.size for v in DENSE.values())
     assert manifest["quantization"] == {"bits": 1.5} and manifest["codec"] == {"name": "dictionary"}
 
@@ -192,6 +194,77 @@ def test_writing_again_replaces_what_was_there(copy, experts):
     assert (copy / "notes.txt").read_text() == "mine"
 
 
+# --- Shards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["dictionary", "gap"])
+@pytest.mark.parametrize("num_shards", [3, 8])
+def test_shards_hold_consecutive_experts_and_are_read_alone(num_shards, codec, tmp_path):
+    experts = random_layers(codec)
+    write(tmp_path / "whole", experts)
+    write(tmp_path / "out", experts, num_shards)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.expert_sizes == open_checkpoint(tmp_path / "whole").expert_sizes
+    bounds = [0, 2, 5, 8] if num_shards == 3 else list(range(9))
+    for layer, matrices in experts.items():
+        names = [f"{i}-of-{num_shards}" for i in range(num_shards)]
+        assert sorted(p.name for p in (tmp_path / "out/layers" / layer.replace("/", ".")).iterdir()) == names
+        groups = [(start, stop) for start, stop, _ in checkpoint.experts(layer, 4)]
+        assert groups == list(itertools.pairwise(bounds))
+        for start, stop in [(0, 8), (3, 4), (1, 7)]:  # as for any number of readers
+            found = checkpoint.read_experts(layer, start, stop)
+            for matrix, (symbols, levels, _) in matrices.items():
+                np.testing.assert_array_equal(found[matrix].symbols(), symbols[start:stop])
+                np.testing.assert_array_equal(np.asarray(found[matrix].levels), levels[start:stop])
+    # The others aren't touched.
+    shutil.rmtree(tmp_path / "out/layers/encoder.layers_0" / f"0-of-{num_shards}" / "wo.levels", ignore_errors=True)
+    shutil.rmtree(tmp_path / "out/layers/encoder.layers_0" / f"0-of-{num_shards}" / "wo.parameters", ignore_errors=True)
+    checkpoint.read_experts("encoder/layers_0", 3, 8)
+    wanted = [(layer, a, b) for layer, a, b, _ in checkpoint.stream(LAYERS[:1], 4, experts=range(3, 5))]
+    assert wanted and all(a >= 2 for _, a, _ in wanted)
+    assert_refused(tmp_path / "out", f"encoder.layers_0/0-of-{num_shards}", "changed")
+
+
+@pytest.mark.parametrize("num_shards", [0, 9])
+def test_more_shards_than_experts_are_refused(num_shards, tmp_path, experts):
+    with pytest.raises(ValueError, match=f"num_shards: found {num_shards}, expected 1 to 8"):
+        write(tmp_path / "out", experts, num_shards)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_are_of_useful_size_by_default():
+    assert compressed.default_shards(8, 10**6) == 1
+    assert compressed.default_shards(128, 128 * 2 * 768 * 3072) == 1
+    assert compressed.default_shards(2048, 2048 * 2 * 2080 * 6144) == 32
+    assert compressed.default_shards(2, 10**12) == 2
+
+
+def test_the_same_contents_are_the_same_files(experts, original, tmp_path):
+    write(tmp_path / "somewhere" / "else", experts)
+    files = [p.relative_to(original) for p in sorted(original.rglob("*")) if p.is_file()]
+    for file in files:
+        assert (tmp_path / "somewhere" / "else" / file).read_bytes() == (original / file).read_bytes(), file
+
+
+def test_version_1_is_read(copy, experts):
+    def to_version_1(manifest):
+        manifest["format_version"] = 1
+        for layer in manifest["layers"].values():
+            (shard,) = layer.pop("shards")
+            layer.update({k: shard[k] for k in ("directory", "sha256", "bytes_on_disk")})
+
+    edit_manifest(copy, to_version_1)
+    checkpoint = open_checkpoint(copy)
+    ((_, _, found),) = checkpoint.experts(LAYERS[0])
+    for matrix, (symbols, _, _) in experts[LAYERS[0]].items():
+        np.testing.assert_array_equal(found[matrix].symbols(), symbols)
+
+
+def test_shards_that_lack_experts(copy):
+    edit_manifest(copy, lambda m: m["layers"][LAYERS[0]]["shards"][0].update(stop=7))
+    assert_refused(copy, "manifest", "don't hold each expert once")
+
+
 # --- Refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,14 +276,14 @@ def test_no_manifest(copy):
 @pytest.mark.parametrize(
     ("edit", "found"),
     [
-        ({"format_version": 2}, "version 2"),
+        ({"format_version": 3}, "version 3"),
         ({"format_version": None}, "version None"),
         ({"format": "safetensors"}, "'safetensors'"),
     ],
 )
 def test_foreign_format_or_version(copy, edit, found):
     edit_manifest(copy, lambda m: m.update(edit))
-    assert_refused(copy, "manifest.json", found, "'qmoe_jax', 1")
+    assert_refused(copy, "manifest.json", found, "'qmoe_jax', 1 to 2")
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
@@ -281,7 +354,7 @@ def test_a_changed_byte_anywhere_in_the_manifest(copy):
 
 @pytest.mark.parametrize("change", ["removed", "added", "renamed"])
 def test_files_that_come_or_go(copy, change):
-    part = copy / "layers" / "decoder.layers_1"
+    part = copy / "layers" / "decoder.layers_1" / "0-of-1"
     chunk = part / "wo.codewords" / "0"
     if change == "added":
         shutil.copy(chunk, chunk.with_name("1"))
@@ -294,14 +367,14 @@ def test_files_that_come_or_go(copy, change):
 
 def resave(copy, layer, change):
     """Replaces a layer's arrays by changed ones, with hashes that fit."""
-    part = copy / "layers" / layer.replace("/", ".")
+    part = copy / "layers" / layer.replace("/", ".") / "0-of-1"
     with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
         restored = checkpointer.restore(part)
         tree = jax.tree.map(np.array, restored)
         shutil.rmtree(part)
         change(tree)
         checkpointer.save(part, tree)
-    edit_manifest(copy, lambda m: m["layers"][layer].update(sha256=compressed.sha256(part)))
+    edit_manifest(copy, lambda m: m["layers"][layer]["shards"][0].update(sha256=compressed.sha256(part)))
 
 
 def negative_level(tree):
@@ -459,7 +532,9 @@ def test_a_full_disk_at_a_part(part, small_disk, experts):
         trits = np.random.default_rng(0).integers(0, 3, (8, 1024, 1024)).astype(np.uint8)
         matrices["wi"] = CompressedExperts.from_symbols(trits, np.sort(random((8, 1024, 2))), codec="dictionary")
     out = small_disk / "out"
-    with pytest.raises(CheckpointError, match=r"out/(dense|layers/encoder\.layers_0): cannot be written: .*No space"):
+    with pytest.raises(
+        CheckpointError, match=r"out/(dense|layers/encoder\.layers_0/0-of-1): cannot be written: .*No space"
+    ):
         with writer(out) as w:
             w.write_layer(LAYERS[0], matrices)
             for layer in LAYERS[1:]:

@@ -389,18 +389,6 @@ def test_groups_of_experts_are_a_matter_of_memory_only(experts_per_group, tiny, 
     assert_same_bytes(compressed[1], tmp_path / "out")
 
 
-def test_rate_distortion_writes_the_same_bytes_for_any_groups_and_devices(tiny, documents, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "TRIAL_WEIGHTS", 1)
-    settings = QuantizationSettings(method="rd", target_bits=1.0)
-    checkpoint = open_checkpoint(tiny.checkpoint)
-    several = run(checkpoint, documents, settings, memory=MEMORY._replace(experts_per_group=8), output=tmp_path / "a")
-    first = jax.local_devices()[:1]
-    monkeypatch.setattr(jax, "local_devices", lambda: first)
-    one = run(checkpoint, documents, settings, memory=MEMORY._replace(experts_per_group=5), output=tmp_path / "b")
-    assert_same_bytes(tmp_path / "a", tmp_path / "b")
-    assert one["loss"] == several["loss"]
-
-
 # --- Methods and settings --------------------------------------------------------------------------------------------
 
 

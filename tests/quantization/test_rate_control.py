@@ -76,7 +76,7 @@ def test_all_matrices_together_have_the_target_rate_at_about_one_lagrangian(targ
     bits, lagrangians, trials = quantize_all(target, stored)
     assert abs(bits / target - 1) < 0.015
     later = lagrangians[6:]
-    assert later.max() / later.min() < 4
+    assert np.quantile(later, 0.9) / np.quantile(later, 0.1) < 4
     assert np.mean(trials) < 3
 
 

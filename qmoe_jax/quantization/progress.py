@@ -1,0 +1,268 @@
+"""What a compression has committed, so that the same command goes on after a kill, a full disk or a lost host.
+
+    OUT/progress/progress.json   fingerprint of the run and, once a layer is committed, where it is: cursor, state of
+                                 rate control, accounts, the layers' part of the manifest, which files hold activations
+    OUT/progress/x-3             activations [tokens, width] after the layers so far, raw, in the list buffers' order
+    OUT/progress/encoded         the encoder's output, once the decoder runs
+
+A commit writes new files, and then replaces progress.json, which is the moment at which it counts; the files that it
+supersedes are removed after that. So a row of tokens lies at a known place, for any process to write or read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import qmoe_jax
+from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
+from qmoe_jax.checkpoints.compressed import PROGRESS, VERSION, sync
+from qmoe_jax.reporting import write_json
+
+BLOCK = 1 << 26  # bytes that are copied at once
+SMALL_FILE = 1 << 26  # an index file of T5X; one that holds the parameters themselves is larger
+
+
+class OtherRunError(ValueError):
+    """Progress of another checkpoint, other data or another config is there."""
+
+
+def is_unfinished(output: str | os.PathLike) -> bool:
+    """Whether a compression into this directory was interrupted, be it before it committed anything."""
+    folder = pathlib.Path(output) / PROGRESS
+    if (folder / f"{PROGRESS}.json").is_file():
+        return True
+    alone = folder.is_dir() and [p.name for p in folder.parent.iterdir()] == [PROGRESS]
+    return alone and all(p.name == f".{PROGRESS}.json.tmp" for p in folder.iterdir())
+
+
+class Progress:
+    """The progress in OUT, which goes on where it was, or begins.
+
+    Args:
+      output: OUT.
+      fingerprint: JSON values that have to be the same for the run to give the same bytes.
+      resume: go on from what is there; otherwise it is removed.
+
+    Attributes:
+      committed: what `commit` was last told, None if nothing is committed.
+
+    Raises:
+      OtherRunError: what is there is of a run with another fingerprint; names what differs.
+    """
+
+    def __init__(self, output: str | os.PathLike, fingerprint: Mapping[str, Any], resume: bool = True):
+        self.output, self.folder = pathlib.Path(output), pathlib.Path(output) / PROGRESS
+        self._file = self.folder / f"{PROGRESS}.json"
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.committed: dict[str, Any] | None = None
+        if not resume:
+            self.remove()
+        found = self._read()
+        if found is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(None)
+        else:
+            self._check(found["fingerprint"])
+            self.committed = found["committed"]
+            self._remove_others()
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self._file.is_file():
+            return None
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            return {"fingerprint": found["fingerprint"], "committed": found["committed"]}
+        except (ValueError, KeyError, TypeError) as e:
+            raise OtherRunError(f"{self._file} is damaged ({e!r}). Give --overwrite to start anew.") from e
+
+    def stored(self) -> dict[str, Any] | None:
+        """What is committed on disk, which counts, however the last `commit` ended."""
+        found = self._read()
+        return None if found is None else found["committed"]
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        names = sorted(self.fingerprint.keys() | found.keys())
+        differ = [n for n in names if self.fingerprint.get(n) != found.get(n)]
+        if differ:
+            said = ", ".join(
+                f"{n} (contents differ)"
+                if len(str(found.get(n))) == 64
+                else f"{n} (it began with {found.get(n)}, and this is {self.fingerprint.get(n)})"
+                for n in differ
+            )
+            raise OtherRunError(
+                f"{self.output} holds an unfinished compression of something else: {said}. Give what it began with to "
+                "go on, another output, or --overwrite to start anew."
+            )
+
+    def _write(self, committed: dict[str, Any] | None) -> None:
+        write_json(self._file, {"fingerprint": self.fingerprint, "committed": committed})
+        sync(self.folder)
+
+    def commit(self, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Replaces what is committed.
+
+        Args:
+          state: JSON values.
+          arrays: [tokens, width] by name. 'encoded' never changes, and is written once.
+
+        Raises:
+          OSError: no space, for instance; then the last commit still stands.
+        """
+        before = self.committed["arrays"] if self.committed else {}
+        number = self.committed["number"] + 1 if self.committed else 1
+        files = {}
+        try:
+            for name, array in arrays.items():
+                constant = name == "encoded"
+                files[name] = {
+                    "file": name if constant else f"{name}-{number}",
+                    "shape": list(array.shape),
+                    "dtype": str(array.dtype),
+                }
+                if files[name] != before.get(name):
+                    write_rows(self.folder / files[name]["file"], array)
+            sync(self.folder)
+            committed = {**json.loads(json.dumps(state)), "number": number, "arrays": files}
+            self._write(committed)
+        except BaseException:
+            self._remove_others()
+            raise
+        self.committed = committed
+        self._remove_others()
+
+    def fill(self, name: str, array: np.ndarray) -> None:
+        """Reads a committed array into `array`. Raises OtherRunError where it isn't whole, or of another shape."""
+        described = self.committed["arrays"][name]
+        file = self.folder / described["file"]
+        if described["shape"] != list(array.shape) or described["dtype"] != str(array.dtype):
+            raise OtherRunError(
+                f"{file} holds {described['dtype']} {described['shape']}, expected {array.dtype} {list(array.shape)}. "
+                "Give --overwrite to start anew."
+            )
+        if not file.is_file() or file.stat().st_size != array.nbytes:
+            raise OtherRunError(f"{file} is missing or not whole. Give --overwrite to start anew.")
+        read_rows(file, array)
+
+    def _remove_others(self) -> None:
+        keep = {f["file"] for f in self.committed["arrays"].values()} if self.committed else set()
+        for path in self.folder.iterdir():
+            if path.name not in keep | {self._file.name}:
+                path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """See `remove_progress`."""
+        remove_progress(self.output)
+
+
+def remove_progress(output: str | os.PathLike) -> None:
+    """Removes what was committed in a directory."""
+    folder = pathlib.Path(output) / PROGRESS
+    (folder / f"{PROGRESS}.json").unlink(missing_ok=True)  # First: from here on it isn't there.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_rows(path: str | os.PathLike, rows: np.ndarray, first: int = 0, total: int | None = None) -> None:
+    """Writes rows [n, width] of an array into its file, from row `first` on, and sees to it that they are on disk.
+
+    Args:
+      path: the file; made, with room for all rows, if it isn't there.
+      rows: the values.
+      first: where they begin.
+      total: rows of the whole array; None: these are all.
+    """
+    width = rows[:1].nbytes
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        size = width * (len(rows) if total is None else total)
+        if os.fstat(descriptor).st_size < size:
+            os.posix_fallocate(descriptor, 0, size)  # A full disk is found out here.
+        step = max(1, BLOCK // max(1, width))
+        for start in range(0, len(rows), step):
+            data = memoryview(np.ascontiguousarray(rows[start : start + step]).view(np.uint8).reshape(-1))
+            at = width * (first + start)
+            while data:
+                written = os.pwrite(descriptor, data, at)
+                data, at = data[written:], at + written
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(path: str | os.PathLike, rows: np.ndarray, first: int = 0) -> None:
+    """Fills `rows` [n, width], contiguous, from row `first` of the array in a file on."""
+    width = rows[:1].nbytes
+    step = max(1, BLOCK // max(1, width))
+    with open(path, "rb") as f:
+        f.seek(width * first)
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            data = memoryview(part.view(np.uint8).reshape(-1))
+            if f.readinto(data) != len(data):
+                raise OSError(f"{path} ends within row {first + start} and the next {len(part)}.")
+
+
+# --- What has to be the same ------------------------------------------------------------------------------------------
+
+
+def fingerprint(
+    checkpoint: Checkpoint,
+    calibration: Sequence[tuple[np.ndarray, np.ndarray]],
+    validation: Sequence[tuple[np.ndarray, np.ndarray]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that influences a compression's bytes, by name, as JSON values; large things by their SHA-256.
+
+    Args:
+      checkpoint: its index, names, shapes, dtypes, and the contents of norms and routers.
+      calibration: token pairs.
+      validation: token pairs.
+      settings: any, flat or nested.
+    """
+    return {
+        "checkpoint": _checkpoint_sha256(checkpoint),
+        "calibration documents": _pairs_sha256(calibration),
+        "validation documents": _pairs_sha256(validation),
+        **_flat({"model": dataclasses.asdict(checkpoint.config), **settings}),
+        "version of the format": VERSION,
+        "version of qmoe_jax": qmoe_jax.__version__,
+        "version of jax": jax.__version__,
+        "kind of device": jax.local_devices()[0].device_kind,
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _pairs_sha256(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    digest = hashlib.sha256()
+    for tokens in (t for pair in pairs for t in pair):
+        digest.update(len(tokens).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(tokens, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _checkpoint_sha256(checkpoint: Checkpoint) -> str:
+    digest = hashlib.sha256()
+    index = pathlib.Path(checkpoint.path)
+    if index.is_file() and index.stat().st_size <= SMALL_FILE:
+        digest.update(index.read_bytes())
+    for name, spec in sorted(checkpoint.specs.items()):
+        digest.update(f"{name} {spec.shape} {spec.dtype}\n".encode())
+        if (name.endswith("/scale") or "/router/" in name) and not is_expert_kernel(name):
+            digest.update(np.ascontiguousarray(checkpoint.read(name)).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,256 @@
+"""Runs that are killed, run out of space or are given something else go on to the same bytes, or are refused."""
+
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import killed_runs
+import numpy as np
+import pytest
+import tiny_model
+
+from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
+from qmoe_jax.data import Vocabulary, load_examples
+from qmoe_jax.quantization import pipeline, progress
+from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax.quantization.progress import OtherRunError
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+LAYERS = len(tiny_model.CONFIG.sparse_layers)
+
+
+def assert_same_files(found, expected):
+    """All files of two folders, to the byte."""
+    names = [sorted(p.relative_to(d).as_posix() for p in d.rglob("*") if p.is_file()) for d in (found, expected)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+# --- Killed ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_runs_end_in_the_same_bytes(tmp_path, request, monkeypatch):
+    tiny_model.make(tmp_path)
+    kills = request.config.getoption("kills")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "XLA_FLAGS": ""}
+    command = [sys.executable, str(TESTS / "killed_runs.py"), str(tmp_path), str(kills), "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    chains = json.loads(done.stdout.splitlines()[-1])["chains"]
+    assert sum(map(len, chains)) >= kills
+    committed = {last for chain in chains for *_, last in chain}
+    assert len(committed) > 2  # before the first commit, say, and after the last
+    for i in range(len(chains)):
+        assert_same_files(tmp_path / f"chain-{i}", tmp_path / "whole")
+    assert not (tmp_path / "whole" / "progress").exists()
+    # That was on one device. This process has eight, and takes all experts at once.
+    monkeypatch.setattr(killed_runs, "MEMORY", killed_runs.MEMORY._replace(experts_per_group=8))
+    monkeypatch.setattr(pipeline, "TRIAL_WEIGHTS", 1)
+    assert len(jax.local_devices()) == 8
+    killed_runs.run(tmp_path, tmp_path / "eight")
+    assert_same_files(tmp_path / "eight" / "layers", tmp_path / "whole" / "layers")
+
+
+# --- Failed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny):
+    vocabulary = Vocabulary.load(tiny.vocabulary)
+    calibration = load_examples(tiny.calibration, vocabulary, tiny_model.NUM_CALIBRATION)
+    validation = load_examples(tiny.validation, vocabulary, tiny_model.NUM_VALIDATION)
+    settings = QuantizationSettings()
+    return {
+        "checkpoint": open_checkpoint(tiny.checkpoint),
+        "vocabulary": vocabulary,
+        "calibration": calibration,
+        "validation": validation,
+        "quantization": settings,
+        "memory": killed_runs.MEMORY,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """(directory, report) of a run that nothing happens to."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return output, compress(**arguments, output=str(output))
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt(arguments, output, commits, **changes):
+    """Runs until so many layers are committed."""
+    done = []
+    commit = progress.Progress.commit
+
+    def counted(self, *args):
+        commit(self, *args)
+        done.append(None)
+        if len(done) == commits:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(progress.Progress, "commit", counted)
+        with pytest.raises(Stop):
+            compress(**arguments | changes, output=str(output))
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+def without_times(report):
+    return {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes")}
+
+
+@pytest.mark.parametrize("step", ["shard", "activations", "progress", "dense", "manifest"])
+def test_a_full_disk_keeps_what_is_committed(step, arguments, whole, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    interrupt(arguments, output, commits=1)
+    folder = output / "progress"
+    with monkeypatch.context() as m:
+        if step == "activations":
+            m.setattr(progress.os, "posix_fallocate", no_space)
+        elif step == "progress":
+            m.setattr(progress, "write_json", no_space)
+        elif step == "manifest":
+            m.setattr("qmoe_jax.checkpoints.compressed.write_json", no_space)
+        else:
+            free = {"shard": 0, "dense": 20_000}[step]  # A shard takes less, everything else more.
+            m.setattr("qmoe_jax.checkpoints.compressed.shutil.disk_usage", lambda _: _Free(free))
+        with pytest.raises((OSError, CheckpointError), match="No space"):
+            compress(**arguments, output=str(output))
+    committed = LAYERS if step in ("dense", "manifest") else 1
+    assert f"{committed} of {LAYERS} sparse layers are committed; run the same command" in capsys.readouterr().out
+    state = json.loads((folder / "progress.json").read_text())["committed"]
+    files = [f["file"] for f in state["arrays"].values()]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["progress.json", *files])
+    assert len(list((output / "layers").iterdir())) == committed == len(state["kept"])
+    with pytest.raises(CheckpointError, match="unfinished.* Give the same command again"):
+        open_checkpoint(output)
+    report = compress(**arguments, output=str(output))
+    assert_same_files(output, whole[0])
+    assert without_times(report) == without_times(whole[1])
+
+
+@dataclasses.dataclass
+class _Free:
+    free: int
+
+
+def test_activations_lie_in_one_file_in_the_order_of_tokens(arguments, tmp_path):
+    output = tmp_path / "out"
+    interrupt(arguments, output, commits=LAYERS)
+    files = json.loads((output / "progress" / "progress.json").read_text())["committed"]["arrays"]
+    pairs = [*arguments["calibration"].pairs, *arguments["validation"].pairs]
+    tokens = {"x": sum(len(d) - 1 for _, d in pairs), "encoded": sum(len(e) for e, _ in pairs)}
+    for name, rows in tokens.items():
+        assert files[name]["shape"] == [rows, tiny_model.CONFIG.d_model] and files[name]["dtype"] == "float32"
+        size = (output / "progress" / files[name]["file"]).stat().st_size
+        assert size == 4 * rows * tiny_model.CONFIG.d_model
+
+
+def test_rows_are_written_and_read_by_range(tmp_path):
+    everything = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    for first in (40, 0, 70):
+        part = everything[first : first + 40]
+        progress.write_rows(tmp_path / "x", part, first, len(everything))
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "x", np.float32).reshape(100, 3), everything)
+    found = np.empty((7, 3), np.float32)
+    progress.read_rows(tmp_path / "x", found, 33)
+    np.testing.assert_array_equal(found, everything[33:40])
+    with pytest.raises(OSError, match="ends within row 98"):
+        progress.read_rows(tmp_path / "x", found, 98)
+
+
+# --- Something else --------------------------------------------------------------------------------------------------
+
+
+def fewer(examples):
+    return dataclasses.replace(examples, pairs=examples.pairs[:-1])
+
+
+def other_checkpoint(tmp_path, name):
+    params = tiny_model.random_params()
+    params[name] = params[name] + 1
+    return open_checkpoint(tiny_model.write_checkpoint(tmp_path / "other", params))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("encoder/encoder_norm/scale", "checkpoint (contents differ)"),
+        ("decoder/layers_1/mlp/router/router_weights/w/kernel", "checkpoint (contents differ)"),
+        ("calibration", "calibration documents (contents differ)"),
+        ("validation", "validation documents (contents differ)"),
+        ("damping", "quantization.damping (it began with 0.1, and this is 0.2)"),
+        ("codec", "codec (it began with gap, and this is dictionary)"),
+        ("num_shards", "num_shards (it began with None, and this is 2)"),
+        ("tokens_per_batch", "memory.tokens_per_batch (it began with 512, and this is 256)"),
+        ("version", "version of qmoe_jax (it began with "),
+    ],
+)
+def test_another_run_is_refused(change, named, started, arguments, tmp_path, monkeypatch):
+    if "/" in change:
+        changes = {"checkpoint": other_checkpoint(tmp_path, change)}
+    elif change in ("calibration", "validation"):
+        changes = {change: fewer(arguments[change])}
+    elif change == "damping":
+        changes = {"quantization": QuantizationSettings(damping=0.2)}
+    elif change == "tokens_per_batch":
+        changes = {"memory": arguments["memory"]._replace(tokens_per_batch=256)}
+    else:
+        changes = {"codec": {"codec": "dictionary"}, "num_shards": {"num_shards": 2}, "version": {}}[change]
+    if change == "version":
+        monkeypatch.setattr("qmoe_jax.__version__", "0.0.0")
+    before = {p: p.stat().st_mtime_ns for p in started.rglob("*")}
+    with pytest.raises(OtherRunError, match=f"unfinished compression of something else: {re.escape(named)}"):
+        compress(**arguments | changes, output=str(started))
+    assert {p: p.stat().st_mtime_ns for p in started.rglob("*")} == before
+
+
+@pytest.fixture(scope="module")
+def started(arguments, tmp_path_factory):
+    output = tmp_path_factory.mktemp("started") / "out"
+    interrupt(arguments, output, commits=1)
+    return output
+
+
+def test_committed_files_that_changed_are_refused(arguments, tmp_path):
+    output = tmp_path / "out"
+    interrupt(arguments, output, commits=1)
+    file = next(p for p in sorted((output / "layers").rglob("*")) if p.is_file())
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="changed since it was written"):
+        compress(**arguments, output=str(output))
+    file.write_bytes(content)
+    (activations,) = (output / "progress").glob("x-*")
+    os.truncate(activations, 100)
+    with pytest.raises(OtherRunError, match="not whole"):
+        compress(**arguments, output=str(output))
+
+
+def test_overwrite_starts_anew(arguments, whole, tmp_path):
+    output = tmp_path / "out"
+    interrupt(arguments, output, commits=1, quantization=QuantizationSettings(damping=0.2))
+    compress(**arguments, output=str(output), resume=False)
+    assert_same_files(output, whole[0])
+
+
+def test_groups_and_folders_of_memory_may_change(arguments, whole, tmp_path):
+    output = tmp_path / "out"
+    interrupt(arguments, output, commits=2)
+    memory = arguments["memory"]._replace(experts_per_group=8, activations=str(tmp_path / "activations"))
+    compress(**arguments | {"memory": memory}, output=str(output))
+    assert_same_files(output, whole[0])
