@@ -323,7 +323,7 @@ def test_damaged_chunk(damage, compress, run, tiny, damaged, tmp_path):
         middle = len(content) // 2
         chunk.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
     assert_fails(compress(checkpoint=damaged), WI, damaged)
-    assert not files_below(tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["layers", "progress"]  # The layer before it is committed.
     assert_fails(run("evaluate", *tiny.flags(), f"--checkpoint={damaged}"), WI)
 
 
@@ -356,7 +356,7 @@ def test_weight_that_is_not_finite(value, name, compress, run, tiny, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "model", params)
     expert = ["expert 5"] if name == WI else []
     assert_fails(compress(checkpoint=checkpoint), name, "NaN or Inf", *expert)
-    assert not files_below(tmp_path / "out")
+    assert name == "token_embedder/embedding" or names_in(tmp_path / "out") == ["layers", "progress"]
     assert_fails(run("evaluate", *tiny.flags(), f"--checkpoint={checkpoint}"), name, *expert)
 
 

@@ -14,7 +14,7 @@ from models.random_models import padded
 from tiny_model import NUM_CALIBRATION, NUM_VALIDATION, bfloat16, random_params
 
 import qmoe_jax
-from qmoe_jax.checkpoints import Checkpoint, open_checkpoint, write_t5x
+from qmoe_jax.checkpoints import Checkpoint, CheckpointError, open_checkpoint, write_t5x
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
@@ -270,7 +270,7 @@ def test_experts_that_are_skipped_are_an_error(groups, tiny, documents, tmp_path
     checkpoint = Incomplete(open_checkpoint(tiny.checkpoint), groups)
     with pytest.raises(RuntimeError, match="encoder/layers_1"):
         run(checkpoint, documents, output=tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["layers", "progress"]  # of the layer before
 
 
 def test_sizes_and_rates_count_every_stored_byte(tiny, compressed):
@@ -454,10 +454,12 @@ def test_experts_that_are_compressed_already_are_refused(documents, compressed):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(value, documents, tmp_path):
+def test_a_weight_that_is_not_finite_is_named_and_never_quantized(value, documents, tmp_path):
     params = random_params()
     params["decoder/layers_1/mlp/expert/wo/kernel"][4, 5, 6] = value
     checkpoint = open_checkpoint(tiny_model.write_checkpoint(tmp_path / "model", params))
     with pytest.raises(ValueError, match="'decoder/layers_1/mlp/expert/wo/kernel', expert 4"):
         run(checkpoint, documents, output=tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
+    assert len(list((tmp_path / "out" / "layers").iterdir())) == 2  # those before it
+    with pytest.raises(CheckpointError, match="unfinished"):
+        open_checkpoint(tmp_path / "out")
