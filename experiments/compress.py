@@ -98,6 +98,7 @@ def main(_):
     plan = experiment.plan(
         checkpoint, pairs, num_calibration, quantization, memory, config.codec.name if save else None
     )
+    experiment.check_room(plan, memory)
 
     for name in ("report.json", "report.html", "report.png"):  # An earlier run's, with --overwrite.
         (output / name).unlink(missing_ok=True)

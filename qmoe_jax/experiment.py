@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -202,6 +203,21 @@ def expected_seconds(
         say=lambda what: reporting.say(f"trying: {what}"),
     )
     return rehearsal.project(model, work, quantization, measured)
+
+
+def check_room(plan: dict, memory: streaming.Settings) -> None:
+    """Raises ValueError where a disk has less room than the plan's scratch or activation files need."""
+    for field, needed in (("scratch", plan["scratch_bytes"]), ("activations", plan["activation_file_bytes"])):
+        if not needed or not getattr(memory, field):
+            continue
+        folder = pathlib.Path(getattr(memory, field)).absolute()
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            raise ValueError(
+                f"config.memory.{field}: {there} has {planning.gigabytes(free)} free, {planning.gigabytes(needed)} are "
+                "needed. Choose a larger disk, or allow more memory (config.memory.weights_bytes)."
+            )
 
 
 def plan_of_preset(

@@ -322,7 +322,7 @@ class Quantizer:
     def _gptq(self, kernels, inputs, tokens, sharding) -> dict[str, Quantized]:
         """The paper's recipe: Hessians of both matrices from the unquantized expert."""
         with self.stages("hessians"):
-            hessians = expert_hessians(kernels, inputs, tokens, sharding)
+            hessians = jax.block_until_ready(expert_hessians(kernels, inputs, tokens, sharding))
         return {m: self._quantize(m, k, hessians["wo" if m == "wo" else "wi"]) for m, k in kernels.items()}
 
     def _quantize_in_turn(self, kernels, group, tokens, sharding) -> dict[str, Quantized]:
@@ -338,10 +338,12 @@ class Quantizer:
         with self.stages("hessians"):
             H = statistics.input_hessians(group.inputs, samples, sharding)
             importance = statistics.hidden_importance(kernels, group.inputs, samples, sharding)
+            jax.block_until_ready((H, importance))
         quantized = {m: self._quantize(m, k, H, importance=importance.get(m)) for m, k in kernels.items() if m != "wo"}
         wi = {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()} if s.sequential else kernels
         with self.stages("hessians"):
             H, R = statistics.hidden_statistics(kernels, wi, group.inputs, samples, sharding, residuals=s.asymmetric)
+            jax.block_until_ready((H, R))
         quantized["wo"] = self._quantize("wo", kernels["wo"], H, R=R)
         return {m: quantized[m] for m in kernels}
 

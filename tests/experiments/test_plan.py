@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from experiments.test_experiments import CONFIG, assert_fails, environment, run  # noqa: F401
 
+from qmoe_jax import experiment
 from qmoe_jax.checkpoints import open_checkpoint, param_shapes
+from qmoe_jax.models import streaming
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = [
@@ -43,6 +46,16 @@ def test_a_bound_that_nothing_fits_into_is_refused_before_anything_is_read(run, 
     data = [*tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path}/out"]
     result = run("compress", CONFIG, *data, "--config.memory.weights_bytes=100")
     assert_fails(result, "weights_bytes: found 100", "experts_per_group")
+
+
+@pytest.mark.parametrize("field", ["scratch", "activations"])
+def test_a_disk_without_room_is_refused_before_anything_is_read(field, tmp_path, monkeypatch):
+    memory = streaming.Settings(**{field: str(tmp_path / "not" / "yet")})
+    plan = {"scratch_bytes": 10**10, "activation_file_bytes": 10**10}
+    monkeypatch.setattr(experiment.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 1, 10**10 - 1))
+    with pytest.raises(ValueError, match=rf"memory\.{field}: {tmp_path} has 10 GB free, 10 GB are needed"):
+        experiment.check_room(plan, memory)
+    experiment.check_room(plan | {"scratch_bytes": 0, "activation_file_bytes": 0}, memory)
 
 
 def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  # noqa: F811
