@@ -6,10 +6,11 @@ import contextlib
 import functools
 import itertools
 import pathlib
+from typing import Any
 
 from qmoe_jax import codecs
 from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
-from qmoe_jax.checkpoints.compressed import CompressedWriter
+from qmoe_jax.checkpoints.compressed import MANIFEST, CompressedWriter
 from qmoe_jax.checkpoints.conversion import Options, Part, Plan
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.codecs.experts import CompressedExperts, convert
@@ -47,21 +48,32 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     # Levels that the codec can't hold are refused before anything in `output` is touched.
     first = {layer: in_codec(checkpoint, layer, options.codec) for layer in itertools.islice(layers, 1)}
     writers: list[CompressedWriter] = []
+    kept: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def writing():
         settings = (checkpoint.config, checkpoint.quantization, options.codec, checkpoint.provenance)
-        with CompressedWriter(output, *settings, num_shards=options.num_shards) as writer:
+        with CompressedWriter(output, *settings, num_shards=options.num_shards, layers=kept) as writer:
             writers.append(writer)
             yield
 
+    def files(*folders):
+        return sorted(f for folder in folders for f in (output / folder).rglob("*") if f.is_file())
+
     def write_layer(layer):
-        writers[0].write_layer(layer, first.pop(layer, None) or in_codec(checkpoint, layer, options.codec))
-        return []  # The manifest has the checksums.
+        (writer,) = writers
+        writer.write_layer(layer, first.pop(layer, None) or in_codec(checkpoint, layer, options.codec))
+        writer.keep(writer.layers)
+        return files(*(shard["directory"] for shard in writer.layers[layer]["shards"]))
 
     def finish():
         writers[0].finish({name: checkpoint.read(name) for name in checkpoint.specs})
-        return []
+        return [*files("dense"), output / MANIFEST]
+
+    def go_on(layers, names):
+        kept.update({layer: layers[layer] for layer in names})
 
     parts = [Part(layer, None, functools.partial(write_layer, layer)) for layer in layers]
-    return Plan(parts, finish, lost_by_rounding(checkpoint), context=writing(), keeps_parts=False)
+    return Plan(
+        parts, finish, lost_by_rounding(checkpoint), context=writing(), state=lambda: writers[0].layers, go_on=go_on
+    )

@@ -80,7 +80,8 @@ class Plan(NamedTuple):
       lost: what the layout can't hold of this checkpoint, in words.
       renamed: the directory that `finish` renames, and its new name; where there is one.
       context: what is around all of it.
-      keeps_parts: whether parts survive a failure.
+      state: what is to be known of the parts so far to go on after them, as JSON values; where files don't tell.
+      go_on: go_on(state, names) is called first, with the parts that an earlier run finished.
       closed: the layout's readers take no files but its own and README.md.
     """
 
@@ -89,7 +90,8 @@ class Plan(NamedTuple):
     lost: list[str]
     renamed: tuple[pathlib.Path, pathlib.Path] | None = None
     context: contextlib.AbstractContextManager = contextlib.nullcontext()
-    keeps_parts: bool = True
+    state: Callable[[], Any] = lambda: None
+    go_on: Callable[[Any, list[str]], None] = lambda state, names: None
     closed: bool = False
 
 
@@ -180,17 +182,20 @@ def run(plan: Plan, output: pathlib.Path, identity: str) -> dict[str, dict[str, 
       Bytes and SHA-256 of every file, by path below `output`.
     """
     progress = read_progress(output)
-    done = progress["parts"] if progress and progress["identity"] == identity and plan.keeps_parts else {}
+    done = progress["parts"] if progress and progress["identity"] == identity else {}
+    done = {name: files for name, files in done.items() if _intact(output, files)}
+    if done:
+        plan.go_on(progress.get("state"), list(done))
     output.mkdir(parents=True, exist_ok=True)
     finished: dict[str, dict[str, Any]] = {}
     with plan.context, reporting.progress(len(plan.parts), "converting", unit="part") as bar:
         for part in plan.parts:
             files = done.get(part.name)
-            if files is None or not _intact(output, files):
+            if files is None:
                 files = _described(output, part.write())
             finished[part.name] = files
-            if plan.keeps_parts:
-                reporting.write_json(output / PROGRESS, {"identity": identity, "parts": finished})
+            progress = {"identity": identity, "parts": done | finished, "state": plan.state()}
+            reporting.write_json(output / PROGRESS, progress)
             bar.update()
         last = plan.finish()
     files = {name: d for part in finished.values() for name, d in part.items()}

@@ -239,11 +239,19 @@ def test_a_changed_byte_in_a_later_layer_leaves_no_checkpoint(run, tmp_path):
     original = write(tmp_path / "original", "dictionary")
     damaged = shutil.copytree(original, tmp_path / "damaged")
     layer = damaged / "layers" / tiny_model.CONFIG.sparse_layers[-1].replace("/", ".")
-    file = layer / "wo.codewords" / "0"
+    (file,) = layer.rglob("wo.codewords/0")
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert_fails(run("convert", f"--checkpoint={damaged}", f"--output={tmp_path / 'out'}", "--codec=gap"), layer)
-    assert not list((tmp_path / "out").iterdir())
+    assert_fails(run("inspect_checkpoint", tmp_path / "out"), "interrupted")
+    file.write_bytes(content)  # Now it goes on, to what it would have been.
+    code, out, errors = run("convert", f"--checkpoint={damaged}", f"--output={tmp_path / 'out'}", "--codec=gap")
+    assert code == 0, errors
+    assert f"going on after {len(tiny_model.CONFIG.sparse_layers) - 1} of" in out
+    whole = tmp_path / "whole"
+    assert run("convert", f"--checkpoint={damaged}", f"--output={whole}", "--codec=gap")[0] == 0
+    assert (whole / "SHA256SUMS").read_text() == (tmp_path / "out" / "SHA256SUMS").read_text()
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(f.name for f in whole.iterdir())
 
 
 # --- Other layouts ---------------------------------------------------------------------------------------------------
