@@ -187,6 +187,7 @@ class LayerAccount(NamedTuple):
     Attributes:
       tokens: calibration tokens in each expert's Hessian.
       fallback: why, for each expert that wasn't quantized by its own tokens: most are rounded to nearest.
+      overloaded: how many calibration tokens were routed to each expert that had more than may be in its Hessian.
       zeros: share of zero weights.
       entropy: empirical entropy of the symbols of all its matrices, in bits per weight (mean over matrices).
       weights: how many weights it has.
@@ -196,6 +197,7 @@ class LayerAccount(NamedTuple):
 
     tokens: dict[int, int]
     fallback: dict[int, str]
+    overloaded: dict[int, int]
     zeros: float
     entropy: float
     weights: int
@@ -209,7 +211,7 @@ class LayerAccount(NamedTuple):
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> LayerAccount:
         error = OutputError(*(np.array(a, np.float64) for a in fields["output_error"]))
-        by_expert = {name: dict(fields[name]) for name in ("tokens", "fallback")}
+        by_expert = {name: dict(fields[name]) for name in ("tokens", "fallback", "overloaded")}
         return cls(**fields | by_expert | {"output_error": error})
 
 
@@ -264,8 +266,10 @@ class Quantizer:
         if group.start == self.own.start:
             self._lagrangians = {}
         tokens = [t[self.calibration[group.stack][t]] for t in group.tokens]
+        overloaded = {}
         if s.calibrated:
             cap = math.ceil(s.token_cap * self.calibration[group.stack].sum() / self.num_experts)
+            overloaded = {e: len(t) for e, t in enumerate(tokens, group.start) if len(t) > cap}
             tokens = [t[:cap] for t in tokens]
         quantized = self._quantize_group(group, tokens)
         replacement = {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
@@ -273,6 +277,7 @@ class Quantizer:
             error = self._output_error(group, replacement)
         with self.stages("encoding"):
             finished = self._finish_group(group, quantized, [len(t) for t in tokens], error)
+            finished = finished._replace(overloaded=overloaded)
             self._groups.setdefault(group.layer, []).append(finished)
             if group.stop == self.own.stop:
                 self._finish_layer(group.layer)
@@ -448,6 +453,7 @@ class Quantizer:
         return _Group(
             tokens=dict(zip(range(group.start, group.stop), tokens, strict=True)),
             fallback=fallback,
+            overloaded={},
             zeros=sum(int((np.asarray(q.Q) == 0).sum()) for q in quantized.values()),
             weights=sum(s.size for s in symbols.values()),
             entropies={m: [entropy(s) for s in matrix] for m, matrix in symbols.items()},
@@ -475,6 +481,7 @@ class Quantizer:
         self.accounts[layer] = LayerAccount(
             tokens=tokens,
             fallback={e: why for g in groups for e, why in g.fallback.items()},
+            overloaded={e: n for g in groups for e, n in g.overloaded.items()},
             zeros=sum(g.zeros for g in groups) / weights,
             entropy=float(np.mean(list(entropies.values()))),
             weights=weights,
@@ -506,6 +513,7 @@ def trial_experts(num_experts: int, weights: int) -> int:
 class _Group(NamedTuple):
     tokens: dict[int, int]
     fallback: dict[int, str]
+    overloaded: dict[int, int]
     zeros: int
     weights: int
     entropies: dict[str, list[float]]  # by matrix name, of each expert
@@ -518,11 +526,11 @@ def _gather_groups(processes: Processes, groups: list[_Group]) -> list[_Group]:
     """Of all processes, in order; those of others without their experts."""
 
     def told(group):
-        items = {name: list(getattr(group, name).items()) for name in ("tokens", "fallback")}
+        items = {name: list(getattr(group, name).items()) for name in ("tokens", "fallback", "overloaded")}
         return group._asdict() | items | {"experts": {}, "output_error": [a.tolist() for a in group.output_error]}
 
     def heard(fields):
-        items = {name: dict(fields[name]) for name in ("tokens", "fallback")}
+        items = {name: dict(fields[name]) for name in ("tokens", "fallback", "overloaded")}
         return _Group(**fields | items | {"output_error": OutputError(*map(np.array, fields["output_error"]))})
 
     return [heard(fields) for own in processes.gather(list(map(told, groups))) for fields in own]
@@ -757,6 +765,7 @@ def compress(
                 "bits_per_weight": None if a.stored_bytes is None else 8 * a.stored_bytes / a.weights,
                 "tokens_per_expert": list(a.tokens.values()),
                 "fallback": {str(e): why for e, why in a.fallback.items()},
+                "overloaded": {str(e): n for e, n in a.overloaded.items()},
                 "output_error": a.output_error.total(),
                 "output_error_per_expert": a.output_error.relative(),
             }

@@ -1,6 +1,7 @@
 """The command lines. Most run in this process, through the scripts' own entry; some as a user would start them."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from tiny_model import random_params, write_checkpoint, write_texts
 import qmoe_jax
 from qmoe_jax.checkpoints import open_checkpoint
 from qmoe_jax.data import Vocabulary, load_examples
+from qmoe_jax.quantization import progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT}/configs/tiny.py"
@@ -404,6 +406,29 @@ def test_output_that_is_not_empty(compress, tmp_path):
         assert compress("--overwrite").code == 0
         assert open_checkpoint(out).config == tiny_model.CONFIG
         assert (out / "thesis.tex").read_text() == "mine"
+
+
+def test_a_run_that_failed_goes_on_when_the_command_is_given_again(compress, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write, calls = progress.write_rows, []
+
+    def full_disk(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(progress, "write_rows", full_disk)
+        result = compress()
+    assert_fails(result, "No space left")
+    assert "1 of 3 sparse layers are committed" in result.out
+    assert_fails(compress("--config.quantization.damping=0.2"), "quantization.damping", "0.1", "--overwrite")
+    assert_fails(compress("--config.save=false"), out)
+    result = compress("--config.memory.experts_per_group=8")
+    assert result.code == 0 and "going on after 1 of 3 sparse layers" in result.out
+    assert names_in(out) == ["dense", "layers", "manifest.json", "report.html", "report.json", "report.png"]
+    assert_fails(compress(), "not empty")
 
 
 def test_output_that_is_a_file(compress, tmp_path):
