@@ -3,8 +3,8 @@
     python experiments/train.py --config=configs/train_other_moes.py:KIND --workdir=out/KIND
 
 KIND: gated (experts as Switch-XXL's: wi_0, wi_1, wo), tokens_choose (top-2, GShard's routing) or experts_choose (in the
-encoder each expert takes its top tokens; top-2 in the decoder). Two or three minutes each on two idle CPU cores. What a
-parameter tree doesn't tell is then to be given, for instance:
+encoder each expert takes its top tokens; top-2 in the decoder). Six to eight minutes each on two CPU cores, beside
+other work. What a parameter tree doesn't tell is then to be given, for instance:
 
     python experiments/compress.py --config=configs/tiny.py --checkpoint=out/experts_choose --output=out/compressed \
       --config.model.top_k=2 --config.model.experts_choose=1.0

@@ -344,8 +344,13 @@ def test_where_experts_choose_it_evaluates_as_reported_in_the_same_batches(docum
     np.testing.assert_array_equal(*texts)
 
 
-def test_a_scanned_checkpoint_is_compressed(fixture_path, documents, tmp_path):
-    checkpoint = open_checkpoint(fixture_path("switch_base_scan_tiny"))
+@pytest.mark.parametrize(
+    ("name", "untold"),
+    [("switch_base_scan_tiny", {}), ("switch_xxl_tiny", {}), ("tokens_choose_tiny", {"top_k": 2})],
+    ids=["scanned", "gated", "top-2"],
+)
+def test_checkpoints_of_other_kinds_are_compressed(name, untold, fixture_path, documents, tmp_path):
+    checkpoint = open_checkpoint(fixture_path(name), **untold)
     ids = np.random.default_rng(0).integers(2, checkpoint.config.vocab_size - 100, (27, 30)).astype(np.int32)
     pairs = [(row[:20], np.append(np.int32(0), row[20:])) for row in ids]
     calibration, validation = (Examples(p, len(p), 0, 0) for p in (pairs[:20], pairs[20:]))
