@@ -33,6 +33,8 @@ SHARD_MB = flags.DEFINE_float("shard_mb", 2048, "About how large files of severa
 NUM_SHARDS = flags.DEFINE_integer(
     "num_shards", None, "Of each layer's experts (compressed): devices or hosts that read one each. Default: by size."
 )
+TOP_K = flags.DEFINE_integer("top_k", None, "Experts per token, where the checkpoint doesn't tell (T5X): default 1.")
+EXPERTS_CHOOSE = flags.DEFINE_float("experts_choose", None, "Their capacity factor, if the encoder's experts choose.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what would be read and written.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
 
@@ -100,7 +102,8 @@ def clear(output: pathlib.Path) -> None:
 
 def main(_):
     codecs.get(CODEC.value)
-    checkpoint = open_checkpoint(CHECKPOINT.value)
+    untold = {"top_k": TOP_K.value, "experts_choose": EXPERTS_CHOOSE.value}
+    checkpoint = open_checkpoint(CHECKPOINT.value, **{k: v for k, v in untold.items() if v is not None})
     output = pathlib.Path(OUTPUT.value)
     options = conversion.Options(DTYPE.value, CODEC.value, int(SHARD_MB.value * 1e6), NUM_SHARDS.value)
     identity = conversion.fingerprint(checkpoint, FORMAT.value, options)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny_model
 from safetensors.numpy import save_file
+from test_torch_files import CALLS, write
 
 import qmoe_jax
 from qmoe_jax.checkpoints import TARGETS, CheckpointError, HuggingFaceCheckpoint, conversion, open_checkpoint, write_t5x
 from qmoe_jax.checkpoints.huggingface import hugging_face_config, sparse_step
+from qmoe_jax.checkpoints.torch_files import save
 from qmoe_jax.config import mixed
 
 CONFIG = tiny_model.CONFIG
@@ -171,6 +173,23 @@ def test_one_file_with_the_embedding_three_times(checkpoint, tmp_path):
     found = open_checkpoint(write_one_file(tmp_path, tensors))
     assert found.config == dataclasses.replace(CONFIG, tied=True)
     assert_same_parameters(found, open_checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_bin_files(checkpoint, files, tmp_path):
+    """Of torch.save, one or several with an index, are read as safetensors are."""
+    tensors = tensors_of(checkpoint)
+    names = ["pytorch_model.bin"] if files == 1 else [f"pytorch_model-{i}-of-{files}.bin" for i in range(files)]
+    where = {tensor: names[i % files] for i, tensor in enumerate(tensors)}
+    for name in names:
+        save(tmp_path / name, {t: v for t, v in tensors.items() if where[t] == name}, ordered=True)
+    if files > 1:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(CONFIG, "float32")))
+    assert_same_parameters(open_checkpoint(tmp_path), open_checkpoint(checkpoint))
+    write(tmp_path / names[-1], CALLS["os.system"])
+    with pytest.raises(CheckpointError, match=rf"{names[-1]}: it asks for os\.system"):
+        open_checkpoint(tmp_path)
 
 
 def test_an_untied_head_under_both_of_its_names(checkpoint, tmp_path):

@@ -308,6 +308,14 @@ def test_the_other_experiments_take_hugging_faces_layout(run, tiny, tmp_path):
     assert open_checkpoint(tmp_path / "c").provenance["layout"] == "huggingface"
 
 
+def test_what_a_tree_does_not_tell_is_given(run, tiny, tmp_path):
+    for flag, reason in (("--top_k=2", "2 experts"), ("--experts_choose=1.0", "experts choose")):
+        args = (f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / 'out'}", "--format=huggingface", flag)
+        code, _, errors = run("convert", *args)
+        assert code == 1 and "can't hold this model" in errors and reason in errors
+    assert not (tmp_path / "out").exists()
+
+
 def test_dry_run_lists_and_writes_nothing(run, tiny, tmp_path):
     args = (f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / 'out'}", "--format=huggingface", "--dry_run")
     code, out, errors = run("convert", *args, "--shard_mb=0.05")
