@@ -9,6 +9,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA
 
 import pathlib
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -20,6 +21,7 @@ from qmoe_jax.models import streaming
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
+experiment.define_process_flags()
 REPORT = flags.DEFINE_string("report", None, "JSON file for the report; none is written by default.")
 
 
@@ -31,10 +33,11 @@ def unigram_entropy(examples: Examples) -> float:
 
 
 def main(_):
+    processes = experiment.start_processes()
     config = CONFIG.value
     memory = experiment.memory_settings(config)
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    memory = memory._replace(mesh=experiment.mesh(config, checkpoint))
+    memory = memory._replace(mesh=experiment.mesh(config, checkpoint, jax.local_devices()))
     validation = experiment.examples(config, "validation", vocabulary)
     stages = reporting.Stages()
     losses = streaming.run(checkpoint, validation.pairs, memory, stages=stages)
@@ -46,7 +49,7 @@ def main(_):
         "peak_rss_bytes": reporting.peak_rss_bytes(),
         "config": config.to_dict(),
     }
-    if REPORT.value:
+    if REPORT.value and processes.first:
         reporting.write_json(REPORT.value, report)
     fields = ("loss", "loss_paper", "unigram_entropy", "num_documents", "num_tokens")
     reporting.say("\n" + reporting.table(["checkpoint", *fields], [[checkpoint.path, *(report[f] for f in fields)]]))

@@ -27,6 +27,7 @@ from qmoe_jax.models.expert_parallel import place_param
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
+experiment.define_process_flags()
 PROMPT = flags.DEFINE_string(
     "prompt",
     "def __init__(self, name, value): self.name = <extra_id_0> self.value = <extra_id_1>",
@@ -66,6 +67,7 @@ def write(model, params, vocabulary: Vocabulary, prompt: str, settings) -> str:
 
 
 def main(_):
+    experiment.start_processes()
     config = CONFIG.value
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     mesh = experiment.mesh(config, checkpoint)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import os
 import pathlib
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from qmoe_jax.config import preset
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
+from qmoe_jax.processes import Processes
 from qmoe_jax.quantization import planning, rehearsal
 from qmoe_jax.quantization.pipeline import QuantizationSettings
 
@@ -243,13 +246,46 @@ def _plan(model, work, grids, quantization, memory, codec) -> dict:
     )
 
 
-def mesh(config: config_dict.ConfigDict, checkpoint: Checkpoint) -> Mesh | None:
-    """The devices that experts are spread over; None: one."""
+def define_process_flags() -> None:
+    """The flags of `start_processes`."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "host:port of the first of several processes, the same for all of them; 'auto': the cluster tells this, and "
+        "the other two (Slurm, Open MPI, Kubernetes, Cloud TPU).",
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.")
+
+
+def start_processes() -> Processes:
+    """Joins the other processes of the run, if the flags tell of any. Only the first one prints what it does.
+
+    Call it before anything else that uses a device.
+    """
+    values = {name: flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+    if values["coordinator_address"] != "auto" and len({v is None for v in values.values()}) > 1:
+        lacking = ", ".join(f"--{name}" for name, value in values.items() if value is None)
+        raise ValueError(f"{lacking}: not given. Several processes need all three of --{', --'.join(values)}.")
+    if values["coordinator_address"] == "auto":
+        jax.distributed.initialize()
+    elif values["coordinator_address"] is not None:
+        jax.distributed.initialize(**values)
+    processes = Processes()
+    if not processes.first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return processes
+
+
+def mesh(
+    config: config_dict.ConfigDict, checkpoint: Checkpoint, among: Sequence[jax.Device] | None = None
+) -> Mesh | None:
+    """The devices, of all or of those given, that experts are spread over; None: one."""
     devices = config.mesh.experts
     if devices == 1:
         return None
     try:
-        found = expert_mesh(devices)
+        found = expert_mesh(devices, among)
         check_mesh(found, checkpoint.config.num_experts)
     except ValueError as e:
         raise ValueError(f"config.mesh.experts: {e}") from e
@@ -299,6 +335,12 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
+def _leave(message: str) -> None:
+    """Ends this process of several at once: leaving in order would wait for the others, who wait for this one."""
+    print(f"process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """Turns what a user can mend (bad input, no space, no permission) into one line on standard error and exit 1.
 
@@ -313,6 +355,12 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
         except (ValueError, OSError) as e:
             if logging.get_verbosity() >= logging.DEBUG:
                 raise
+            if jax.distributed.is_initialized():
+                _leave(f"error: {e}")
             sys.exit(f"error: {e}")
+        except Exception:
+            if jax.distributed.is_initialized():
+                _leave(traceback.format_exc())
+            raise
 
     return run
