@@ -34,6 +34,7 @@ from qmoe_jax.quantization.progress import is_unfinished, remove_progress
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
+experiment.define_process_flags()
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output, finished or not.")
 
@@ -60,6 +61,7 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
 
 
 def main(_):
+    processes = experiment.start_processes()
     experiment.give_freed_memory_back()
     config = CONFIG.value
     quantization = experiment.quantization_settings(config)
@@ -100,6 +102,7 @@ def main(_):
     )
     experiment.check_room(plan, memory)
 
+    processes.wait()  # Until all have seen that the output may be written to.
     for name in ("report.json", "report.html", "report.png"):  # An earlier run's, with --overwrite.
         (output / name).unlink(missing_ok=True)
 
@@ -134,6 +137,8 @@ def main(_):
                 report["baselines"]["rtn"] = {k: v for k, v in rtn.items() if k not in ("layers", "seconds")}
         report["seconds"] |= stages.seconds
         report["peak_rss_bytes"] = reporting.peak_rss_bytes()
+    if not processes.first:
+        return
     report["checkpoint"] = checkpoint.provenance
     report["config"] = config.to_dict()
     report["environment"] = experiment.environment()

@@ -273,7 +273,7 @@ def start_processes() -> Processes:
         jax.distributed.initialize(**values)
     processes = Processes()
     if not processes.first:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")
     return processes
 
 

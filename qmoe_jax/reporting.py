@@ -15,9 +15,11 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, what: str, unit: str = "batch") -> tqdm:
+def progress(total: int, what: str, unit: str = "batch", *, shown: bool = True) -> tqdm:
     """A progress bar with the time left on standard error."""
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, file=sys.stderr)
+    return tqdm(
+        total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, file=sys.stderr, disable=not shown
+    )
 
 
 def say(text: str) -> None:

@@ -18,7 +18,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -29,6 +28,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import traverse_util
 
 from qmoe_jax.checkpoints import reading
@@ -38,6 +38,7 @@ from qmoe_jax.checkpoints.reading import Reading
 from qmoe_jax.checkpoints.t5x_files import reason
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.config import ModelConfig
+from qmoe_jax.processes import Processes
 from qmoe_jax.reporting import write_json
 
 FORMAT = "qmoe_jax"
@@ -100,13 +101,52 @@ def _save(directory: pathlib.Path, tree: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{directory}: cannot be written: {os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} free."
         )
-    # Without OCDBT every array is a plain zarr directory, which any reader of zarr can open.
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree))
         _settle(directory)
     except ValueError as e:  # TensorStore's error, for instance of a full disk.
         raise CheckpointError(f"{directory}: cannot be written: {reason(e)}.") from e
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Without OCDBT every array is a plain zarr directory, which any reader of zarr can open.
+
+    One of several processes reads and writes by itself: no part belongs to two.
+    """
+    if jax.process_count() == 1:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _OwnArrays()))
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, type_handler_registry=registry, multiprocessing_options=alone
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+class _OwnArrays(ocp.type_handlers.NumpyHandler):
+    """Writes what Orbax's own handler would, which leaves NumPy's arrays to the first process, whoever has them."""
+
+    async def serialize(self, values, infos, args=None):
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            spec = {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
+                "metadata": {
+                    "shape": value.shape,
+                    "chunks": [max(1, n) for n in value.shape],
+                    "compressor": {"id": "zstd", "level": 1},
+                },
+                "dtype": str(value.dtype),
+                "store_data_equal_to_fill_value": True,
+            }
+            array = await ts.open(spec, create=True)
+            await array.write(value)
+        return []
 
 
 def _settle(directory: pathlib.Path) -> None:
@@ -133,7 +173,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def _restore(directory: pathlib.Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+    with _checkpointer() as checkpointer:
         tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
@@ -142,7 +182,8 @@ def _restore(directory: pathlib.Path) -> dict[str, Any]:
 class CompressedWriter:
     """Writes a compressed checkpoint layer by layer; the manifest, and so the checkpoint, exists after `finish`.
 
-    As a context manager it removes what it wrote when the block raises, but for what was kept (`keep`).
+    As a context manager it removes what it wrote when the block raises, but for what was kept (`keep`). Of several
+    processes each writes the shards of its own experts, and the first one everything else.
 
     Args:
       directory: where to write; parts of an earlier checkpoint there are removed, other files are left alone.
@@ -152,9 +193,13 @@ class CompressedWriter:
       provenance: JSON values that say where the model came from.
       num_shards: of each layer; None: see `default_shards`.
       layers: what `layers` was of a writer that was stopped, to go on from there; they stay in any case.
+      processes: all of which make a writer and call its methods; None: `jax.distributed`'s.
+
+    Attributes:
+      own: the experts of every layer that this process writes.
 
     Raises:
-      ValueError: a number of shards that there are no experts for.
+      ValueError: a number of shards that there are no experts for, or fewer than processes.
       CheckpointError: what was kept isn't there any more, or has changed.
     """
 
@@ -167,11 +212,20 @@ class CompressedWriter:
         provenance: Mapping[str, Any],
         num_shards: int | None = None,
         layers: Mapping[str, Any] | None = None,
+        processes: Processes | None = None,
     ):
         self.directory = pathlib.Path(directory)
-        self.num_shards = num_shards
-        if num_shards is not None:
-            shard_bounds(config.num_experts, num_shards)
+        self._processes = processes or Processes()
+        weights = config.num_experts * config.d_model * config.d_ff * len(config.expert_matrices)
+        count = num_shards or default_shards(config.num_experts, weights)
+        self._bounds = shard_bounds(config.num_experts, count)
+        if count < self._processes.count:
+            raise ValueError(
+                f"num_shards: found {count}, but there are {self._processes.count} processes, each of which writes "
+                "whole shards: give as many or more (a run with another number of processes needs the same)."
+            )
+        shards = self._processes.share(count)
+        self.own = range(self._bounds[shards[0]][0], self._bounds[shards[-1]][1])
         self._kept = dict(layers or {})
         self._manifest = {
             "format": FORMAT,
@@ -182,17 +236,19 @@ class CompressedWriter:
             "provenance": dict(provenance),
             "layers": dict(self._kept),
         }
-        for layer in self._kept.values():
-            for shard in layer["shards"]:
-                _check_part(self.directory, shard)
-        self._remove()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._processes.first:
+            for layer in self._kept.values():
+                for shard in layer["shards"]:
+                    _check_part(self.directory, shard)
+            self._remove()
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._processes.wait()
 
     def __enter__(self) -> CompressedWriter:
         return self
 
     def __exit__(self, kind, value, trace) -> None:
-        if kind is not None:
+        if kind is not None and self._processes.first:
             self._remove()
 
     @property
@@ -220,34 +276,40 @@ class CompressedWriter:
         return {"directory": name, "bytes_on_disk": _directory_bytes(directory), "sha256": sha256(directory)}
 
     def write_layer(self, layer: str, experts: Mapping[str, CompressedExperts]) -> None:
-        """Writes the matrices (wi, wo, ...) of one sparse layer such as 'encoder/layers_1'."""
-        shape = next(iter(experts.values())).shape
-        count = self.num_shards or default_shards(shape[0], sum(math.prod(e.shape) for e in experts.values()))
-        shards, matrix_bytes = [], dict.fromkeys(experts, 0)
-        for i, (start, stop) in enumerate(shard_bounds(shape[0], count)):
-            own = {m: e.take(start, stop) for m, e in experts.items()}
+        """Writes the matrices (wi, wo, ...), of this process's experts, of a sparse layer such as 'encoder/layers_1'."""
+        count, written = len(self._bounds), []
+        for i in self._processes.share(count):
+            start, stop = self._bounds[i]
+            own = {m: e.take(start - self.own.start, stop - self.own.start) for m, e in experts.items()}
             part = self._part(f"{_layer_directory(layer)}/{i}-of-{count}", {m: e.stored() for m, e in own.items()})
-            shards.append({"start": start, "stop": stop, **part})
-            for m, e in own.items():
-                matrix_bytes[m] += e.nbytes
+            written.append(({"start": start, "stop": stop, **part}, {m: e.nbytes for m, e in own.items()}))
+        shards, nbytes = zip(*itertools.chain(*self._processes.gather(written)), strict=True)
         self._manifest["layers"][layer] = {
-            "bytes": sum(matrix_bytes.values()),
-            "matrices": {m: {"shape": list(e.shape), "bytes": matrix_bytes[m]} for m, e in experts.items()},
-            "shards": shards,
+            "bytes": sum(sum(of.values()) for of in nbytes),
+            "matrices": {
+                m: {"shape": [self._bounds[-1][1], *e.shape[1:]], "bytes": sum(of[m] for of in nbytes)}
+                for m, e in experts.items()
+            },
+            "shards": list(shards),
         }
 
     def finish(self, dense: Mapping[str, np.ndarray]) -> None:
-        """Writes everything that isn't experts ('/'-joined names; stored as bfloat16), then the manifest."""
+        """Writes everything that isn't experts ('/'-joined names; stored as bfloat16), then the manifest.
+
+        It is the first process's `dense` that is written.
+        """
         written, expected = list(self._manifest["layers"]), list(self._manifest_config().sparse_layers)
         if sorted(written) != sorted(expected):
             raise CheckpointError(f"Sparse layers {sorted(set(expected) - set(written))} were never written.")
-        shutil.rmtree(self.directory / "dense", ignore_errors=True)
-        flat = {name: np.asarray(value, ml_dtypes.bfloat16) for name, value in dense.items()}
-        self._manifest["dense"] = {
-            **self._part("dense", traverse_util.unflatten_dict(flat, sep="/")),
-            "bytes": sum(v.nbytes for v in flat.values()),
-        }
-        write_json(self.directory / MANIFEST, self._manifest | {"sha256": manifest_sha256(self._manifest)})
+        if self._processes.first:
+            shutil.rmtree(self.directory / "dense", ignore_errors=True)
+            flat = {name: np.asarray(value, ml_dtypes.bfloat16) for name, value in dense.items()}
+            self._manifest["dense"] = {
+                **self._part("dense", traverse_util.unflatten_dict(flat, sep="/")),
+                "bytes": sum(v.nbytes for v in flat.values()),
+            }
+            write_json(self.directory / MANIFEST, self._manifest | {"sha256": manifest_sha256(self._manifest)})
+        self._processes.wait()
 
     def _manifest_config(self) -> ModelConfig:
         return ModelConfig.from_dict(self._manifest["model"])

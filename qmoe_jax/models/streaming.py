@@ -223,23 +223,31 @@ class DocumentLosses(NamedTuple):
 Hook = Callable[[ExpertGroup], dict[str, Any]]
 
 
+class OwnRows(NamedTuple):
+    """This process's rows of an array [tokens, width]: values [n, width] are its rows `rows`, rising; None: all."""
+
+    values: np.ndarray
+    rows: np.ndarray | None
+    tokens: int
+
+
 class Position(NamedTuple):
     """Between two layers: where a pass goes on, with what `commit` was told there.
 
     Attributes:
       stack: 'encoder' or 'decoder'.
       layers: how many layers of the stack are done.
-      fill: fill(name, array) reads the array of that name.
+      fill: fill(name, array) reads this process's rows of the array of that name.
     """
 
     stack: str
     layers: int
-    fill: Callable[[str, np.ndarray], None]
+    fill: Callable[[str, OwnRows], None]
 
 
 # commit(stack, layers, arrays): so many layers of the stack are done. 'x' [tokens, d_model] are the activations after
 # them and, in the decoder, 'encoded' the encoder's output.
-Commit = Callable[[str, int, dict[str, np.ndarray]], None]
+Commit = Callable[[str, int, dict[str, OwnRows]], None]
 
 
 def run(
@@ -250,6 +258,7 @@ def run(
     hook: Hook | None = None,
     sample: Mapping[str, np.ndarray] | None = None,
     processes: Processes | None = None,
+    experts: range | None = None,
     stages: reporting.Stages | None = None,
     what: str = "evaluating",
     position: Position | None = None,
@@ -264,6 +273,7 @@ def run(
       hook: called for each group of experts; returns the kernels that are used in its place.
       sample: by stack, rows that every group's inputs have beside those of its own tokens, rising.
       processes: of the run; None: `jax.distributed`'s. Each calls this with the same arguments, and gets all losses.
+      experts: of every layer, those that this process has; None: an equal share.
       stages: where seconds are counted.
       what: the progress bar's label.
       position: where to go on; None: at the beginning.
@@ -282,14 +292,14 @@ def run(
     stages = stages or reporting.Stages()
     processes = processes or Processes()
     documents = Documents(pairs, settings.tokens_per_batch, settings.activations, processes)
-    own = processes.share(config.num_experts)
+    own = experts or processes.share(config.num_experts)
     units = sum(_units(config, settings, len(documents.batches), len(own)).values())
     layers = [layer for layer in config.sparse_layers if not _is_done(layer, position)]
     with (
-        contextlib.closing(checkpoint.stream(layers, settings.experts_per_group, settings.reading, own)) as experts,
-        reporting.progress(units, what, "step") as bar,
+        contextlib.closing(checkpoint.stream(layers, settings.experts_per_group, settings.reading, own)) as stream,
+        reporting.progress(units, what, "step", shown=processes.first) as bar,
     ):
-        forward = _Pass(checkpoint, experts, config, documents, settings, hook, sample, processes, stages, bar)
+        forward = _Pass(checkpoint, stream, config, documents, settings, hook, sample, processes, own, stages, bar)
         forward.position, forward.commit = position, commit
         encoded = forward.encoder()
         return forward.losses(forward.decoder(encoded))
@@ -332,10 +342,10 @@ def _units(config: ModelConfig, settings: Settings, batches: int, experts: int) 
 class _Pass:
     """One streamed forward pass; the state that its steps share."""
 
-    def __init__(self, checkpoint, experts, config, documents, settings, hook, sample, processes, stages, bar):
-        self.checkpoint, self.stream, self.config, self.documents = checkpoint, experts, config, documents
+    def __init__(self, checkpoint, stream, config, documents, settings, hook, sample, processes, own, stages, bar):
+        self.checkpoint, self.stream, self.config, self.documents = checkpoint, stream, config, documents
         self.settings, self.hook, self.sample, self.processes = settings, hook, sample, processes
-        self.stages, self.bar = stages, bar
+        self.own, self.stages, self.bar = own, stages, bar
         self.position: Position | None = None
         self.commit: Commit | None = None
         self.embedder = self.params("token_embedder/")
@@ -381,13 +391,13 @@ class _Pass:
         if self.position is None or self.position.stack != stack:
             return self.embed(stack)
         x = self.documents.buffer(stack, self.config.d_model, self.settings.dtype)
-        self.position.fill("x", x.data)
+        self.position.fill("x", self.own_rows(stack, x))
         return x
 
     def encoder(self) -> ListBuffer:
         if self.position is not None and self.position.stack == "decoder":
             encoded = self.documents.buffer("encoder", self.config.d_model, self.settings.dtype)
-            self.position.fill("encoded", encoded.data)
+            self.position.fill("encoded", self.own_rows("encoder", encoded))
             self.skip("encoder", self.config.num_encoder_layers)
             return encoded
         x = self.begin("encoder")
@@ -419,7 +429,7 @@ class _Pass:
             x_batch, memory, tokens = place_batch((x.get(positions), memory, tuple(batch[1:])), self.settings.mesh)
             return positions, _decoder_layer(layer, params, x_batch, memory, tokens, bias)
 
-        self.layers("decoder", DecoderLayer, x, attend, {"encoded": encoded.data})
+        self.layers("decoder", DecoderLayer, x, attend, {"encoded": self.own_rows("encoder", encoded)})
         return x
 
     def skip(self, stack: str, layers: int) -> None:
@@ -428,7 +438,11 @@ class _Pass:
         sparse = [i for i in (c.encoder_sparse_layers if stack == "encoder" else c.decoder_sparse_layers) if i < layers]
         self.bar.update(layers * len(self.documents.batches) + len(sparse) * groups)
 
-    def layers(self, stack: str, kind, x: ListBuffer, attend, others: dict[str, np.ndarray]) -> None:
+    def own_rows(self, stack: str, x: ListBuffer) -> OwnRows:
+        alone = self.processes.count == 1
+        return OwnRows(x.data, None if alone else self.documents.rows(stack), int(self.documents.lengths[stack].sum()))
+
+    def layers(self, stack: str, kind, x: ListBuffer, attend, others: dict[str, OwnRows]) -> None:
         c, dtype = self.config, self.settings.dtype
         sparse_layers = c.encoder_sparse_layers if stack == "encoder" else c.decoder_sparse_layers
         first = self.position.layers if self.position is not None and self.position.stack == stack else 0
@@ -456,7 +470,7 @@ class _Pass:
                 self.experts(f"{stack}/layers_{i}", stack, x, h.data, expert.data, gate.data)
                 if self.commit is not None:
                     with self.stages("committing"):
-                        self.commit(stack, i + 1, {"x": x.data, **others})
+                        self.commit(stack, i + 1, {"x": self.own_rows(stack, x), **others})
 
     def check(self, layer: str, x: ListBuffer, positions: np.ndarray, values: np.ndarray) -> None:
         """Raises ValueError for activations that aren't finite; values [..., d_model] of rows `positions` of x."""
@@ -595,8 +609,7 @@ class _Pass:
             x[rows] += np.asarray(y)[: len(rows)]
 
     def read_experts(self, layer: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        own = self.processes.share(self.config.num_experts)
-        done = own.start
+        own, done = self.own, self.own.start
         while done < own.stop:
             with self.stages("reading"):  # What isn't done in the background already.
                 found, start, stop, kernels = next(self.stream, (None, 0, 0, {}))

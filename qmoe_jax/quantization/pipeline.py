@@ -669,6 +669,7 @@ def compress(
         control = RateControl(quantization.target_bits, _weights_by_matrix(checkpoint.specs))
 
     def run(writer=None, progress=None):
+        own = processes.share(config.num_experts) if writer is None else writer.own
         hook = Quantizer(
             quantization,
             masks,
@@ -678,7 +679,7 @@ def compress(
             writer,
             stages,
             control,
-            own=processes.share(config.num_experts),
+            own=own,
             processes=processes,
         )
 
@@ -697,6 +698,7 @@ def compress(
             hook=hook,
             sample=hook.sample,
             processes=processes,
+            experts=own,
             stages=stages,
             what=what,
             position=position,
@@ -707,7 +709,8 @@ def compress(
             raise RuntimeError(f"Sparse layers {sorted(missing)} were not quantized.")
         if writer is not None:
             with stages("writing"):
-                writer.finish({n: checkpoint.read(n) for n in checkpoint.specs if not is_expert_kernel(n)})
+                dense = [n for n in checkpoint.specs if not is_expert_kernel(n)] if processes.first else []
+                writer.finish({n: checkpoint.read(n) for n in dense})
         return hook.accounts, losses
 
     if output is None:
@@ -722,28 +725,29 @@ def compress(
             "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
         }
         identity = fingerprint(checkpoint, pairs[:num_calibration], validation.pairs, settings)
-        progress = Progress(output, identity, resume)
+        progress = Progress(output, identity, resume, processes)
         kept = progress.committed["kept"] if progress.committed else None
-        if kept:
+        if kept and processes.first:
             reporting.say(f"{output}: going on after {len(kept)} of {len(config.sparse_layers)} sparse layers")
         manifest = (config, dataclasses.asdict(quantization), codec, provenance or {}, num_shards)
         try:
-            with CompressedWriter(output, *manifest, layers=kept) as writer:
+            with CompressedWriter(output, *manifest, layers=kept, processes=processes) as writer:
                 try:
                     accounts, losses = run(writer, progress)
                 except BaseException:
                     writer.keep(progress.stored()["kept"] if progress.stored() else {})
                     raise
         except BaseException:
-            if stored := progress.stored():
+            stored = progress.stored()
+            if stored and processes.first:
                 reporting.say(
                     f"{output}: {len(stored['kept'])} of {len(config.sparse_layers)} sparse layers are committed; run "
                     "the same command to go on after them"
                 )
-            else:
+            elif processes.first:
                 progress.remove()
             raise
-        if not keep_progress:
+        if not keep_progress and processes.first:
             progress.remove()
     validation_losses = streaming.DocumentLosses(*(a[num_calibration:] for a in losses))
     dense_weights = sum(math.prod(s.shape) for n, s in checkpoint.specs.items() if not is_expert_kernel(n))

@@ -6,7 +6,8 @@
     OUT/progress/encoded         the encoder's output, once the decoder runs
 
 A commit writes new files, and then replaces progress.json, which is the moment at which it counts; the files that it
-supersedes are removed after that. So a row of tokens lies at a known place, for any process to write or read.
+supersedes are removed after that. A row of tokens lies at a known place: each process writes and reads its own, so the
+number of processes may change in between.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,8 @@ import numpy as np
 import qmoe_jax
 from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
 from qmoe_jax.checkpoints.compressed import PROGRESS, VERSION, sync
+from qmoe_jax.models.streaming import OwnRows
+from qmoe_jax.processes import Processes
 from qmoe_jax.reporting import write_json
 
 BLOCK = 1 << 26  # bytes that are copied at once
@@ -52,6 +56,7 @@ class Progress:
       output: OUT.
       fingerprint: JSON values that have to be the same for the run to give the same bytes.
       resume: go on from what is there; otherwise it is removed.
+      processes: all of which make one and call its methods; None: `jax.distributed`'s.
 
     Attributes:
       committed: what `commit` was last told, None if nothing is committed.
@@ -60,11 +65,23 @@ class Progress:
       OtherRunError: what is there is of a run with another fingerprint; names what differs.
     """
 
-    def __init__(self, output: str | os.PathLike, fingerprint: Mapping[str, Any], resume: bool = True):
+    def __init__(
+        self,
+        output: str | os.PathLike,
+        fingerprint: Mapping[str, Any],
+        resume: bool = True,
+        processes: Processes | None = None,
+    ):
         self.output, self.folder = pathlib.Path(output), pathlib.Path(output) / PROGRESS
         self._file = self.folder / f"{PROGRESS}.json"
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.committed: dict[str, Any] | None = None
+        self._processes = processes or Processes()
+        if self._processes.first:
+            self._begin(resume)
+        self.committed = self._processes.from_first(self.committed)
+
+    def _begin(self, resume: bool) -> None:
         if not resume:
             self.remove()
         found = self._read()
@@ -109,12 +126,12 @@ class Progress:
         write_json(self._file, {"fingerprint": self.fingerprint, "committed": committed})
         sync(self.folder)
 
-    def commit(self, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Replaces what is committed.
+    def commit(self, state: Mapping[str, Any], arrays: Mapping[str, OwnRows]) -> None:
+        """Replaces what is committed, once every process has written its rows.
 
         Args:
           state: JSON values.
-          arrays: [tokens, width] by name. 'encoded' never changes, and is written once.
+          arrays: this process's rows of arrays [tokens, width], by name. 'encoded' never changes, and is written once.
 
         Raises:
           OSError: no space, for instance; then the last commit still stands.
@@ -127,30 +144,36 @@ class Progress:
                 constant = name == "encoded"
                 files[name] = {
                     "file": name if constant else f"{name}-{number}",
-                    "shape": list(array.shape),
-                    "dtype": str(array.dtype),
+                    "shape": [array.tokens, array.values.shape[1]],
+                    "dtype": str(array.values.dtype),
                 }
                 if files[name] != before.get(name):
                     write_rows(self.folder / files[name]["file"], array)
             sync(self.folder)
+            self._processes.wait()
             committed = {**json.loads(json.dumps(state)), "number": number, "arrays": files}
-            self._write(committed)
+            if self._processes.first:
+                self._write(committed)
         except BaseException:
-            self._remove_others()
+            if self._processes.first:
+                self._remove_others()
             raise
         self.committed = committed
-        self._remove_others()
+        if self._processes.first:
+            self._remove_others()
+        self._processes.wait()  # What others write next isn't to be among what is removed.
 
-    def fill(self, name: str, array: np.ndarray) -> None:
-        """Reads a committed array into `array`. Raises OtherRunError where it isn't whole, or of another shape."""
+    def fill(self, name: str, array: OwnRows) -> None:
+        """Reads rows of a committed array into `array`. Raises OtherRunError if it isn't whole, or of another shape."""
         described = self.committed["arrays"][name]
         file = self.folder / described["file"]
-        if described["shape"] != list(array.shape) or described["dtype"] != str(array.dtype):
+        shape, dtype = [array.tokens, array.values.shape[1]], array.values.dtype
+        if described["shape"] != shape or described["dtype"] != str(dtype):
             raise OtherRunError(
-                f"{file} holds {described['dtype']} {described['shape']}, expected {array.dtype} {list(array.shape)}. "
+                f"{file} holds {described['dtype']} {described['shape']}, expected {dtype} {shape}. "
                 "Give --overwrite to start anew."
             )
-        if not file.is_file() or file.stat().st_size != array.nbytes:
+        if not file.is_file() or file.stat().st_size != math.prod(shape) * dtype.itemsize:
             raise OtherRunError(f"{file} is missing or not whole. Give --overwrite to start anew.")
         read_rows(file, array)
 
@@ -172,25 +195,16 @@ def remove_progress(output: str | os.PathLike) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_rows(path: str | os.PathLike, rows: np.ndarray, first: int = 0, total: int | None = None) -> None:
-    """Writes rows [n, width] of an array into its file, from row `first` on, and sees to it that they are on disk.
-
-    Args:
-      path: the file; made, with room for all rows, if it isn't there.
-      rows: the values.
-      first: where they begin.
-      total: rows of the whole array; None: these are all.
-    """
-    width = rows[:1].nbytes
+def write_rows(path: str | os.PathLike, array: OwnRows) -> None:
+    """Writes rows of an array into its file, made with room for all rows if it isn't there, and has them on disk."""
+    width = array.values.shape[1] * array.values.dtype.itemsize
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        size = width * (len(rows) if total is None else total)
-        if os.fstat(descriptor).st_size < size:
-            os.posix_fallocate(descriptor, 0, size)  # A full disk is found out here.
-        step = max(1, BLOCK // max(1, width))
-        for start in range(0, len(rows), step):
-            data = memoryview(np.ascontiguousarray(rows[start : start + step]).view(np.uint8).reshape(-1))
-            at = width * (first + start)
+        if os.fstat(descriptor).st_size < width * array.tokens:
+            os.posix_fallocate(descriptor, 0, width * array.tokens)  # A full disk is found out here.
+        for start, stop, first in _runs(array, width):
+            data = memoryview(np.ascontiguousarray(array.values[start:stop]).view(np.uint8).reshape(-1))
+            at = width * first
             while data:
                 written = os.pwrite(descriptor, data, at)
                 data, at = data[written:], at + written
@@ -199,17 +213,26 @@ def write_rows(path: str | os.PathLike, rows: np.ndarray, first: int = 0, total:
         os.close(descriptor)
 
 
-def read_rows(path: str | os.PathLike, rows: np.ndarray, first: int = 0) -> None:
-    """Fills `rows` [n, width], contiguous, from row `first` of the array in a file on."""
-    width = rows[:1].nbytes
-    step = max(1, BLOCK // max(1, width))
+def read_rows(path: str | os.PathLike, array: OwnRows) -> None:
+    """Fills rows of an array from its file."""
+    width = array.values.shape[1] * array.values.dtype.itemsize
     with open(path, "rb") as f:
-        f.seek(width * first)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            data = memoryview(part.view(np.uint8).reshape(-1))
+        for start, stop, first in _runs(array, width):
+            f.seek(width * first)
+            data = memoryview(array.values[start:stop].view(np.uint8).reshape(-1))
             if f.readinto(data) != len(data):
-                raise OSError(f"{path} ends within row {first + start} and the next {len(part)}.")
+                raise OSError(f"{path} ends within row {first} and the next {stop - start}.")
+
+
+def _runs(array: OwnRows, width: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first): values[start:stop] are rows from `first` on, of at most BLOCK bytes."""
+    count, step = len(array.values), max(1, BLOCK // max(1, width))
+    ends = [count] if array.rows is None else [*(np.flatnonzero(np.diff(array.rows) != 1) + 1), count]
+    start = 0
+    for end in ends:
+        for begin in range(start, end, step):
+            yield begin, min(begin + step, end), begin if array.rows is None else int(array.rows[begin])
+        start = end
 
 
 # --- What has to be the same ------------------------------------------------------------------------------------------
