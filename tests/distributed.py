@@ -15,7 +15,7 @@ def free_address() -> str:
         return f"localhost:{s.getsockname()[1]}"
 
 
-def environment(devices: int) -> dict[str, str]:
+def environment(devices: int, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     path = [TESTS.parent, TESTS, TESTS / "models"]
     return {
@@ -24,16 +24,17 @@ def environment(devices: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
+        **more,
     }
 
 
-def start(count: int, arguments, devices: int = 2) -> list[subprocess.Popen]:
-    """Starts `python arguments(address, i)` for each process."""
+def start(count: int, arguments, devices: int = 2, **more: str) -> list[subprocess.Popen]:
+    """Starts `python arguments(address, i)` for each process; `more` is added to its environment."""
     address = free_address()
     return [
         subprocess.Popen(
             [sys.executable, *map(str, arguments(address, i))],
-            env=environment(devices),
+            env=environment(devices, **more),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
