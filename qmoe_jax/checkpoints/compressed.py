@@ -276,7 +276,7 @@ class CompressedWriter:
         return {"directory": name, "bytes_on_disk": _directory_bytes(directory), "sha256": sha256(directory)}
 
     def write_layer(self, layer: str, experts: Mapping[str, CompressedExperts]) -> None:
-        """Writes the matrices (wi, wo, ...), of this process's experts, of a sparse layer such as 'encoder/layers_1'."""
+        """Writes the matrices (wi, wo, ...), of this process's experts, of a layer such as 'encoder/layers_1'."""
         count, written = len(self._bounds), []
         for i in self._processes.share(count):
             start, stop = self._bounds[i]
