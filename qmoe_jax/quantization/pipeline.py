@@ -655,6 +655,8 @@ def compress(
     if quantization.calibrated and calibration is None:
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     stages, processes = reporting.Stages(), Processes()
+    if processes.count > 1 and config.experts_choose is not None:
+        raise ValueError("Experts that choose their tokens are compressed by one process: the sums depend on how many.")
     memory = memory._replace(round_weights=True)
     if quantization.target_bits is not None:
         few = trial_experts(config.num_experts, config.d_model * config.d_ff)
@@ -670,6 +672,11 @@ def compress(
 
     def run(writer=None, progress=None):
         own = processes.share(config.num_experts) if writer is None else writer.own
+        if quantization.target_bits is not None and processes.from_first(len(own)) < few:
+            raise ValueError(
+                f"quantization.target_bits: {few} experts of each layer are tried by the first process, which would have "
+                f"{processes.from_first(len(own))}: take fewer processes."
+            )
         hook = Quantizer(
             quantization,
             masks,
