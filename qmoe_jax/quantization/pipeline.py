@@ -672,10 +672,10 @@ def compress(
 
     def run(writer=None, progress=None):
         own = processes.share(config.num_experts) if writer is None else writer.own
-        if quantization.target_bits is not None and processes.from_first(len(own)) < few:
+        if quantization.target_bits is not None and (found := processes.from_first(len(own))) < few:
             raise ValueError(
-                f"quantization.target_bits: {few} experts of each layer are tried by the first process, which would have "
-                f"{processes.from_first(len(own))}: take fewer processes."
+                f"quantization.target_bits: {few} experts of each layer are tried by the first process, which would "
+                f"have {found}: take fewer processes."
             )
         hook = Quantizer(
             quantization,
