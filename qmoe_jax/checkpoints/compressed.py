@@ -217,7 +217,7 @@ class CompressedWriter:
         self.directory = pathlib.Path(directory)
         self._processes = processes or Processes()
         weights = config.num_experts * config.d_model * config.d_ff * len(config.expert_matrices)
-        count = num_shards or default_shards(config.num_experts, weights)
+        count = default_shards(config.num_experts, weights) if num_shards is None else num_shards
         self._bounds = shard_bounds(config.num_experts, count)
         if count < self._processes.count:
             raise ValueError(

@@ -17,6 +17,7 @@ import tiny_model
 
 from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
 from qmoe_jax.data import Vocabulary, load_examples
+from qmoe_jax.models.streaming import OwnRows
 from qmoe_jax.quantization import pipeline, progress
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 from qmoe_jax.quantization.progress import OtherRunError
@@ -160,17 +161,21 @@ def test_activations_lie_in_one_file_in_the_order_of_tokens(arguments, tmp_path)
         assert size == 4 * rows * tiny_model.CONFIG.d_model
 
 
-def test_rows_are_written_and_read_by_range(tmp_path):
+def test_rows_are_written_and_read_by_whoever_has_them(tmp_path):
     everything = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
-    for first in (40, 0, 70):
-        part = everything[first : first + 40]
-        progress.write_rows(tmp_path / "x", part, first, len(everything))
+    owner = np.random.default_rng(1).integers(0, 3, 100)
+    for i in (2, 0, 1):
+        own = np.flatnonzero(owner == i)
+        progress.write_rows(tmp_path / "x", OwnRows(everything[own], own, 100))
     np.testing.assert_array_equal(np.fromfile(tmp_path / "x", np.float32).reshape(100, 3), everything)
-    found = np.empty((7, 3), np.float32)
-    progress.read_rows(tmp_path / "x", found, 33)
-    np.testing.assert_array_equal(found, everything[33:40])
+    progress.write_rows(tmp_path / "whole", OwnRows(everything, None, 100))
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "x").read_bytes()
+    for rows in (None, np.array([0, 1, 7, 8, 9, 99])):
+        found = np.zeros_like(everything if rows is None else everything[rows])
+        progress.read_rows(tmp_path / "x", OwnRows(found, rows, 100))
+        np.testing.assert_array_equal(found, everything if rows is None else everything[rows])
     with pytest.raises(OSError, match="ends within row 98"):
-        progress.read_rows(tmp_path / "x", found, 98)
+        progress.read_rows(tmp_path / "x", OwnRows(np.zeros((7, 3), np.float32), np.arange(98, 105), 105))
 
 
 # --- Something else --------------------------------------------------------------------------------------------------
