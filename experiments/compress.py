@@ -100,7 +100,7 @@ def main(_):
     plan = experiment.plan(
         checkpoint, pairs, num_calibration, quantization, memory, config.codec.name if save else None
     )
-    experiment.check_room(plan, memory)
+    experiment.check_room(plan, memory, output)
 
     processes.wait()  # Until all have seen that the output may be written to.
     for name in ("report.json", "report.html", "report.png"):  # An earlier run's, with --overwrite.

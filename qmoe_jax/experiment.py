@@ -208,18 +208,25 @@ def expected_seconds(
     return rehearsal.project(model, work, quantization, measured)
 
 
-def check_room(plan: dict, memory: streaming.Settings) -> None:
-    """Raises ValueError where a disk has less room than the plan's scratch or activation files need."""
-    for field, needed in (("scratch", plan["scratch_bytes"]), ("activations", plan["activation_file_bytes"])):
-        if not needed or not getattr(memory, field):
-            continue
-        folder = pathlib.Path(getattr(memory, field)).absolute()
-        there = next(p for p in (folder, *folder.parents) if p.exists())
-        free = shutil.disk_usage(there).free
+def check_room(plan: dict, memory: streaming.Settings, output: str | os.PathLike) -> None:
+    """Raises ValueError where a disk has less room than the plan's files on it need."""
+    wanted = (
+        (output, "--output", plan["write_bytes"] + plan["progress_file_bytes"]),
+        (memory.scratch, "config.memory.scratch", plan["scratch_bytes"]),
+        (memory.activations, "config.memory.activations", plan["activation_file_bytes"]),
+    )
+    disks: dict[int, list] = {}
+    for folder, flag, needed in wanted:
+        if folder and needed:
+            path = pathlib.Path(folder).absolute()
+            there = next(p for p in (path, *path.parents) if p.exists())
+            disks.setdefault(there.stat().st_dev, []).append((there, flag, needed))
+    for files in disks.values():
+        free, needed = shutil.disk_usage(files[0][0]).free, sum(n for *_, n in files)
         if free < needed:
             raise ValueError(
-                f"config.memory.{field}: {there} has {planning.gigabytes(free)} free, {planning.gigabytes(needed)} are "
-                "needed. Choose a larger disk, or allow more memory (config.memory.weights_bytes)."
+                f"{files[0][0]} has {planning.gigabytes(free)} free, {planning.gigabytes(needed)} are needed for "
+                f"{', '.join(f'{flag} ({planning.gigabytes(n)})' for _, flag, n in files)}. Choose a larger disk."
             )
 
 

@@ -121,6 +121,12 @@ def activation_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
     return max(encoder, decoder) + documents
 
 
+def progress_bytes(config: ModelConfig, work: Workload, itemsize: int) -> int:
+    """Committed activations at most: the new ones beside those they replace, and the encoder's output."""
+    encoder, decoder = work.encoder_tokens, work.decoder_tokens
+    return max(2 * encoder, encoder + 2 * decoder) * config.d_model * itemsize
+
+
 def device_steps(
     config: ModelConfig, work: Workload, memory: streaming.Settings, quantization: QuantizationSettings
 ) -> dict[str, int]:
@@ -233,6 +239,7 @@ def plan(
         "spilled": layer.spilled,
         "scratch_bytes": layer.scratch_bytes,
         "activation_file_bytes": activations if memory.activations else 0,
+        "progress_file_bytes": 0 if codec is None else progress_bytes(config, work, itemsize),
         "weights_limit_bytes": reading.limit,
         "documents": work._asdict(),
         "host_bytes": host,
@@ -270,6 +277,8 @@ def rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("groups a layer", str(plan["groups_per_layer"])),
         ("scratch files", gigabytes(plan["scratch_bytes"]) if plan["spilled"] else "none"),
     ]
+    if plan["progress_file_bytes"]:
+        found.append(("progress files", gigabytes(plan["progress_file_bytes"])))
     if plan["activation_file_bytes"]:
         found.append(("activation files", gigabytes(plan["activation_file_bytes"])))
     found += [(f"host: {part}", gigabytes(n)) for part, n in plan["host_bytes"].items()]

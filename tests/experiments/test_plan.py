@@ -2,9 +2,9 @@
 
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -48,14 +48,16 @@ def test_a_bound_that_nothing_fits_into_is_refused_before_anything_is_read(run, 
     assert_fails(result, "weights_bytes: found 100", "experts_per_group")
 
 
-@pytest.mark.parametrize("field", ["scratch", "activations"])
-def test_a_disk_without_room_is_refused_before_anything_is_read(field, tmp_path, monkeypatch):
-    memory = streaming.Settings(**{field: str(tmp_path / "not" / "yet")})
-    plan = {"scratch_bytes": 10**10, "activation_file_bytes": 10**10}
-    monkeypatch.setattr(experiment.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 1, 10**10 - 1))
-    with pytest.raises(ValueError, match=rf"memory\.{field}: {tmp_path} has 10 GB free, 10 GB are needed"):
-        experiment.check_room(plan, memory)
-    experiment.check_room(plan | {"scratch_bytes": 0, "activation_file_bytes": 0}, memory)
+def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    memory = streaming.Settings(scratch=str(tmp_path / "not" / "yet"), activations=str(tmp_path))
+    plan = {"scratch_bytes": 3e9, "activation_file_bytes": 4e9, "write_bytes": 1e9, "progress_file_bytes": 2e9}
+    monkeypatch.setattr(experiment.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    free = 9e9
+    with pytest.raises(ValueError, match=rf"{tmp_path} has 9 GB free, 10 GB .*--output \(3 GB\), .*scratch \(3 GB\)"):
+        experiment.check_room(plan, memory, tmp_path / "out")
+    experiment.check_room(plan | {"scratch_bytes": 0}, memory, tmp_path / "out")
+    free = 10e9
+    experiment.check_room(plan, memory, tmp_path / "out")
 
 
 def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  # noqa: F811

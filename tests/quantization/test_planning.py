@@ -59,6 +59,11 @@ def test_activations_in_files_are_not_in_memory():
     assert found["activation_file_bytes"] == plan()["host_bytes"]["activations"]
 
 
+def test_committed_activations_are_the_new_beside_the_old():
+    encoder, decoder = 160_128 * 512, 160_128 * 114
+    assert plan()["progress_file_bytes"] == max(2 * encoder, encoder + 2 * decoder) * 2080 * 2
+
+
 def test_on_a_cpu_the_largest_step_is_in_host_memory():
     cpu, gpu = plan(is_cpu=True), plan()
     assert cpu["peak_host_bytes"] == gpu["peak_host_bytes"] + cpu["device_bytes"]["largest step"]
