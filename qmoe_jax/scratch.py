@@ -73,12 +73,12 @@ class MappedArray:
     def __init__(self, parent: str | os.PathLike, shape: tuple[int, ...], dtype: DTypeLike):
         size = math.prod(shape) * np.dtype(dtype).itemsize
         pathlib.Path(parent).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent) as file:
+        with tempfile.TemporaryFile(dir=str(parent)) as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, max(1, size))  # Later, a full disk would be a signal.
             except OSError as e:
                 raise OSError(
-                    e.errno, f"{os.strerror(e.errno)}: {size:,} bytes are wanted for activations", str(parent)
+                    e.errno, f"{os.strerror(e.errno or 0)}: {size:,} bytes are wanted for activations", str(parent)
                 ) from e
             self._map = mmap.mmap(file.fileno(), max(1, size))
         self.array = np.frombuffer(self._map, dtype, math.prod(shape)).reshape(shape)

@@ -32,7 +32,9 @@ def param_shapes(config: ModelConfig) -> dict[str, Shape]:
     structure = {field: getattr(config, field) for field in _STRUCTURE}
     sizes = {size: getattr(config, size) for size in _SIZES if size != _HEADS}
     sizes[_HEADS] = config.num_heads * config.head_dim
-    return {name: _resolve(axes, sizes) for name, axes in _param_axes(**structure).items()}
+    return {
+        n: tuple(sizes[a] if isinstance(a, str) else a for a in axes) for n, axes in _param_axes(**structure).items()
+    }
 
 
 def infer_config(shapes: Mapping[str, Shape], **overrides: Any) -> ModelConfig:

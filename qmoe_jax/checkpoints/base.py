@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,7 @@ class Checkpoint(abc.ABC):
 
     def stream(
         self, layers: Sequence[str], group_size: int, how: Reading = reading.DEFAULT, experts: range | None = None
-    ) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+    ) -> Generator[tuple[str, int, int, dict[str, Any]]]:
         """The experts of many layers one after the other; the next are read while the caller has the present ones.
 
         Args:
@@ -143,7 +143,7 @@ class Checkpoint(abc.ABC):
                 return np.asarray(kernel.to_dense()).swapaxes(1, 2)  # [experts, in, out]
             return kernel
 
-        leaves = {n: functools.partial(self.read, n) for n in self.specs}
+        leaves: dict[str, Callable[[], np.ndarray]] = {n: functools.partial(self.read, n) for n in self.specs}
         for layer in self.config.sparse_layers:
             for matrix in self.config.expert_matrices:
                 leaves.setdefault(f"{layer}/mlp/expert/{matrix}/kernel", functools.partial(experts, layer, matrix))

@@ -125,6 +125,9 @@ class ExpertReader:
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._layer: str | None = None
+        self._groups: Iterator[tuple[int, int, dict[str, Any]]] | None = None
+        self._held: list[tuple[int, int, dict[str, Any]]] = []
+        self._first = 0
 
     def read(self, layer: str, start: int, stop: int) -> dict[str, np.ndarray]:
         """Matrices of experts start:stop by name, [experts, in, out]; compressed ones as bfloat16."""

@@ -128,7 +128,9 @@ def _open_files(path: pathlib.Path) -> dict[str, TensorFile]:
             raise CheckpointError(listed(f"{path}: files of {source.name} are missing:", missing))
     else:
         files, weight_map = [source.name], None
-    opened = {f: (SafetensorsFile if f.endswith(".safetensors") else BinFile)(path / f) for f in files}
+    opened: dict[str, Any] = {
+        f: SafetensorsFile(path / f) if f.endswith(".safetensors") else BinFile(path / f) for f in files
+    }
     if weight_map is None:
         weight_map = {name: source.name for name in opened[source.name].specs}
     if missing := [f"{n} in {f}" for n, f in weight_map.items() if n not in opened[f].specs]:
@@ -356,7 +358,7 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
         return {n: value for n in (*tensors.names, *copies)}
 
     def experts(layer, start, stop):
-        values = {}
+        values: dict[str, np.ndarray] = {}
         for matrix, kernels in reader.read(layer, start, stop).items():
             names = to_pytorch(f"{layer}/mlp/expert/{matrix}/kernel", checkpoint.config.num_experts).names[start:stop]
             values |= {n: k.T.astype(options.dtype_of(k.dtype)) for n, k in zip(names, kernels, strict=True)}

@@ -91,7 +91,7 @@ class IstaCheckpoint(Checkpoint):
         self._tensors, shapes = t5x_parameters(path, {n: t.shape for n, t in self._values.items()}, tied)
         self.specs = {name: jax.ShapeDtypeStruct(shape, BFLOAT16) for name, shape in shapes.items()}
         # No file tells the experts' shapes: a row's width isn't stored.
-        d_ff = described.get("d_ff")
+        d_ff: Any = described.get("d_ff")
         routers = {n.removesuffix(ROUTER): shape for n, shape in shapes.items() if n.endswith(ROUTER)}
         for layer, (d_model, experts) in routers.items():
             shapes[f"{layer}/mlp/expert/wi/kernel"] = (experts, d_model, d_ff)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class NativeCheckpoint(Checkpoint):
 
     def stream(
         self, layers: Sequence[str], group_size: int, how: Reading = reading.DEFAULT, experts: range | None = None
-    ) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+    ) -> Generator[tuple[str, int, int, dict[str, Any]]]:
         check_group_size(group_size)
         opened = [(layer, functools.partial(self.sources, layer)) for layer in layers]
         return reading.stream(opened, group_size, how, experts or range(self.config.num_experts))

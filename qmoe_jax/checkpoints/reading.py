@@ -20,7 +20,7 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ def host_memory_bytes() -> int:
 
 # --- Which chunks make which experts ---------------------------------------------------------------------------------
 
-Region = tuple[slice, slice, slice]
+Region = tuple[slice, ...]
 
 
 class Grid(NamedTuple):
@@ -81,8 +81,8 @@ class Grid(NamedTuple):
       layers: how many layers one chunk file holds a part of; more than 1 in some scanned models.
     """
 
-    shape: tuple[int, int, int]
-    chunks: tuple[int, int, int]
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
     itemsize: int
     layers: int = 1
 
@@ -195,7 +195,7 @@ Kernels = dict[str, np.ndarray]
 
 def stream(
     layers: Iterable[tuple[str, Callable[[], dict[str, Source]]]], group: int, reading: Reading, experts: range
-) -> Iterator[tuple[str, int, int, Kernels]]:
+) -> Generator[tuple[str, int, int, Kernels]]:
     """Experts of many layers, group by group; the next block is read while the caller has the present one.
 
     Args:
@@ -264,7 +264,7 @@ def _parts(block: range, group: int) -> Iterator[range]:
         yield range(start, min(start + group, block.stop))
 
 
-def _groups(kernels: Kernels, block: range, group: int) -> Iterator[tuple[int, int, Kernels]]:
+def _groups(kernels: Kernels, block: range, group: int) -> Generator[tuple[int, int, Kernels]]:
     for part in _parts(block, group):
         at = slice(part.start - block.start, part.stop - block.start)
         yield part.start, part.stop, {m: k[at] for m, k in kernels.items()}
@@ -296,7 +296,7 @@ def _spill(sources, block: range, group: int, dtype, directory: pathlib.Path):
     return itertools.chain(*copies), spilled
 
 
-def _spilled_groups(spilled, block: range, group: int, read, directory) -> Iterator[tuple[int, int, Kernels]]:
+def _spilled_groups(spilled, block: range, group: int, read, directory) -> Generator[tuple[int, int, Kernels]]:
     for part in _parts(block, group):
         yield part.start, part.stop, read(spilled, part, None)
     shutil.rmtree(directory, ignore_errors=True)
@@ -315,6 +315,7 @@ class _Copy(NamedTuple):
         return start_copy(self.source.array[self.region], self.target)
 
     def spill(self) -> ts.Future:
+        assert self.scratch is not None
         return start_copy(self.target, self.scratch.array[self.there])
 
     def what(self) -> str:
@@ -366,7 +367,7 @@ def _run(copies: Iterator[_Copy], in_flight: int, patience: retry.Patience, stop
         finish()
 
 
-def prefetched(items: Iterator[Any], stop: threading.Event | None = None) -> Iterator[Any]:
+def prefetched(items: Generator[Any], stop: threading.Event | None = None) -> Generator[Any]:
     """The same items; the next is made by a background thread while the caller has the present one.
 
     Args:

@@ -111,7 +111,8 @@ class T5XCheckpoint:
         stored = self._arrays[source]
         # An array within the index file is in memory already.
         inlined = isinstance(self._leaves[source], np.ndarray)
-        chunks = (1, *stored.shape[1:]) if inlined else tuple(stored.chunk_layout.read_chunk.shape)
+        layout: Any = stored.chunk_layout.read_chunk
+        chunks = (1, *stored.shape[1:]) if inlined else tuple(layout.shape)
         layers = 1
         if block is not None:
             layers, chunks = chunks[1], (chunks[0], *chunks[2:])
@@ -339,7 +340,7 @@ def index_file(entries: Mapping[str, Any], step: int) -> bytes:
 
 def _explicit(index: Index, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
     """NumPy's basic indexing, one entry per axis, in TensorStore's terms (-1 is just another coordinate)."""
-    entries = list(index) if isinstance(index, tuple) else [index]
+    entries: list[Any] = list(index) if isinstance(index, tuple) else [index]
     at = next((i for i, entry in enumerate(entries) if entry is Ellipsis), len(entries))
     rest = entries[at + 1 :]
     entries = entries[:at] + [slice(None)] * (len(shape) - at - len(rest)) + rest

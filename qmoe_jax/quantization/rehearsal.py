@@ -132,9 +132,9 @@ def attention(
     if stack == "encoder":
         module, x = EncoderLayer(config, sparse, False, dtype), batch(lengths[0])
         return seconds(lambda: streaming._encoder_layer(module, params, x, tokens[0], shared), repeats)
-    module, x, memory = DecoderLayer(config, sparse, True, dtype), batch(lengths[1]), batch(lengths[0])
+    decoder, x, memory = DecoderLayer(config, sparse, True, dtype), batch(lengths[1]), batch(lengths[0])
     fed = (tokens[0], tokens[1], tokens[1])
-    return seconds(lambda: streaming._decoder_layer(module, params, x, memory, fed, shared), repeats)
+    return seconds(lambda: streaming._decoder_layer(decoder, params, x, memory, fed, shared), repeats)
 
 
 def read_chunks(config: ModelConfig, most_bytes: int, scratch: str | None) -> float:
@@ -296,7 +296,7 @@ def measure(
     lengths = (work.encoder_length, work.decoder_length)
     rows = max(1, min(memory.tokens_per_batch, most_tokens) // sum(lengths))
     for stack, length in zip(("encoder", "decoder"), lengths, strict=True):
-        layers = {True: None, False: None}
+        layers: dict[bool, int | None] = {True: None, False: None}
         sparse = config.encoder_sparse_layers if stack == "encoder" else config.decoder_sparse_layers
         depth = config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
         for i in range(depth):
