@@ -227,7 +227,7 @@ class CompressedWriter:
         shards = self._processes.share(count)
         self.own = range(self._bounds[shards[0]][0], self._bounds[shards[-1]][1])
         self._kept = dict(layers or {})
-        self._manifest = {
+        self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "format_version": VERSION,
             "model": config.to_dict(),
@@ -440,7 +440,7 @@ class CompressedCheckpoint(Checkpoint):
         for matrix, described in self.manifest["layers"][layer]["matrices"].items():
             shape = (shard["stop"] - shard["start"], *described["shape"][1:])
             try:
-                experts[matrix] = CompressedExperts.from_stored(tree[matrix], self.codec, shape)
+                experts[matrix] = CompressedExperts.from_stored(tree[matrix], str(self.codec), shape)
             except KeyError as e:
                 raise CheckpointError(f"{self.path}: {layer}/mlp/expert/{matrix} lacks {e}.") from e
             except ValueError as e:

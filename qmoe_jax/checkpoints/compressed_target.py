@@ -62,7 +62,8 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
 
     def write_layer(layer):
         (writer,) = writers
-        writer.write_layer(layer, first.pop(layer, None) or in_codec(checkpoint, layer, options.codec))
+        matrices = first.pop(layer) if layer in first else in_codec(checkpoint, layer, options.codec)
+        writer.write_layer(layer, matrices)
         writer.keep(writer.layers)
         return files(*(shard["directory"] for shard in writer.layers[layer]["shards"]))
 

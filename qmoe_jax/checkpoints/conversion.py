@@ -187,7 +187,7 @@ def run(plan: Plan, output: pathlib.Path, identity: str) -> dict[str, dict[str, 
     progress = read_progress(output)
     done = progress["parts"] if progress and progress["identity"] == identity else {}
     done = {name: files for name, files in done.items() if _intact(output, files)}
-    if done:
+    if progress and done:
         plan.go_on(progress.get("state"), list(done))
     output.mkdir(parents=True, exist_ok=True)
     finished: dict[str, dict[str, Any]] = {}

@@ -138,7 +138,7 @@ class Progress:
         """
         before = self.committed["arrays"] if self.committed else {}
         number = self.committed["number"] + 1 if self.committed else 1
-        files = {}
+        files: dict[str, dict[str, Any]] = {}
         try:
             for name, array in arrays.items():
                 constant = name == "encoded"
@@ -165,6 +165,7 @@ class Progress:
 
     def fill(self, name: str, array: OwnRows) -> None:
         """Reads rows of a committed array into `array`. Raises OtherRunError if it isn't whole, or of another shape."""
+        assert self.committed is not None
         described = self.committed["arrays"][name]
         file = self.folder / described["file"]
         shape, dtype = [array.tokens, array.values.shape[1]], array.values.dtype
@@ -265,7 +266,7 @@ def fingerprint(
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
