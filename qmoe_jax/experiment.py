@@ -270,7 +270,9 @@ def start_processes() -> Processes:
 
     Call it before anything else that uses a device.
     """
-    values = {name: flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+    values: dict[str, Any] = {
+        name: flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")
+    }
     if values["coordinator_address"] != "auto" and len({v is None for v in values.values()}) > 1:
         lacking = ", ".join(f"--{name}" for name, value in values.items() if value is None)
         raise ValueError(f"{lacking}: not given. Several processes need all three of --{', --'.join(values)}.")
