@@ -382,7 +382,7 @@ def prefetched(items: Generator[Any], stop: threading.Event | None = None) -> Ge
                 future = pool.submit(next, items, end)
                 yield item
                 del item
-        except GeneratorExit:
+        except BaseException:  # Closed or interrupted: what is under way need not be finished.
             stop.set()
             raise
         finally:
