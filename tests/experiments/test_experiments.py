@@ -217,6 +217,11 @@ def test_evaluate_and_generate_over_several_devices(run, tiny, elsewhere, tmp_pa
     assert texts[1] == texts[0]
 
 
+@pytest.mark.parametrize("experiment", ["compress", "evaluate", "generate"])
+def test_processes_that_are_not_all_told_of(experiment, run):
+    assert_fails(run(experiment, CONFIG, "--process_id=1"), "--coordinator_address, --num_processes: not given")
+
+
 @pytest.mark.parametrize("experiment", ["evaluate", "generate"])
 @pytest.mark.parametrize("devices", [0, 3, 99])
 def test_devices_that_there_are_not_or_that_do_not_divide_the_experts(experiment, devices, run, tiny):
