@@ -9,6 +9,7 @@ from typing import Any
 
 from qmoe_jax import reporting
 from qmoe_jax.figures import compression_svgs
+from qmoe_jax.quantization import planning
 
 
 def html_report(report: Mapping[str, Any]) -> str:
@@ -22,6 +23,7 @@ def html_report(report: Mapping[str, Any]) -> str:
         "Layer by layer": _figures(report) + _layers(report),
         "Experts that fell back": _fallbacks(report),
         "Time": _seconds(report),
+        "Memory": _memory(report),
         "Settings": _settings(report.get("config", {})),
         "Made from, and with": _settings(
             {"checkpoint": report.get("checkpoint", {}), "environment": report.get("environment", {})}
@@ -108,6 +110,7 @@ def _layers(report) -> str:
         "fewest tokens",
         "median",
         "most",
+        "over cap",
         "fell back",
     )
 
@@ -115,9 +118,11 @@ def _layers(report) -> str:
         tokens = layer["tokens_per_expert"]
         spread = (min(tokens), f"{statistics.median(tokens):g}", max(tokens))
         rates = [layer[k] for k in ("output_error", "entropy_per_weight", "bits_per_weight", "zeros")]
-        return [name, *rates, *spread, len(layer["fallback"])]
+        return [name, *rates, *spread, len(layer.get("overloaded", ())), len(layer["fallback"])]
 
-    return _table(header, [row(name, layer) for name, layer in report["layers"].items()])
+    return _table(header, [row(name, layer) for name, layer in report["layers"].items()]) + (
+        "<p>over cap: experts that more calibration tokens were routed to than token_cap lets into a Hessian.</p>\n"
+    )
 
 
 def _fallbacks(report) -> str:
@@ -140,13 +145,23 @@ def _seconds(report) -> str:
         f'<td class="bar"><div style="width:{100 * s / longest:.1f}%"></div></td></tr>\n'
         for stage, s in sorted(seconds.items(), key=lambda item: -item[1])
     )
-    memory = report.get("peak_rss_bytes")
-    note = "" if memory is None else f" Peak memory of the host process: {memory / 2**30:.2f} GiB."
     return (
         '<div class="wide"><table><thead><tr><th>stage</th><th>seconds</th><th></th></tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>\n"
-        f"<p>total: of the compression; the baselines' comparison comes on top of it.{note}</p>\n"
+        f"<p>total: of the compression; the baselines' comparison comes on top of it.</p>\n"
     )
+
+
+def _memory(report) -> str:
+    planned = report.get("plan", {}).get("peak_host_bytes")
+    rows = [("the host process, at most", _gigabytes(report["peak_rss_bytes"]), _gigabytes(planned))]
+    for part, size in report.get("plan", {}).get("host_bytes", {}).items():
+        rows.append((f"of that: {part}", "", _gigabytes(size)))
+    return _table(("memory", "measured", "planned"), rows)
+
+
+def _gigabytes(number: float | None) -> str | None:
+    return None if number is None else planning.gigabytes(number)
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ LAYER = {
     "bits_per_weight": 0.7,
     "tokens_per_expert": [30, 0, 12],
     "fallback": {"1": "no calibration tokens"},
+    "overloaded": {"0": 45},
     "output_error": 0.04,
     "output_error_per_expert": [0.03, None, 0.05],
 }
@@ -41,7 +42,8 @@ REPORT = {
         "decoder/layers_11": LAYER | {"fallback": {"1": "no calibration tokens", "2": "the Hessian of wo is zero"}},
     },
     "seconds": {"reading": 10.0, "quantization": 40.0, "total": 60.0, "comparison": 5.0},
-    "peak_rss_bytes": 3 * 2**30,
+    "peak_rss_bytes": 3_000_000_000,
+    "plan": {"peak_host_bytes": 4_000_000_000, "host_bytes": {"activations": 2_500_000_000}},
     "baselines": {"bfloat16": {"loss": 1.18, "loss_paper": 1.19}},
     "checkpoint": {"checkpoint": "gs://bucket/switch_c_2048/checkpoint_611800", "layout": "t5x", "step": 611_800},
     "config": {"codec": {"name": "gap"}, "data": {"validation": "c4.json.gz", "window": None}},
@@ -99,19 +101,26 @@ def test_headline_and_comparison(page):
     assert bfloat16[:3] == ["bfloat16", "1.1800", "1.1900"] and own[:2] == ["GPTQ, 1.5 bits", "1.2500"]
 
 
+def test_every_row_fits_its_header(page):
+    for name, rows in page.rows.items():
+        assert len({len(row) for row in rows}) == 1, name
+
+
 def test_every_layer_and_every_expert_that_fell_back(page):
     _, *layers = page.rows["Layer by layer"]
     assert [row[0] for row in layers] == list(REPORT["layers"])
-    assert layers[0][1:] == ["0.0400", "0.6100", "0.7000", "0.8800", "0", "12", "30", "1"]
+    assert layers[0][1:] == ["0.0400", "0.6100", "0.7000", "0.8800", "0", "12", "30", "1", "1"]
     _, *fallbacks = page.rows["Experts that fell back"]
     found = {(layer, e): why for layer, experts, why in fallbacks for e in experts.split(", ")}
     expected = {(name, e): why for name, layer in REPORT["layers"].items() for e, why in layer["fallback"].items()}
     assert found == expected and len(found) == 3
 
 
-def test_time_settings_and_origin(page):
+def test_time_memory_settings_and_origin(page):
     _, *seconds = page.rows["Time"]
     assert {row[0]: float(row[1]) for row in seconds} == REPORT["seconds"]
+    _, peak, part = page.rows["Memory"]
+    assert (peak[1:], part) == (["3 GB", "4 GB"], ["of that: activations", "", "2.5 GB"])
     assert ["codec.name", "gap"] in page.rows["Settings"] and ["data.window", "-"] in page.rows["Settings"]
     assert ["checkpoint.step", "611800"] in page.rows["Made from, and with"]
     assert ["environment.jax", "0.10.2"] in page.rows["Made from, and with"]
@@ -155,7 +164,7 @@ def test_foreign_text_is_escaped():
 
 def test_what_was_measured_without_codec_baselines_or_fallbacks():
     report = copy.deepcopy(REPORT)
-    del report["baselines"], report["config"], report["checkpoint"]
+    del report["baselines"], report["config"], report["checkpoint"], report["plan"]
     for layer in report["layers"].values():
         layer |= {"fallback": {}, "bits_per_weight": None, "output_error": None, "output_error_per_expert": [None] * 3}
     report |= dict.fromkeys(("bits_per_weight", "bytes_model", "compression_experts", "compression_model"))
