@@ -204,7 +204,7 @@ p { max-width: 48rem; font-size: .9rem; }
 .tiles > div { background: var(--tile); border-radius: .5rem; padding: .7rem .9rem; }
 .tiles dt { font-size: .85rem; }
 .tiles dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; }
 figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
