@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python experiments/demo.py --output=out/demo
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

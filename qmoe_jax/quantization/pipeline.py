@@ -131,7 +131,7 @@ class QuantizationSettings:
             raise ValueError("quantization.lagrangian, .target_bits: only method 'rd' trades bits for error.")
         if not 0 <= self.shrinkage < math.inf:
             raise ValueError(f"quantization.shrinkage: found {self.shrinkage!r}, expected a finite number, at least 0.")
-        if self.refits not in range(2 if self.method == "gptq" else 100):
+        if type(self.refits) is not int or self.refits not in range(2 if self.method == "gptq" else 100):
             raise ValueError(f"quantization.refits: found {self.refits!r}, expected 0 or more (gptq: 0 or 1).")
         if self.method == "gptq" and self.refits and (self.bits != TERNARY or self.group_size is not None):
             raise ValueError("quantization.refits: only ternary levels without group_size can be refitted.")
