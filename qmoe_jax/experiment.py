@@ -24,6 +24,7 @@ from ml_collections import config_dict
 import qmoe_jax
 from qmoe_jax import reporting
 from qmoe_jax.checkpoints import Checkpoint, NativeCheckpoint, check_preset, open_checkpoint
+from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
 from qmoe_jax.config import preset
 from qmoe_jax.data import Examples, Vocabulary, load_examples
 from qmoe_jax.models import streaming
@@ -89,6 +90,7 @@ def default_config() -> config_dict.ConfigDict:
             weights_bytes=config_dict.placeholder(int),  # for experts that are read; None: half of the host's memory
             scratch=config_dict.placeholder(str),  # folder for those that don't fit; None: beside the output
             activations=config_dict.placeholder(str),  # folder for the activations of all tokens; None: in memory
+            commit_share=0.03,  # of the time, at most, for committing layers; 1: each layer is committed
         ),
         generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
     )
@@ -151,6 +153,8 @@ def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
     for field, value in config.memory.items():
         if isinstance(value, int) and value < 1:
             raise ValueError(f"config.memory.{field}: found {value}, expected at least 1.")
+    if not 0 <= config.memory.commit_share <= 1:
+        raise ValueError(f"config.memory.commit_share: found {config.memory.commit_share}, expected 0 to 1.")
     return streaming.Settings(dtype=activation_dtype(config), **config.memory)
 
 
@@ -210,14 +214,17 @@ def expected_seconds(
 
 def check_room(plan: dict, memory: streaming.Settings, output: str | os.PathLike) -> None:
     """Raises ValueError where a disk has less room than the plan's files on it need."""
+    # An interrupted run's: kept, or removed first.
+    parts = [pathlib.Path(output) / part for part in (*PARTS, PROGRESS)]
+    there_already = sum(p.stat().st_blocks * 512 for part in parts for p in part.rglob("*") if p.is_file())
     wanted = (
-        (output, "--output", plan["write_bytes"] + plan["progress_file_bytes"]),
+        (output, "--output", plan["write_bytes"] + plan["progress_file_bytes"] - there_already),
         (memory.scratch, "config.memory.scratch", plan["scratch_bytes"]),
         (memory.activations, "config.memory.activations", plan["activation_file_bytes"]),
     )
     disks: dict[int, list] = {}
     for folder, flag, needed in wanted:
-        if folder and needed:
+        if folder and needed > 0:
             path = pathlib.Path(folder).absolute()
             there = next(p for p in (path, *path.parents) if p.exists())
             disks.setdefault(there.stat().st_dev, []).append((there, flag, needed))

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import TextIO
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -31,13 +32,22 @@ def folder(parent: str | os.PathLike | None) -> Iterator[pathlib.Path]:
     parent = pathlib.Path(tempfile.gettempdir() if parent is None else parent)
     parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(parent)
-    path = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    with (path / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    path, lock = _locked(parent)
+    with lock:
         try:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _locked(parent: pathlib.Path) -> tuple[pathlib.Path, TextIO]:
+    while True:
+        path = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = (path / _LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (path / _LOCK).exists():  # Otherwise another run took it for abandoned before it was locked.
+            return path, lock
+        lock.close()
 
 
 def remove_abandoned(parent: pathlib.Path) -> None:

@@ -30,7 +30,7 @@ from qmoe_jax.models import streaming
 from qmoe_jax.quantization import pipeline, progress
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
-MEMORY = streaming.Settings(tokens_per_batch=512, tokens_per_expert_call=64, experts_per_group=4)
+MEMORY = streaming.Settings(tokens_per_batch=512, tokens_per_expert_call=64, experts_per_group=4, commit_share=1.0)
 SETTINGS = QuantizationSettings(method="rd", target_bits=1.0)
 NUM_CALIBRATION, NUM_VALIDATION = 20, 7
 

@@ -159,7 +159,7 @@ def _settle(directory: pathlib.Path) -> None:
     done = directory / "commit_success.txt"
     if done.is_file():
         done.write_text("Checkpoint commit was successful.\n", encoding="utf-8")
-    for path in (*directory.rglob("*"), directory, directory.parent):
+    for path in (*directory.rglob("*"), directory):
         sync(path)
 
 
@@ -273,6 +273,8 @@ class CompressedWriter:
     def _part(self, name: str, tree: dict[str, Any]) -> dict[str, Any]:
         directory = self.directory / name
         _save(directory, tree)
+        for parent in itertools.takewhile(lambda p: p != self.directory.parent, directory.parents):
+            sync(parent)
         return {"directory": name, "bytes_on_disk": _directory_bytes(directory), "sha256": sha256(directory)}
 
     def write_layer(self, layer: str, experts: Mapping[str, CompressedExperts]) -> None:
@@ -309,6 +311,7 @@ class CompressedWriter:
                 "bytes": sum(v.nbytes for v in flat.values()),
             }
             write_json(self.directory / MANIFEST, self._manifest | {"sha256": manifest_sha256(self._manifest)})
+            sync(self.directory)  # Before what was committed is removed.
         self._processes.wait()
 
     def _manifest_config(self) -> ModelConfig:

@@ -183,6 +183,8 @@ class Settings(NamedTuple):
       weights_bytes: most memory for experts that are read; None: half of the host's.
       scratch: folder for what of them doesn't fit; None: the system's for temporary files.
       activations: folder for the list buffers; None: they are in memory.
+      commit_share: a compression commits a layer where that takes at most this share of the time since the last commit;
+        1: each layer.
     """
 
     dtype: Any = jnp.float32
@@ -194,6 +196,7 @@ class Settings(NamedTuple):
     weights_bytes: int | None = None
     scratch: str | None = None
     activations: str | None = None
+    commit_share: float = 0.03
 
     @property
     def reading(self) -> Reading:
@@ -256,6 +259,7 @@ def run(
     settings: Settings,
     *,
     hook: Hook | None = None,
+    finish: Callable[[str], None] | None = None,
     sample: Mapping[str, np.ndarray] | None = None,
     processes: Processes | None = None,
     experts: range | None = None,
@@ -271,6 +275,8 @@ def run(
       pairs: (encoder int32 [Le], decoder int32 [Ld]) per document; decoder[:-1] is fed, decoder[1:] predicted.
       settings: memory and precision.
       hook: called for each group of experts; returns the kernels that are used in its place.
+      finish: called with each sparse layer's name after its last group, by all processes together: they may have
+        different numbers of groups, so the hook itself can't ask the others anything but in its first.
       sample: by stack, rows that every group's inputs have beside those of its own tokens, rising.
       processes: of the run; None: `jax.distributed`'s. Each calls this with the same arguments, and gets all losses.
       experts: of every layer, those that this process has; None: an equal share.
@@ -300,7 +306,7 @@ def run(
         reporting.progress(units, what, "step", shown=processes.first) as bar,
     ):
         forward = _Pass(checkpoint, stream, config, documents, settings, hook, sample, processes, own, stages, bar)
-        forward.position, forward.commit = position, commit
+        forward.finish, forward.position, forward.commit = finish, position, commit
         encoded = forward.encoder()
         return forward.losses(forward.decoder(encoded))
 
@@ -346,6 +352,7 @@ class _Pass:
         self.checkpoint, self.stream, self.config, self.documents = checkpoint, stream, config, documents
         self.settings, self.hook, self.sample, self.processes = settings, hook, sample, processes
         self.own, self.stages, self.bar = own, stages, bar
+        self.finish: Callable[[str], None] | None = None
         self.position: Position | None = None
         self.commit: Commit | None = None
         self.embedder = self.params("token_embedder/")
@@ -434,7 +441,7 @@ class _Pass:
 
     def skip(self, stack: str, layers: int) -> None:
         """Steps of the progress bar that an earlier run has done."""
-        c, groups = self.config, -(-self.config.num_experts // self.settings.experts_per_group)
+        c, groups = self.config, -(-len(self.own) // self.settings.experts_per_group)
         sparse = [i for i in (c.encoder_sparse_layers if stack == "encoder" else c.decoder_sparse_layers) if i < layers]
         self.bar.update(layers * len(self.documents.batches) + len(sparse) * groups)
 
@@ -500,6 +507,8 @@ class _Pass:
                 self.group(layer, stack, start, stop, kernels, y, h, h, routed, None)
         else:
             self.experts_of_processes(layer, stack, y, h, expert, gate)
+        if self.finish is not None:
+            self.finish(layer)
         if y is not x:
             x += y
         with self.stages("experts"):

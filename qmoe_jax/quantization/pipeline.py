@@ -223,7 +223,7 @@ def entropy(symbols: np.ndarray) -> float:
 
 
 class Quantizer:
-    """The hook that quantizes each group of experts, keeps account, and writes each layer when it is complete.
+    """The hook that quantizes each group of experts, keeps account, and writes each layer in `finish_layer`.
 
     Args:
       settings: how.
@@ -279,8 +279,6 @@ class Quantizer:
             finished = self._finish_group(group, quantized, [len(t) for t in tokens], error)
             finished = finished._replace(overloaded=overloaded)
             self._groups.setdefault(group.layer, []).append(finished)
-            if group.stop == self.own.stop:
-                self._finish_layer(group.layer)
         return replacement
 
     def _quantize_group(self, group: streaming.ExpertGroup, tokens: list[np.ndarray]) -> dict[str, Quantized]:
@@ -462,6 +460,11 @@ class Quantizer:
             output_error=error,
         )
 
+    def finish_layer(self, layer: str) -> None:
+        """Writes it, and accounts for it, once every process has had all of its groups."""
+        with self.stages("encoding"):
+            self._finish_layer(layer)
+
     def _finish_layer(self, layer: str) -> None:
         own = self._groups.pop(layer)
         groups = _gather_groups(self.processes, own)
@@ -615,8 +618,9 @@ def compress(
 ) -> dict[str, Any]:
     """Quantizes all experts and measures the loss of the result on the validation documents.
 
-    With `output`, each sparse layer is committed when it is done (see `progress`). If the run ends before it is
-    through, however it ends, the same call goes on after the last one, and gives the same bytes.
+    With `output`, sparse layers are committed when they are done, as often as `memory.commit_share` allows (see
+    `progress`). If the run ends before it is through, however it ends, the same call goes on after the last one that
+    was committed, and gives the same bytes.
 
     Args:
       checkpoint: the model; its weights are rounded to bfloat16 first, as the paper's are.
@@ -691,6 +695,8 @@ def compress(
         )
 
         def commit(stack, layers, arrays):
+            if not progress.due(arrays):
+                return
             state = {"stack": stack, "layers": layers, "kept": writer.layers, "quantizer": hook.state()}
             progress.commit(state, arrays)
 
@@ -703,6 +709,7 @@ def compress(
             pairs,
             memory,
             hook=hook,
+            finish=hook.finish_layer,
             sample=hook.sample,
             processes=processes,
             experts=own,
@@ -732,7 +739,7 @@ def compress(
             "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
         }
         identity = fingerprint(checkpoint, pairs[:num_calibration], validation.pairs, settings)
-        progress = Progress(output, identity, resume, processes)
+        progress = Progress(output, identity, resume, processes, memory.commit_share)
         kept = progress.committed["kept"] if progress.committed else None
         if kept and processes.first:
             reporting.say(f"{output}: going on after {len(kept)} of {len(config.sparse_layers)} sparse layers")

@@ -6,8 +6,8 @@
     OUT/progress/encoded         the encoder's output, once the decoder runs
 
 A commit writes new files, and then replaces progress.json, which is the moment at which it counts; the files that it
-supersedes are removed after that. A row of tokens lies at a known place: each process writes and reads its own, so the
-number of processes may change in between.
+supersedes are removed after that. Layers since the last commit are done again, and give the same shards. A row of
+tokens lies at a known place: each process writes and reads its own, so the number of processes may change in between.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from qmoe_jax.processes import Processes
 from qmoe_jax.reporting import write_json
 
 BLOCK = 1 << 26  # bytes that are copied at once
+EXPECTED = 1e9  # bytes a second that are committed, as long as none were
 SMALL_FILE = 1 << 26  # an index file of T5X; one that holds the parameters themselves is larger
 
 
@@ -57,6 +59,7 @@ class Progress:
       fingerprint: JSON values that have to be the same for the run to give the same bytes.
       resume: go on from what is there; otherwise it is removed.
       processes: all of which make one and call its methods; None: `jax.distributed`'s.
+      share: of the time, at most, for commits (see `due`).
 
     Attributes:
       committed: what `commit` was last told, None if nothing is committed.
@@ -71,12 +74,14 @@ class Progress:
         fingerprint: Mapping[str, Any],
         resume: bool = True,
         processes: Processes | None = None,
+        share: float = 1.0,
     ):
         self.output, self.folder = pathlib.Path(output), pathlib.Path(output) / PROGRESS
         self._file = self.folder / f"{PROGRESS}.json"
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.committed: dict[str, Any] | None = None
         self._processes = processes or Processes()
+        self._share, self._last, self._seconds_per_byte = share, time.monotonic(), 1 / EXPECTED
         if self._processes.first:
             self._begin(resume)
         self.committed = self._processes.from_first(self.committed)
@@ -126,6 +131,12 @@ class Progress:
         write_json(self._file, {"fingerprint": self.fingerprint, "committed": committed})
         sync(self.folder)
 
+    def due(self, arrays: Mapping[str, OwnRows]) -> bool:
+        """Whether to commit these now takes at most `share` of the time since the last commit, as that one went."""
+        expected = _nbytes(arrays) * self._seconds_per_byte
+        found = self._share >= 1 or expected <= self._share * (time.monotonic() - self._last)
+        return self._processes.from_first(found)
+
     def commit(self, state: Mapping[str, Any], arrays: Mapping[str, OwnRows]) -> None:
         """Replaces what is committed, once every process has written its rows.
 
@@ -136,6 +147,7 @@ class Progress:
         Raises:
           OSError: no space, for instance; then the last commit still stands.
         """
+        began = time.monotonic()
         before = self.committed["arrays"] if self.committed else {}
         number = self.committed["number"] + 1 if self.committed else 1
         files: dict[str, dict[str, Any]] = {}
@@ -156,12 +168,15 @@ class Progress:
                 self._write(committed)
         except BaseException:
             if self._processes.first:
+                self.committed = self.stored()  # It may count already.
                 self._remove_others()
             raise
         self.committed = committed
         if self._processes.first:
             self._remove_others()
         self._processes.wait()  # What others write next isn't to be among what is removed.
+        self._last = time.monotonic()
+        self._seconds_per_byte = (self._last - began) / max(1, _nbytes(arrays))
 
     def fill(self, name: str, array: OwnRows) -> None:
         """Reads rows of a committed array into `array`. Raises OtherRunError if it isn't whole, or of another shape."""
@@ -194,6 +209,10 @@ def remove_progress(output: str | os.PathLike) -> None:
     folder = pathlib.Path(output) / PROGRESS
     (folder / f"{PROGRESS}.json").unlink(missing_ok=True)  # First: from here on it isn't there.
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _nbytes(arrays: Mapping[str, OwnRows]) -> int:
+    return sum(a.values.nbytes for a in arrays.values())
 
 
 def write_rows(path: str | os.PathLike, array: OwnRows) -> None:

@@ -80,7 +80,7 @@ def quantize_group(
     all_of = {"encoder": np.ones(len(inputs), bool)}
     none_of = {"encoder": np.zeros(len(inputs), bool)}
     stages = reporting.Stages()
-    # More experts than there are, so that no layer is ever complete, and no token is over the cap.
+    # More experts than there are, so that no token is over the cap; the layer is never finished.
     hook = Quantizer(
         dataclasses.replace(quantization, token_cap=4.0), all_of, none_of, 3 * experts, codec, None, stages
     )

@@ -58,6 +58,11 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkey
     experiment.check_room(plan | {"scratch_bytes": 0}, memory, tmp_path / "out")
     free = 10e9
     experiment.check_room(plan, memory, tmp_path / "out")
+    # What an interrupted run has written needs no room again.
+    (tmp_path / "out" / "layers").mkdir(parents=True)
+    (tmp_path / "out" / "layers" / "shard").write_bytes(bytes(2_000_000))
+    free = 9_998_500_000
+    experiment.check_room(plan, memory, tmp_path / "out")
 
 
 def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  # noqa: F811

@@ -27,7 +27,9 @@ def quantized(settings):
     masks = {"encoder": np.ones(TOKENS, bool)}
     quantizer = Quantizer(settings, masks, {"encoder": ~masks["encoder"]}, 5, "gap", None, reporting.Stages())
     group = streaming.ExpertGroup(LAYER, "encoder", 0, 5, kernels, inputs, tokens, gates)
-    return kernels, {m: np.asarray(k) for m, k in quantizer(group).items()}, quantizer.accounts[LAYER], inputs
+    after = {m: np.asarray(k) for m, k in quantizer(group).items()}
+    quantizer.finish_layer(LAYER)
+    return kernels, after, quantizer.accounts[LAYER], inputs
 
 
 SETTINGS = [

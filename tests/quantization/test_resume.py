@@ -178,6 +178,75 @@ def test_rows_are_written_and_read_by_whoever_has_them(tmp_path):
         progress.read_rows(tmp_path / "x", OwnRows(np.zeros((7, 3), np.float32), np.arange(98, 105), 105))
 
 
+def test_layers_since_the_last_commit_are_done_again(arguments, whole, tmp_path):
+    output, due = tmp_path / "out", iter([True, False])
+
+    def asked(*_):
+        found = next(due, None)
+        if found is None:
+            raise Stop
+        return found
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(progress.Progress, "due", asked)
+        m.setattr("qmoe_jax.checkpoints.compressed.CompressedWriter._remove", lambda _: None)  # as if killed
+        with pytest.raises(Stop):
+            compress(**arguments, output=str(output))
+    state = json.loads((output / "progress" / "progress.json").read_text())["committed"]
+    assert len(state["kept"]) == 1 and len(list((output / "layers").iterdir())) == 3
+    report = compress(**arguments, output=str(output))
+    assert_same_files(output, whole[0])
+    assert without_times(report) == without_times(whole[1])
+
+
+def test_commits_take_their_share_of_the_time(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "EXPECTED", 400)  # bytes a second
+    found = progress.Progress(tmp_path / "a", {}, share=0.1)
+    arrays = {"x": OwnRows(np.zeros((100, 1), np.float32), None, 100)}
+    now[0] += 9.9
+    assert not found.due(arrays)
+    now[0] += 0.2
+    assert found.due(arrays)
+    write = progress.write_rows
+
+    def slow(*args):
+        now[0] += 3
+        write(*args)
+
+    monkeypatch.setattr(progress, "write_rows", slow)
+    found.commit({}, arrays)
+    now[0] += 29
+    assert not found.due(arrays)
+    now[0] += 2
+    assert found.due(arrays)
+    assert progress.Progress(tmp_path / "b", {}, share=1.0).due(arrays)
+    assert not progress.Progress(tmp_path / "c", {}, share=0.0).due(arrays)
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["before it counts", "after it counts"])
+def test_a_commit_that_is_interrupted_leaves_the_files_that_count(failing, tmp_path, monkeypatch):
+    arrays = {"x": OwnRows(np.arange(6, dtype=np.float32).reshape(3, 2), None, 3)}
+    found = progress.Progress(tmp_path, {})
+    found.commit({}, arrays)
+    synced = []
+
+    def sync(_):
+        synced.append(None)
+        if len(synced) == failing:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress, "sync", sync)
+    with pytest.raises(KeyboardInterrupt):
+        found.commit({}, arrays)
+    again = progress.Progress(tmp_path, {})
+    assert again.committed["number"] == failing
+    read = OwnRows(np.zeros((3, 2), np.float32), None, 3)
+    again.fill("x", read)
+    np.testing.assert_array_equal(read.values, arrays["x"].values)
+
+
 # --- Something else --------------------------------------------------------------------------------------------------
 
 
