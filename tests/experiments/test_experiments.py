@@ -63,7 +63,8 @@ def run(monkeypatch, capfd):
 
 
 def memory_flags(tokens=512):
-    return [f"--config.memory.tokens_per_batch={tokens}", "--config.memory.experts_per_group=4"]
+    settings = {"tokens_per_batch": tokens, "experts_per_group": 4, "commit_share": 1.0}
+    return [f"--config.memory.{name}={value}" for name, value in settings.items()]
 
 
 def read_json(path):
@@ -475,6 +476,7 @@ def test_asking_to_save_two_bits_fails_before_any_work(compress, tmp_path):
         ("memory.experts_per_group=0", ["memory.experts_per_group", "0"]),
         ("memory.tokens_per_batch=-1", ["memory.tokens_per_batch", "-1"]),
         ("memory.tokens_per_expert_call=0", ["memory.tokens_per_expert_call", "0"]),
+        ("memory.commit_share=3.0", ["memory.commit_share", "3"]),
         ("data.max_length=1", ["max_length", "1"]),
         ("data.vocabulary=", ["data.vocabulary"]),
     ],
