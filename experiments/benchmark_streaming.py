@@ -21,14 +21,13 @@ import time
 
 import tensorstore as ts
 from absl import app, flags
-from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 from qmoe_jax.quantization import planning
 from qmoe_jax.quantization.pipeline import compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Native T5X checkpoint.", required=True)
 OUTPUT = flags.DEFINE_string("output", "out/streaming", "Directory for the compressed checkpoint and streaming.json.")
 

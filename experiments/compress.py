@@ -19,7 +19,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA
 import pathlib
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints.compressed import is_compressed
@@ -32,7 +31,7 @@ from qmoe_jax.quantization.pipeline import QuantizationSettings, compress, why_n
 from qmoe_jax.quantization.progress import is_unfinished, remove_progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 experiment.define_process_flags()
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")

@@ -14,7 +14,6 @@ import pathlib
 
 from absl import app, flags
 from generate import PROMPT, write
-from ml_collections import config_flags
 
 import qmoe_jax
 from qmoe_jax import experiment, reporting
@@ -23,7 +22,7 @@ from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import TERNARY, QuantizationSettings, compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("demo_config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = experiment.define_config("demo_config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 OUTPUT = flags.DEFINE_string("output", "out/demo", "Where everything goes; an earlier demo there is replaced.")
 
 # Ternary rows of the paper's methods are stored by the paper's codec.

@@ -12,14 +12,13 @@ import pathlib
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 from qmoe_jax.data import Examples
 from qmoe_jax.models import streaming
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
 experiment.define_process_flags()
 REPORT = flags.DEFINE_string("report", None, "JSON file for the report; none is written by default.")

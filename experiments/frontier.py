@@ -14,7 +14,6 @@ import pathlib
 
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 from qmoe_jax.figures import plot_frontier
@@ -22,7 +21,7 @@ from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/frontier", "Directory for the report and the figure.")
 TARGETS = flags.DEFINE_list("targets", ["0.25", "0.35", "0.5", "0.7", "1.0", "1.3", "1.5"], "Stored bits per weight.")

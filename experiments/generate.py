@@ -17,7 +17,6 @@ import time
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 import qmoe_jax
 from qmoe_jax import experiment, reporting
@@ -25,7 +24,7 @@ from qmoe_jax.data import EOS, PAD, Vocabulary
 from qmoe_jax.models.expert_parallel import place_param
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
+CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
 experiment.define_process_flags()
 PROMPT = flags.DEFINE_string(

@@ -19,7 +19,6 @@ import runpy
 import tempfile
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints import open_checkpoint, write_t5x
@@ -27,7 +26,7 @@ from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import TERNARY, QuantizationSettings, compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 MODELS = flags.DEFINE_multi_string("model", [], "KIND=DIR of a trained model; may be repeated.")
 OUTPUT = flags.DEFINE_string("output", "out/other_moes", "Directory for other_moes.json and other_moes.md.")
 

@@ -22,12 +22,11 @@ import sys
 import studies
 from absl import app, flags
 from laboratory import Laboratory, Result
-from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/reproduce", "Directory for JSON, Markdown and PNG.")
 TABLE = flags.DEFINE_enum("table", None, [str(i) for i in range(1, 8)], "Table of the paper.")

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from ml_collections import config_flags
 
 from qmoe_jax import experiment, reporting
 from qmoe_jax.checkpoints.t5x import write_t5x
@@ -26,7 +25,7 @@ from qmoe_jax.events import events
 from qmoe_jax.figures import plot_training
 from qmoe_jax.models.switch import SwitchTransformer
 
-CONFIG = config_flags.DEFINE_config_file(
+CONFIG = experiment.define_config(
     "config", str(pathlib.Path(__file__).parents[1] / "configs/train_tiny.py"), "What to train and how."
 )
 WORKDIR = flags.DEFINE_string("workdir", "out/train_tiny", "Where checkpoint, report and figure go.")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags, logging
 from jax.sharding import Mesh
-from ml_collections import config_dict
+from ml_collections import config_dict, config_flags
 
 import qmoe_jax
 from qmoe_jax import reporting
@@ -45,6 +45,8 @@ OPTIONAL_TYPES = dict(
     lagrangian=float,
     target_bits=float,
 )
+flags.disclaim_key_flags()  # What is defined here is listed by --help of the experiment that asks for it.
+
 PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
 _M_MMAP_THRESHOLD = -3  # malloc.h
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -114,6 +116,8 @@ def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, V
 
 def examples(config: config_dict.ConfigDict, which: str, vocabulary: Vocabulary) -> Examples:
     """The 'calibration' or 'validation' documents, corrupted."""
+    if config.data[f"num_{which}"] < 1:
+        raise ValueError(f"config.data.num_{which}: found {config.data[f'num_{which}']}, expected at least 1.")
     return load_examples(
         _given(config, which),
         vocabulary,
@@ -260,6 +264,24 @@ def _plan(model, work, grids, quantization, memory, codec) -> dict:
     )
 
 
+def define_config(name: str, default: str, help_text: str) -> flags.FlagHolder:
+    """`config_flags.DEFINE_config_file`, but a field that the config doesn't have is told in one line, and exit 1.
+
+    It raises where the flag is defined, before `without_traceback` is there to catch it.
+    """
+    try:
+        return config_flags.DEFINE_config_file(name, default, help_text)
+    except (AttributeError, KeyError, TypeError) as e:  # TypeError: a field of what isn't a group of fields.
+        error = e if isinstance(e, KeyError) else e.args[0]
+        unknown, *guess = str(error.args[0]).splitlines() if isinstance(error, KeyError) else [""]
+        field = unknown.strip("'\"")
+        given = [a.partition("=")[0] for a in sys.argv[1:] if a.startswith(f"--{name}.")]
+        flag = next((g for g in given if field in g.split(".")), "" if field else ", ".join(given))
+        if not flag:  # The config file itself is wrong.
+            raise
+        sys.exit(f"error: {flag}: no such field in the config. {' '.join(guess)}".rstrip())
+
+
 def define_process_flags() -> None:
     """The flags of `start_processes`."""
     flags.DEFINE_string(
@@ -358,9 +380,9 @@ def _leave(message: str) -> None:
 
 
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Turns what a user can mend (bad input, no space, no permission) into one line on standard error and exit 1.
+    """Turns what a user can mend (bad input, no space, no permission), and Ctrl-C, into one line and exit 1.
 
-    With --verbosity=1 the traceback is shown instead.
+    The line goes to standard error. With --verbosity=1 the traceback is shown instead.
     """
 
     def run(argv):
@@ -374,6 +396,10 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
             if jax.distributed.is_initialized():
                 _leave(f"error: {e}")
             sys.exit(f"error: {e}")
+        except KeyboardInterrupt:
+            if jax.distributed.is_initialized():
+                _leave("interrupted")
+            sys.exit("error: interrupted")
         except Exception:
             if jax.distributed.is_initialized():
                 _leave(traceback.format_exc())
