@@ -50,6 +50,10 @@ class Stages:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has had resident so far."""
+    with contextlib.suppress(OSError):  # Linux, where getrusage counts what the parent had when it forked.
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
