@@ -21,6 +21,15 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=24, help="how many runs the test of killed runs kills")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Compiled programs take memory maps. Linux gives a process 65 530, and XLA crashes when they are used up."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def fixture_path(tmp_path_factory):
     """fixture_path(name) -> path of a fixture; `name.tar.gz` is unpacked once per session.
