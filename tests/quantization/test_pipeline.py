@@ -22,7 +22,7 @@ from qmoe_jax.quantization import gptq, output_error, pipeline
 from qmoe_jax.quantization.gptq import round_to_nearest
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
-MEMORY = streaming.Settings(tokens_per_batch=512, tokens_per_expert_call=64, experts_per_group=4)
+MEMORY = streaming.Settings(tokens_per_batch=512, tokens_per_expert_call=64, experts_per_group=4, commit_share=1.0)
 TOP_2 = dataclasses.replace(tiny_model.CONFIG, top_k=2)
 GATED = dataclasses.replace(tiny_model.CONFIG, gated=True, tied=False)
 STARVED = "encoder/layers_1"  # where expert 3 of `starved_params` gets no tokens
