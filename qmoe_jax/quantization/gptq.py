@@ -169,7 +169,8 @@ def factor(H: jax.Array, damping: ArrayLike, block: int, *, unit: int, activatio
     panel = unit * -(-columns // (unit * PANELS))
     padding = -columns % panel  # zeros in W disturb neither the grid nor the other columns
     order = jnp.argsort(-jnp.diag(H)) if activation_order else jnp.arange(columns)
-    H = H[order][:, order] if activation_order else H
+    if activation_order:
+        H = H.at[order[:, None], order].get(mode="promise_in_bounds", unique_indices=True)
     trace = sum_in_order(jnp.diag(H))
     damp = jnp.maximum(damping * (1 / columns) * trace, LEAST_DAMPING)
     H = jnp.pad(H, (0, padding)) + jnp.diag(jnp.where(jnp.arange(columns + padding) < columns, damp, 1.0))
@@ -321,6 +322,14 @@ def _transpose(A: jax.Array) -> jax.Array:
 def sum_in_order(x: jax.Array) -> jax.Array:
     """Sum over the first axis, one after the other: the order in which XLA adds depends on the number of experts."""
     return jax.lax.scan(lambda total, row: (total + row, None), jnp.zeros_like(x[0]), x)[0]
+
+
+def sum_in_pairs(x: jax.Array) -> jax.Array:
+    """Sum over the first axis, half onto half: as `sum_in_order`, in few steps."""
+    while len(x) > 1:
+        half = -(-len(x) // 2)
+        x = x[:half] + jnp.pad(x[half:], [(0, 2 * half - len(x)), *[(0, 0)] * (x.ndim - 1)])
+    return x[0]
 
 
 def round_to_nearest(W: jax.Array, *, bits: float, group_size: int | None = None) -> Quantized:

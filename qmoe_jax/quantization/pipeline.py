@@ -12,6 +12,7 @@ and all tokens then go through the quantized experts, so that later layers see w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.hessian import accumulate
 from qmoe_jax.quantization.output_error import OutputError, output_error
 from qmoe_jax.quantization.progress import Progress, fingerprint
-from qmoe_jax.quantization.rate_control import RateControl
+from qmoe_jax.quantization.rate_control import TRIAL, RateControl
 from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
 
 METHODS = ("gptq", "rtn", "rd")
@@ -54,9 +55,11 @@ PAPER = dict(
 )
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 1.8
-# Experts that are tried before a layer is quantized for a target rate: the first ones, at least so many of both.
+# Experts of which rows are tried before a layer is quantized for a target rate: the first ones, at least so many of
+# both.
 TRIAL_EXPERTS = 4
 TRIAL_WEIGHTS = 2_000_000
+TRIAL_ROWS = 32  # of an expert, for each Lagrangian, or more: what is stored for an expert beside its rows weighs little
 RATE_DISTORTION = dict(
     activation_order=True,
     mask_special_tokens=False,
@@ -358,7 +361,7 @@ class Quantizer:
           kernel: [experts, in, out].
           H: Hessians [experts, in, in].
           R: see `asymmetric`.
-          importance: [experts, out], what an output's squared error counts.
+          importance: [experts, out], what an output's squared error counts; None: all equally.
         """
         s = self.settings
         with self.stages("quantization"):
@@ -366,6 +369,8 @@ class Quantizer:
             if R is not None:
                 W = match_outputs(W, H, R, damping=s.damping, block_size=s.block_size)
             if s.method == "rd":
+                if importance is None:
+                    importance = jax.device_put(jnp.ones(W.shape[:2]), expert_sharding(len(W)))
                 lagrangian = s.lagrangian or self._find_lagrangian(matrix, W, H, importance)
                 quantized = self._rate_distortion(W, H, lagrangian, importance)
             else:
@@ -395,23 +400,31 @@ class Quantizer:
             raise ValueError(
                 f"The first group has {len(W)} experts, but {few} are tried for target_bits: make it larger."
             )
-        importance = jnp.ones(W.shape[:2]) if importance is None else importance
         W, H, importance = jax.device_put((W[:few], H[:few], importance[:few]), expert_sharding(few))
         mean_square = np.float64(_weighted_mean_square(W, H, importance))
-
-        def rate(lagrangian: float) -> float:
-            return self._rate(self._rate_distortion(W, H, lagrangian, importance))
-
         weights = self.num_experts * math.prod(W.shape[1:])
-        return self.control.find(matrix, weights, 0.3 * mean_square, rate)
+        # In place of all rows, the same few for each Lagrangian: shapes that `rate_distortion` is compiled for anyway.
+        trials, rows = len(TRIAL), W.shape[1]
+        tried = max(rows, trials * min(rows, TRIAL_ROWS))
+        codes = np.arange(tried) * trials // tried
+        counts, starts = np.bincount(codes), np.searchsorted(codes, np.arange(trials))
+        taken = (np.arange(tried) - starts[codes]) * rows // counts[codes]  # those of one Lagrangian evenly spread
+        W, importance = W[:, taken], importance[:, taken]
 
-    def _rate_distortion(self, W, H, lagrangian: float, importance) -> Quantized:
+        def rates(lagrangians: Sequence[float]) -> list[float]:
+            quantized = self._rate_distortion(W, H, np.array(lagrangians)[codes], importance, codes)
+            return [self._rate(quantized, codes == i) for i in range(trials)]
+
+        return self.control.find(matrix, weights, 0.3 * mean_square, rates)
+
+    def _rate_distortion(self, W, H, lagrangian, importance, codes=None) -> Quantized:
+        """With one Lagrangian, or one for each row; see `rate_distortion` for `codes`."""
         s = self.settings
-        per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance
         return rate_distortion(
             W,
             H,
-            per_row,
+            lagrangian / importance,
+            codes=codes,
             refits=s.refits,
             level_bits=s.level_bits,
             block_size=s.block_size,
@@ -422,24 +435,19 @@ class Quantizer:
     def _as_stored(self, quantized: Quantized) -> Quantized:
         return quantized if self.codec is None or self.settings.bits == TERNARY else _in_three_levels(quantized)
 
-    def _encode(self, quantized: Quantized) -> CompressedExperts | None:
+    def _rate(self, quantized: Quantized, rows: np.ndarray) -> float:
+        """Bits as stored, per weight of these rows; without a codec the entropy of the symbols is all that counts."""
+        symbols, levels = (np.asarray(a)[:, rows] for a in (quantized.symbols, quantized.levels))
         if self.codec is None:
-            return None
-        with self.stages("encoding"):
-            return CompressedExperts.from_symbols(
-                np.asarray(quantized.symbols), np.asarray(quantized.levels), self.codec
-            )
-
-    def _rate(self, quantized: Quantized) -> float:
-        """Bits as stored, per weight; without a codec the entropy of the symbols is all that counts."""
-        experts = self._encode(quantized)
-        if experts is not None:
-            return 8 * experts.nbytes / math.prod(experts.shape)
-        return float(np.mean([entropy(s) for s in np.asarray(quantized.symbols)]))
+            return float(np.mean([entropy(s) for s in symbols]))
+        return 8 * CompressedExperts.from_symbols(symbols, levels, self.codec).nbytes / symbols.size
 
     def _finish_group(self, group, quantized: dict[str, Quantized], tokens: list[int], error: OutputError) -> _Group:
         symbols = {m: np.asarray(q.symbols) for m, q in quantized.items()}
-        experts = {} if self.codec is None else {m: self._encode(q) for m, q in quantized.items()}
+        experts = {}
+        if self.codec is not None:
+            encode = functools.partial(CompressedExperts.from_symbols, codec=self.codec)
+            experts = {m: encode(symbols[m], np.asarray(q.levels)) for m, q in quantized.items()}
         fallback = {}
         for i in range(group.stop - group.start):
             failed = [m for m, q in quantized.items() if bool(q.fallback[i])]

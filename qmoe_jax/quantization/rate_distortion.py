@@ -29,6 +29,7 @@ from qmoe_jax.quantization.gptq import (
     in_blocks,
     matmul,
     sum_in_order,
+    sum_in_pairs,
     sweep,
 )
 
@@ -40,8 +41,11 @@ START_STEPS = 4
 LEAST_ZEROS, MOST_ZEROS = 0.02, 0.9995
 
 
+WEIGHTS_AT_ONCE = 1 << 16  # in sums over columns
+
+
 class _Rates(NamedTuple):
-    """Bits that a symbol costs under the entropy of the expert's symbols: of zero, and of either level."""
+    """Bits that a symbol costs under the entropy of its code's symbols: of zero, and of either level. [rows]."""
 
     zero: jax.Array
     level: jax.Array
@@ -52,6 +56,7 @@ def rate_distortion(
     H: jax.Array,  # [experts, columns, columns]
     lagrangian: jax.Array,  # [experts, rows]
     *,
+    codes: jax.Array | None = None,  # [rows]
     refits: int = 2,
     level_bits: int = 3,
     block_size: int = 128,
@@ -66,6 +71,8 @@ def rate_distortion(
       W: weights, rows are outputs. Computed in float32.
       H: Hessians, as `gptq` takes them; their scale sets that of `lagrangian`.
       lagrangian: squared error, as H measures it, that one bit is worth; for each row.
+      codes: int, below rows: rows of an expert with the same number are coded together, and bits are counted by the
+        entropy of their symbols. None: all rows.
       refits: rounds of rounding and refitting the levels; 0 rounds once, to the starting levels.
       level_bits: mantissa bits of a level, 0 to 7; fewer are cheaper to store.
       block_size, damping, activation_order: as in `gptq`.
@@ -81,16 +88,20 @@ def rate_distortion(
     lagrangian = jnp.asarray(lagrangian, jnp.float32)
     if lagrangian.shape != W.shape[:2]:
         raise ValueError(f"lagrangian: found shape {lagrangian.shape}, expected [experts, rows] = {W.shape[:2]}.")
+    codes = jnp.zeros(W.shape[1], jnp.int32) if codes is None else jnp.asarray(codes, jnp.int32)
+    if codes.shape != W.shape[1:2]:
+        raise ValueError(f"codes: found shape {codes.shape}, expected [rows] = {W.shape[1:2]}.")
     for name, value, most in (("refits", refits, math.inf), ("level_bits", level_bits, 7)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
             raise ValueError(f"{name}: found {value!r}, expected a whole number from 0 to {most}.")
-    return _rate_distortion(W, H, lagrangian, damping, refits, level_bits, block_size, bool(activation_order))
+    return _rate_distortion(W, H, lagrangian, codes, damping, refits, level_bits, block_size, bool(activation_order))
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _rate_distortion(W, H, lagrangian, damping, refits, level_bits, block_size, activation_order) -> Quantized:
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _rate_distortion(W, H, lagrangian, codes, damping, refits, level_bits, block_size, activation_order) -> Quantized:
     one = functools.partial(
         _expert,
+        codes=codes,
         damping=damping,
         refits=refits,
         level_bits=level_bits,
@@ -100,13 +111,13 @@ def _rate_distortion(W, H, lagrangian, damping, refits, level_bits, block_size, 
     return jax.vmap(one)(W.astype(jnp.float32), H.astype(jnp.float32), lagrangian)
 
 
-def _expert(W, H, lagrangian, *, damping, refits, level_bits, block_size, activation_order) -> Quantized:
-    """One expert: W [rows, columns], H [columns, columns], lagrangian [rows]."""
+def _expert(W, H, lagrangian, *, codes, damping, refits, level_bits, block_size, activation_order) -> Quantized:
+    """One expert: W [rows, columns], H [columns, columns], lagrangian and codes [rows]."""
     factored = factor(H, damping, block_size, unit=block_size, activation_order=activation_order)
     Wt = factored.arrange(W)  # [padded columns, rows]
     columns = W.shape[1]
     weight = jnp.concatenate([1 / jnp.diag(L) ** 2 for L in factored.L])  # of a column's squared error
-    levels, zeros = _start(Wt[:columns], weight[:columns], lagrangian)
+    levels, zeros = _start(Wt[:columns], weight[:columns], lagrangian, codes)
     levels = _coarse(levels, level_bits)
 
     def round_all(levels, zeros):
@@ -124,7 +135,7 @@ def _expert(W, H, lagrangian, *, damping, refits, level_bits, block_size, activa
         levels, zeros, *_ = state
         symbols, loss = round_all(levels, zeros)
         levels, loss = _refit(Wt, factored.H, symbols, levels, loss, level_bits)
-        return (levels, _share_of_zeros(symbols[:columns]), symbols, loss), None
+        return (levels, _share_of_zeros(jnp.sum(symbols[:columns] != 0, 0), columns, codes), symbols, loss), None
 
     if refits:
         state = (levels, zeros, jnp.zeros(Wt.shape, jnp.uint8), jnp.zeros(len(W)))
@@ -187,17 +198,20 @@ def _values(symbols, levels):
     return jnp.where(symbols == 1, low, jnp.where(symbols == 2, high, 0.0))
 
 
-def _share_of_zeros(symbols):
-    return jnp.sum(symbols == 0, dtype=jnp.int32) / symbols.size
+def _share_of_zeros(nonzeros, columns: int, codes):
+    """Of each row's code, [rows], from the rows' numbers of non-zeros [rows]."""
+    of_codes = lambda counts: jax.ops.segment_sum(counts, codes, len(codes))
+    total, rows = of_codes(nonzeros.astype(jnp.int32)), of_codes(jnp.ones_like(codes))
+    return (1 - total / (columns * jnp.maximum(rows, 1)))[codes]
 
 
-def _start(Wt, weight, lagrangian):
-    """Levels [2, rows], and the expert's share of zeros, by entropy-constrained scalar quantization.
+def _start(Wt, weight, lagrangian, codes):
+    """Levels [2, rows], and shares of zeros [rows], by entropy-constrained scalar quantization.
 
     Args:
       Wt: [columns, rows].
       weight: [columns], of squared errors.
-      lagrangian: [rows].
+      lagrangian, codes: [rows].
     """
     columns, rows = Wt.shape
     deviation = jnp.sqrt(sum_in_order(Wt**2) / columns)
@@ -207,19 +221,17 @@ def _start(Wt, weight, lagrangian):
         levels, zeros = state
         rates = _rates(zeros)
 
-        def add_column(sums, column):
-            w, h = column
+        def terms(w, h):  # of columns, [block, rows] and [block, 1]
             symbols = _choose(w, h, levels, lagrangian, rates)
-            chosen = jnp.stack([symbols == 1, symbols == 2])  # [2, rows]
-            count, total, nonzeros = sums
-            return (count + h * chosen, total + h * w * chosen, nonzeros + chosen.sum(0)), None
+            chosen = jnp.stack([symbols == 1, symbols == 2], axis=1) & (h > 0)[:, None]  # [block, 2, rows]
+            counted = h[:, None] * chosen
+            return counted, counted * w[:, None], chosen.any(1).astype(jnp.int32)
 
-        sums = jnp.zeros((2, rows)), jnp.zeros((2, rows)), jnp.zeros(rows, jnp.int32)
-        (count, total, nonzeros), _ = jax.lax.scan(add_column, sums, (Wt, weight))
+        count, total, nonzeros = _sum_columns(terms, rows, Wt, weight[:, None])
         levels = jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), levels)
-        return (levels, 1 - jnp.sum(nonzeros) / Wt.size), None
+        return (levels, _share_of_zeros(nonzeros, columns, codes)), None
 
-    return jax.lax.scan(step, (levels, jnp.float32(START_ZEROS)), length=START_STEPS)[0]
+    return jax.lax.scan(step, (levels, jnp.full(rows, START_ZEROS)), length=START_STEPS)[0]
 
 
 def _refit(Wt, H, symbols, levels, loss, level_bits):
@@ -235,8 +247,8 @@ def _refit(Wt, H, symbols, levels, loss, level_bits):
     """
     a, b = ((symbols == s).astype(jnp.float32) for s in (1, 2))
     Ha, Hb = matmul(H, a), matmul(H, b)
-    products = jnp.stack([Ha * a, Hb * b, Ha * b, Ha * Wt, Hb * Wt], axis=1)  # [columns, 5, rows]
-    aa, bb, ab, aw, bw = sum_in_order(products)  # [rows]
+    products = lambda a, b, Ha, Hb, w: (Ha * a, Hb * b, Ha * b, Ha * w, Hb * w)
+    aa, bb, ab, aw, bw = _sum_columns(products, a.shape[1], a, b, Ha, Hb, Wt)  # [rows]
 
     def error(levels):  # (w - q) H (w - q)' without w H w'
         low, high = levels
@@ -251,6 +263,26 @@ def _refit(Wt, H, symbols, levels, loss, level_bits):
     change = error(fitted) - error(levels)
     better = change < 0
     return jnp.where(better, fitted, levels), loss + jnp.where(better, change, 0.0)
+
+
+def _sum_columns(terms, rows: int, *arrays):
+    """Sums of what `terms` makes of columns, in an order of its own (see `gptq.sum_in_order`), without keeping it all.
+
+    Args:
+      terms: of arrays [block, ...], which may be padded with zeros, to a tuple of such.
+      rows: of a column.
+      *arrays: [columns, ...].
+    """
+    columns = len(arrays[0])
+    block = min(columns, max(8, WEIGHTS_AT_ONCE // rows))
+    padded = [jnp.pad(a, ((0, -columns % block), *[(0, 0)] * (a.ndim - 1))) for a in arrays]
+    blocks = [a.reshape(-1, block, *a.shape[1:]) for a in padded]
+
+    def add(sums, block):
+        return [total + sum_in_pairs(x) for total, x in zip(sums, terms(*block), strict=True)], None
+
+    zeros = [jnp.zeros(x.shape[1:], x.dtype) for x in jax.eval_shape(terms, *(b[0] for b in blocks))]
+    return jax.lax.scan(add, zeros, blocks)[0]
 
 
 def _coarse(levels, bits: int):

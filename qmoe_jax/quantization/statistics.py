@@ -16,9 +16,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from qmoe_jax.models.layers import activate
+from qmoe_jax.quantization.gptq import sum_in_pairs
 from qmoe_jax.quantization.hessian import accumulate_weighted
 
 TOKENS_PER_CHUNK = 512
+IMPORTANCE_TOKENS = 512  # that a hidden unit's importance is taken from
 SAMPLE = 256  # tokens of the layer that `shrinkage` stands for
 
 
@@ -87,8 +89,11 @@ def hidden_importance(
     """What the squared error of each hidden unit counts in the expert's output: float32 [experts, d_ff], for each wi.
 
     An error of unit j's sum comes out as error * activation'(sum) * wo[j]: its square counts |wo[j]|^2 times the
-    mean square of the derivative over the expert's tokens. At least a thousandth of the mean.
+    mean square of the derivative over the expert's tokens, of which a sample tells enough. At least a thousandth of the
+    mean.
     """
+    spread = [np.linspace(0, len(s.rows) - 1, min(IMPORTANCE_TOKENS, len(s.rows))).astype(int) for s in samples]
+    samples = [Samples(s.rows[i], s.weights[i]) for s, i in zip(samples, spread, strict=True)]
     names = [m for m in sorted(kernels) if m != "wo"]
     experts, d_ff, _ = kernels["wo"].shape
     slopes = _zeros(sharding, experts, len(names), d_ff)
@@ -102,7 +107,7 @@ def _accumulate_slopes(slopes, n, wi, X, weight, total):
     sums = jnp.stack([_hidden_sums(X, k) for k in wi])  # [matrices, experts, tokens, d_ff]
     _, derivative = jax.vjp(lambda s: activate(list(s)), sums)
     (slope,) = derivative(jnp.ones(sums.shape[1:], sums.dtype))
-    new = _sum_in_pairs(jnp.moveaxis(slope**2 * weight[..., None], 2, 0))  # [matrices, experts, d_ff]
+    new = sum_in_pairs(jnp.moveaxis(slope**2 * weight[..., None], 2, 0))  # [matrices, experts, d_ff]
     per_token = 1 / jnp.where(total > 0, total, 1.0)
     added = slopes * (n * per_token)[:, None, None] + per_token[:, None, None] * new.swapaxes(0, 1)
     return jnp.where((total > n)[:, None, None], added, slopes)
@@ -110,19 +115,11 @@ def _accumulate_slopes(slopes, n, wi, X, weight, total):
 
 @jax.jit
 def _importance(slopes, wo):
-    squares = _sum_in_pairs(jnp.moveaxis(wo.astype(jnp.float32) ** 2, 2, 0))  # [experts, d_ff]
+    squares = sum_in_pairs(jnp.moveaxis(wo.astype(jnp.float32) ** 2, 2, 0))  # [experts, d_ff]
     found = slopes * squares[:, None]  # [experts, matrices, d_ff]
-    mean = _sum_in_pairs(jnp.moveaxis(found, 2, 0))[..., None] / found.shape[-1]
+    mean = sum_in_pairs(jnp.moveaxis(found, 2, 0))[..., None] / found.shape[-1]
     found = jnp.where(mean > 0, jnp.maximum(found, 1e-3 * mean), 1.0)
     return list(jnp.unstack(found, axis=1))
-
-
-def _sum_in_pairs(x):
-    """Over the first axis, half onto half: an order of its own, as XLA's depends on the number of experts."""
-    while len(x) > 1:
-        half = -(-len(x) // 2)
-        x = x[:half] + jnp.pad(x[half:], [(0, 2 * half - len(x)), *[(0, 0)] * (x.ndim - 1)])
-    return x[0]
 
 
 def hidden_statistics(

@@ -99,6 +99,19 @@ def column_loop(W, H, lagrangian, levels, share, order):
     return symbols
 
 
+def test_rows_of_different_codes_do_not_know_of_each_other():
+    W, H = problem()
+    lagrangian = np.geomspace(0.005, 0.1, 12) * np.ones((2, 1))
+    codes = np.arange(12) % 3 * 5 % 7  # 0, 5, 3
+    together = rate_distortion(W, H, lagrangian, codes=codes)
+    for code in (0, 3, 5):
+        own = codes == code
+        alone = rate_distortion(W[:, own], H, lagrangian[:, own])
+        np.testing.assert_array_equal(np.asarray(together.symbols)[:, own], alone.symbols)
+        np.testing.assert_array_equal(np.asarray(together.levels)[:, own], alone.levels)
+    assert (np.asarray(rate_distortion(W, H, lagrangian).symbols) != np.asarray(together.symbols)).any()
+
+
 @pytest.mark.parametrize("activation_order", [False, True])
 def test_equals_a_column_loop_in_float64(activation_order):
     W, H = problem()

@@ -95,6 +95,18 @@ def test_hidden_importance_is_what_an_error_of_a_sum_does_to_the_output(experts,
     assert found[name].sharding.is_equivalent_to(sharding, 2)
 
 
+def test_hidden_importance_of_many_tokens_is_estimated():
+    kernels, _, _ = problem(2, False)
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(20_000, D_MODEL)).astype(np.float32)
+    samples = [Samples(np.arange(20_000), rng.uniform(0.1, 1, size=20_000).astype(np.float32))] * 2
+    arrays, sharding = on_devices(kernels)
+    found = statistics.hidden_importance(arrays, inputs, samples, sharding)["wi"]
+    for e in range(2):
+        active = np.average(sums_of(kernels, e, inputs)[0] > 0, axis=0, weights=samples[e].weights)
+        np.testing.assert_allclose(found[e], active * (kernels["wo"][e] ** 2).sum(1), rtol=0.25)
+
+
 @pytest.mark.parametrize(("experts", "gated"), CASES, ids=ids)
 def test_hidden_statistics(experts, gated):
     kernels, inputs, samples = problem(experts, gated)

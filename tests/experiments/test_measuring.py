@@ -1,0 +1,47 @@
+"""Experiments that compare methods, on the carried model with few documents: what must hold between their numbers."""
+
+import json
+
+import pytest
+from test_convert import run  # noqa: F401, a fixture
+
+FEW = ("--config.data.num_calibration=60", "--config.data.num_validation=30")
+
+
+@pytest.fixture
+def measure(run, tmp_path):  # noqa: F811
+    def measure(experiment, *args):
+        code, out, errors = run(experiment, *FEW, f"--output={tmp_path}", *args)
+        assert code == 0, errors
+        return out
+
+    return measure
+
+
+def test_frontier(measure, tmp_path):
+    out = measure("frontier", "--targets=0.4,1.2")
+    report = json.loads((tmp_path / "frontier.json").read_text())
+    by_name = {(p["name"].split(",")[0], p["codec"], p["target_bits"]): p for p in report["points"]}
+    paper, gap = by_name["paper's recipe", "dictionary", None], by_name["paper's recipe", "gap", None]
+    assert paper["loss"] == gap["loss"] and gap["entropy_per_weight"] < gap["bits_per_weight"]
+    assert gap["bits_per_weight"] < 0.8 * paper["bits_per_weight"]
+    for target in (0.4, 1.2):
+        ours = by_name["rate-distortion", "gap", target]
+        assert abs(ours["bits_per_weight"] / target - 1) < 0.03
+        assert ours["above_bfloat16"] == pytest.approx(ours["loss"] - report["bfloat16"])
+        assert f"{ours['bits_per_weight']:.3f}" in (tmp_path / "frontier.md").read_text()
+    assert report["comparison"]["paper_bits"] == paper["bits_per_weight"]
+    assert f"bfloat16: {report['bfloat16']:.4f}" in out
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_seconds_of_a_compression(measure, tmp_path):
+    measure("benchmark_compression", "--rounds=2")
+    report = json.loads((tmp_path / "compression_time.json").read_text())
+    assert report["calibration_documents"] == 60 and report["validation_documents"] == 30
+    last = {name: runs[-1] for name, runs in report["seconds"].items()}  # of two rounds, the one that counts
+    paper, ours = last["the paper's recipe"], last["rate-distortion"]
+    assert report["ratio"] == ours["total"] / paper["total"]
+    for run_ in (paper, ours):
+        assert sum(s for stage, s in run_.items() if stage != "total") <= run_["total"]
+    assert f"{ours['total']:.2f}" in (tmp_path / "compression_time.md").read_text()
