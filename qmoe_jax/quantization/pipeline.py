@@ -59,7 +59,7 @@ MOST_TARGET_BITS = 1.8
 # both.
 TRIAL_EXPERTS = 4
 TRIAL_WEIGHTS = 2_000_000
-TRIAL_ROWS = 32  # of an expert, for each Lagrangian, or more: what is stored for an expert beside its rows weighs little
+TRIAL_ROWS = 32  # of an expert for each Lagrangian, or more: what is stored beside them weighs little then
 RATE_DISTORTION = dict(
     activation_order=True,
     mask_special_tokens=False,
