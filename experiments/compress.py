@@ -76,6 +76,9 @@ def main(_):
 
     # --- Input -------------------------------------------------------------------------------------------------------
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+    shards, experts = config.codec.num_shards, checkpoint.config.num_experts
+    if shards is not None and not 1 <= shards <= experts:
+        raise ValueError(f"config.codec.num_shards: found {shards}, expected 1 to {experts}, the number of experts.")
     unfinished = save and is_unfinished(OUTPUT.value)
     output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value or unfinished, CHECKPOINT.value)
     memory = memory._replace(scratch=memory.scratch or str(output.parent))

@@ -37,6 +37,8 @@ PROMPT = flags.DEFINE_string(
 def write(model, params, vocabulary: Vocabulary, prompt: str, settings) -> str:
     """The prompt with its sentinels filled in, or continued if it has none."""
     ids = vocabulary.encode(prompt)
+    if not ids:
+        raise ValueError("--prompt: it is empty; give a text, with <extra_id_0> where it should be filled in.")
     asked = [i for i in ids if vocabulary.is_sentinel(i)]
     if len(set(asked)) < len(asked):
         raise ValueError("--prompt: a sentinel occurs twice; number them <extra_id_0>, <extra_id_1>, ...")

@@ -8,6 +8,10 @@ as `--code_fraction` allows, cut into pieces of about 40-150 tokens. Files are p
 text depends on the Python version; the carried files were made with Python 3.11. Takes about a minute.
 """
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
+
 import ast
 import gzip
 import hashlib
@@ -22,7 +26,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import sentencepiece
-from absl import app, flags, logging
+from absl import app, flags
+
+from qmoe_jax import experiment, reporting
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the three files.", required=True)
 _VOCABULARY = flags.DEFINE_integer("vocabulary_size", 2_000, "SentencePiece pieces, without the sentinels.")
@@ -226,14 +232,13 @@ def main(_):
         lengths = sorted(map(len, vocabulary.encode([d.text for d in lines])))
         size = (output / f"{name}.jsonl.gz").stat().st_size
         percentile = lambda p, lengths=lengths: lengths[int(p * (len(lengths) - 1))]
-        logging.info(
-            "%s: %d pieces, %d tokens (5%% %d, half %d, 95%% %d, longest %d), %d bytes",
-            name, len(lines), sum(lengths),
-            percentile(0.05), percentile(0.5), percentile(0.95), lengths[-1], size,
-        )  # fmt: skip
+        reporting.say(
+            f"{name}: {len(lines)} pieces, {sum(lengths)} tokens (5% {percentile(0.05)}, half {percentile(0.5)}, "
+            f"95% {percentile(0.95)}, longest {lengths[-1]}), {size} bytes"
+        )
         for source in ("topics", "docstring", "comment", "code"):
-            logging.info("  %s: %d pieces", source, sum(d.source == source for d in lines))
+            reporting.say(f"  {source}: {sum(d.source == source for d in lines)} pieces")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(experiment.without_traceback(main))

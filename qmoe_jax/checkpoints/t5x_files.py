@@ -45,8 +45,9 @@ def nothing_at(path: str | os.PathLike) -> str:
     found = f"a directory of {sorted(children)[:5]}" if children else "nothing, or an empty directory"
     hint = f" Saving {unfinished[0]!r} was never finished." if unfinished else ""
     return (
-        f"No T5X checkpoint at {os.fspath(path)!r}: found {found}; expected a step directory (with a file "
-        f"'checkpoint' or 'state/checkpoint'), a directory of checkpoint_<step>, or a msgpack file.{hint}"
+        f"No checkpoint at {os.fspath(path)!r}: found {found}; expected a T5X step directory (with a file 'checkpoint' "
+        "or 'state/checkpoint'), a directory of checkpoint_<step>, a msgpack file, or a directory with manifest.json "
+        f"(compressed) or config.json (Hugging Face, published QMoE models).{hint}"
     )
 
 

@@ -407,7 +407,7 @@ def test_newest_complete_step_is_taken(tmp_path, arrays):
 
 
 def test_nothing_at_the_path(tmp_path):
-    with pytest.raises(CheckpointError, match="No T5X checkpoint at .*absent.*expected a step directory"):
+    with pytest.raises(CheckpointError, match="No checkpoint at .*absent.*expected a T5X step directory"):
         t5x.open_t5x(tmp_path / "absent")
     (tmp_path / "checkpoint_7.tmp-99").mkdir()
     with pytest.raises(CheckpointError, match=r"checkpoint_7\.tmp-99.*never finished"):

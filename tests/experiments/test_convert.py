@@ -342,7 +342,12 @@ def test_what_is_there_is_replaced_only_if_asked_and_ours(run, tiny, tmp_path):
     assert_fails(run("convert", *args, "--overwrite"), "doesn't replace")
 
 
-def test_a_conversion_that_was_stopped_goes_on(run, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(OSError("the disk went away"), "the disk went away"), (KeyboardInterrupt(), "interrupted")],
+    ids=["error", "ctrl-c"],
+)
+def test_a_conversion_that_was_stopped_goes_on(error, message, run, tiny, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
     args = (f"--checkpoint={tiny.checkpoint}", "--format=t5x")
     assert run("convert", *args, f"--output={whole}")[0] == 0
@@ -351,11 +356,11 @@ def test_a_conversion_that_was_stopped_goes_on(run, tiny, tmp_path, monkeypatch)
     def fails_later(self, layer, *rest):
         calls.append(layer)
         if len(calls) == 3:
-            raise OSError("the disk went away")
+            raise error
         return read(self, layer, *rest)
 
     monkeypatch.setattr(NativeCheckpoint, "experts", fails_later)
-    assert_fails(run("convert", *args, f"--output={out}"), "the disk went away")
+    assert_fails(run("convert", *args, f"--output={out}"), message)
     assert_fails(run("evaluate", f"--checkpoint={out}", *tiny.flags()), out, "never finished")
     assert_fails(run("convert", *args, f"--output={out}", "--dtype=bfloat16"), "unfinished conversion")
     code, text, errors = run("convert", *args, f"--output={out}")

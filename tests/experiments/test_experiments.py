@@ -299,10 +299,10 @@ WI_DIRECTORY = "target.encoder.layers_1.mlp.expert.wi.kernel"
 
 
 def test_no_checkpoint(compress, run, tiny, tmp_path):
-    assert_fails(compress(checkpoint=tmp_path / "nowhere"), "No T5X checkpoint", tmp_path / "nowhere")
+    assert_fails(compress(checkpoint=tmp_path / "nowhere"), "No checkpoint", tmp_path / "nowhere")
     for experiment in ("evaluate", "generate"):
         result = run(experiment, *tiny.flags(), f"--checkpoint={tmp_path / 'nowhere'}")
-        assert_fails(result, "No T5X checkpoint", tmp_path / "nowhere")
+        assert_fails(result, "No checkpoint", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
 
@@ -468,6 +468,8 @@ def test_asking_to_save_two_bits_fails_before_any_work(compress, tmp_path):
         ("quantization.damping=-1", ["quantization.damping", "-1"]),
         ("quantization.token_cap=0", ["quantization.token_cap", "0"]),
         ("codec.name=zip", ["codec", "'zip'", "dictionary"]),
+        ("codec.num_shards=0", ["config.codec.num_shards", "0", "1 to 8"]),
+        ("codec.num_shards=9", ["config.codec.num_shards", "9", "1 to 8"]),
         ("model.preset=switch_huge", ["'switch_huge'", "switch_base_8"]),
         ("model.preset=switch_base_8", ["switch_base_8", "d_model: found 20, expected 768", "vocab_size", "d_ff"]),
         ("model.dtype=float16", ["model.dtype", "'float16'", "bfloat16"]),
@@ -532,7 +534,11 @@ def test_compressed_checkpoint_with_a_changed_byte(run, tiny, elsewhere, tmp_pat
 
 
 def test_prompts_that_cannot_be_filled(run, tiny):
-    for prompt, problem in (("<extra_id_0> and <extra_id_0>", "twice"), ("<extra_id_100>", "Sentinel 100")):
+    for prompt, problem in (
+        ("<extra_id_0> and <extra_id_0>", "twice"),
+        ("<extra_id_100>", "Sentinel 100"),
+        (" ", "--prompt: it is empty"),
+    ):
         assert_fails(run("generate", *tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--prompt={prompt}"), problem)
 
 
@@ -546,7 +552,7 @@ def test_a_process_that_fails_says_so_in_one_line(tiny, tmp_path):
     finished = start(tmp_path, "compress", tiny, "--checkpoint=nowhere")
     assert finished.returncode == 1
     (line,) = finished.stderr.strip().splitlines()
-    assert line.startswith("error: No T5X checkpoint at 'nowhere'")
+    assert line.startswith("error: No checkpoint at 'nowhere'")
     assert not (tmp_path / "out").exists()
 
 
