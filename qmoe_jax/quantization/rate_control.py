@@ -27,8 +27,8 @@ MOST_TRIALS = 4
 MOST_STEP = 4.0  # beyond all that were tried
 CLOSE = 0.15  # nearer than this to one that was tried, no other trial is needed
 BRACKET = 1.5  # nor between two that are no farther than this from each other
-MOST_CHANGE = 3.0  # from the Lagrangians so far; at first it may jump
-MOST_RISE, MOST_FALL = 2.0, 6.0  # likewise in the last layer, which has to make up for what all others came to
+MOST_RISE, MOST_FALL = 1.0, 3.0  # above and below all Lagrangians so far; at first it may jump
+LAST_RISE, LAST_FALL = 2.0, 6.0  # likewise in the last layer, which has to make up for what all others came to
 # Where too much was spent, what is left is taken for at least this share of the whole, so that the last matrices don't
 # pay for everything.
 LEAST_LEFT = 0.08
@@ -69,8 +69,8 @@ class RateControl:
         low, high = -100.0, 100.0
         if len(self.logs) >= len(self.left):
             last = not self.left[matrix]
-            low = min(self.logs) - (MOST_FALL if last else MOST_CHANGE)
-            high = max(self.logs) + (MOST_RISE if last else MOST_CHANGE)
+            low = min(self.logs) - (LAST_FALL if last else MOST_FALL)
+            high = max(self.logs) + (LAST_RISE if last else MOST_RISE)
         trial, wanted = (TRIAL, self.logs[-1]) if self.logs else (FIRST_TRIAL, math.log2(max(guess, 1e-30)))
         for _ in range(MOST_TRIALS):
             logs = [wanted + step for step in trial]
