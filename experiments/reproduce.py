@@ -58,7 +58,12 @@ def paper_header(lab: Laboratory) -> list[str]:
 
 def paper(lab: Laboratory, numbers: dict, key) -> list:
     """The paper's cells of a row."""
-    return [numbers.get(model, {}).get(key) for model in paper_columns(lab)]
+    return [as_printed(numbers.get(model, {}).get(key)) for model in paper_columns(lab)]
+
+
+def as_printed(number: float | None) -> str | None:
+    """With the paper's decimals, not ours."""
+    return None if number is None else f"{number:g}"
 
 
 def seconds(report: dict) -> float:
@@ -76,7 +81,7 @@ def table_1(lab: Laboratory) -> Result:
         for _ in range(2):  # The first one compiles.
             report = lab.compress("gptq", memory=memory, codec=None, what=f"groups of {group}")
         data[group] = seconds(report)
-        rows.append((f"groups of {group}", data[group], theirs))
+        rows.append((f"groups of {group}", f"{data[group]:.2f}", as_printed(theirs)))
     return Result(
         title="Table 1: seconds for Hessians and GPTQ, by experts that are quantized together",
         header=("experts", "seconds", "paper, s (one layer of base128, 10K documents)"),
@@ -195,7 +200,9 @@ def table_5(lab: Laboratory) -> Result:
         data[dataset]["rate-distortion"] = lab.compress("rd", codec="gap", validation=validation)["loss"]
     kinds = ("bfloat16", "2-bit", "ternary", "rate-distortion")
     rows = [(f"ours: {dataset}", *(losses[kind] for kind in kinds)) for dataset, losses in data.items()]
-    rows += [(f"paper, c2048: {name}", *(published.get(kind, {}).get(name) for kind in kinds)) for name in names]
+    rows += [
+        (f"paper, c2048: {name}", *(as_printed(published.get(kind, {}).get(name)) for kind in kinds)) for name in names
+    ]
     return Result(
         title="Table 5: loss on other data than C4, calibrated as always",
         header=("validation text", "bfloat16", "QMoE 2-bit", "QMoE ternary", "rate-distortion"),
@@ -273,7 +280,7 @@ def table_7(lab: Laboratory) -> Result:
         rows.append(
             (
                 f"{times:g}x: {lab.num_calibration(times)} documents",
-                report["seconds"]["total"] / 60,
+                f"{report['seconds']['total'] / 60:.2f}",
                 *paper(lab, published, times),
             )
         )
