@@ -55,8 +55,8 @@ PAPER = dict(
 )
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 1.8
-# Experts of which rows are tried before a layer is quantized for a target rate: the first ones, at least so many of
-# both.
+# Before a layer is quantized for a target rate, rows of its first experts are tried: of so many experts, or of more
+# that have so many weights.
 TRIAL_EXPERTS = 4
 TRIAL_WEIGHTS = 2_000_000
 TRIAL_ROWS = 32  # of an expert for each Lagrangian, or more: what is stored beside them weighs little then

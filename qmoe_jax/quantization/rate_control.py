@@ -8,6 +8,7 @@ is the one for which all that is left, at these rates, uses up what the target l
 
     weights bits(lambda) + sum over names (weights left) (mean bits of earlier layers)(lambda) = bits allowed
 
+where a matrix that is yet to come in the same layer counts by the layers that were like this one so far.
 It depends on whole layers only, never on how experts are grouped.
 """
 

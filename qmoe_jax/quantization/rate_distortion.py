@@ -39,9 +39,7 @@ START_ZEROS = 0.85
 START_STEPS = 4
 # Shares of zeros that bits are computed for; beyond, a matrix would never come back from all zeros.
 LEAST_ZEROS, MOST_ZEROS = 0.02, 0.9995
-
-
-WEIGHTS_AT_ONCE = 1 << 16  # in sums over columns
+WEIGHTS_AT_ONCE = 1 << 16  # of an expert, in sums over columns
 
 
 class _Rates(NamedTuple):
