@@ -37,7 +37,7 @@ the expert's levels need. Exponent 0 means that the level is zero, any other is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,12 @@ def _place(codes: np.ndarray, at: np.ndarray, num_words: int) -> np.ndarray:
 # --- Encoding -------------------------------------------------------------------------------------------------------
 
 
-def encode_experts(symbols: jax.Array | np.ndarray, num_levels: int) -> dict[str, np.ndarray]:
+def encode_experts(
+    symbols: jax.Array | np.ndarray, num_levels: int, parameters: Sequence[int] = PARAMETERS
+) -> dict[str, np.ndarray]:
     """Encodes all experts of a layer: symbols uint8 [experts, out, in] -> `data` (see the module's docstring).
+
+    `parameters` are the m to choose from, some of PARAMETERS.
 
     Raises ValueError for another dtype, an empty axis, symbols above `num_levels`, another number of levels than 2 or
     3, or a stream of more than 2^32 bits.
@@ -129,7 +133,7 @@ def encode_experts(symbols: jax.Array | np.ndarray, num_levels: int) -> dict[str
         raise ValueError(f"symbols: shape {list(symbols.shape)}, expected [experts, out, in], none of them zero.")
     if (largest := int(symbols.max())) > num_levels:
         raise ValueError(f"symbols: found the value {largest}, expected 0 (zero) to {num_levels} (the last level).")
-    encoded = [_encode(matrix, num_levels) for matrix in symbols]
+    encoded = [_encode(matrix, num_levels, parameters) for matrix in symbols]
     words, starts, skips, parameters = zip(*encoded, strict=True)
     return {
         "words": np.concatenate(words),
@@ -140,12 +144,14 @@ def encode_experts(symbols: jax.Array | np.ndarray, num_levels: int) -> dict[str
     }
 
 
-def _encode(symbols: np.ndarray, num_levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _encode(
+    symbols: np.ndarray, num_levels: int, parameters: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """One expert: symbols [out, in] -> words [n], starts and skips [out, segments], m."""
     out, columns = symbols.shape
     rows = BLOCK_ROWS * max(1, CHUNK_WEIGHTS // (BLOCK_ROWS * columns))  # whole blocks
     chunks = [symbols[i : i + rows] for i in range(0, out, rows)]
-    m, bits = _best_parameter(chunks, num_levels)
+    m, bits = _best_parameter(chunks, num_levels, parameters)
     if bits >= 2**32:
         raise ValueError(f"symbols: a matrix of shape {[out, columns]} takes {bits} bits, expected fewer than 2^32.")
 
@@ -200,7 +206,7 @@ def _runs(symbols: np.ndarray) -> tuple[np.ndarray, ...]:
     return position, gap, first, rest
 
 
-def _best_parameter(chunks: list[np.ndarray], num_levels: int) -> tuple[int, int]:
+def _best_parameter(chunks: list[np.ndarray], num_levels: int, parameters: Sequence[int]) -> tuple[int, int]:
     """The m that takes least bits for an expert, and these."""
     histogram = np.zeros(BLOCK_ROWS * chunks[0].shape[1] + 1, np.int64)
     rests, symbol_bits = [], 0
@@ -215,12 +221,12 @@ def _best_parameter(chunks: list[np.ndarray], num_levels: int) -> tuple[int, int
     gap = np.flatnonzero(histogram)
     count = histogram[gap]
     costs = []
-    for m in PARAMETERS:
+    for m in parameters:
         tail_bits = _tails(m, 2)[1][::2] - 1  # of 0 and r
         quotient = gap // m
         costs.append(int((count * (quotient + tail_bits[gap - quotient * m])).sum() + (-(-rest // m)).sum()))
     best = int(np.argmin(costs))
-    return PARAMETERS[best], costs[best] + symbol_bits
+    return parameters[best], costs[best] + symbol_bits
 
 
 # --- Decoding -------------------------------------------------------------------------------------------------------

@@ -132,9 +132,13 @@ def test_experts_compares_models(reproduce):
 
 def test_kernels_go_over_densities(reproduce):
     data, _ = reproduce("--study=kernels")
-    bits = [d["gap bits"] for d in data]
-    assert bits == sorted(bits, reverse=True)
-    assert all(d["gap"] > 0 and d["dictionary"] > 0 for d in data)
+    assert all(d["weights_per_second"] > 0 for d in data)
+    chosen, forced = data[:12], data[12:]
+    for codec in ("gap", "dictionary"):
+        bits = [d["bits"] for d in chosen if d["codec"] == codec]
+        assert len(bits) == 6 and bits == sorted(bits, reverse=True)
+    (best,) = (d["bits"] for d in chosen if d["codec"] == "gap" and d["zeros"] == 0.885)
+    assert all(d["zeros"] == 0.885 and d["bits"] > best for d in forced)
 
 
 def test_one_thing_at_a_time(monkeypatch, capfd):
