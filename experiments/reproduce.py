@@ -56,14 +56,14 @@ def paper_header(lab: Laboratory) -> list[str]:
     return [f"paper, {model}" for model in paper_columns(lab)]
 
 
-def paper(lab: Laboratory, numbers: dict, key) -> list:
+def paper(lab: Laboratory, numbers: dict, key, decimals: int = 2) -> list:
     """The paper's cells of a row."""
-    return [as_printed(numbers.get(model, {}).get(key)) for model in paper_columns(lab)]
+    return [as_printed(numbers.get(model, {}).get(key), decimals) for model in paper_columns(lab)]
 
 
-def as_printed(number: float | None) -> str | None:
+def as_printed(number: float | None, decimals: int = 2) -> str | None:
     """With the paper's decimals, not ours."""
-    return None if number is None else f"{number:g}"
+    return None if number is None else f"{number:.{decimals}f}"
 
 
 def seconds(report: dict) -> float:
@@ -81,7 +81,7 @@ def table_1(lab: Laboratory) -> Result:
         for _ in range(2):  # The first one compiles.
             report = lab.compress("gptq", memory=memory, codec=None, what=f"groups of {group}")
         data[group] = seconds(report)
-        rows.append((f"groups of {group}", f"{data[group]:.2f}", as_printed(theirs)))
+        rows.append((f"groups of {group}", f"{data[group]:.2f}", as_printed(theirs, 1)))
     return Result(
         title="Table 1: seconds for Hessians and GPTQ, by experts that are quantized together",
         header=("experts", "seconds", "paper, s (one layer of base128, 10K documents)"),
@@ -129,7 +129,9 @@ def table_3(lab: Laboratory) -> Result:
         data[precision] = dict(mean=zeros.mean(), std=zeros.std(), least=zeros.min(), most=zeros.max())
         bars[precision] = {"ours": zeros.mean(), **{m: published[m][precision] for m in paper_columns(lab)}}
         spread = f"{zeros.mean():.1f} ± {zeros.std():.1f}"
-        rows.append((precision, spread, f"{zeros.min():.1f} to {zeros.max():.1f}", *paper(lab, published, precision)))
+        rows.append(
+            (precision, spread, f"{zeros.min():.1f} to {zeros.max():.1f}", *paper(lab, published, precision, 1))
+        )
     return Result(
         title="Table 3: zeros among the experts' weights, per cent",
         header=("precision", "mean ± std over matrices", "range", *paper_header(lab)),
@@ -281,7 +283,7 @@ def table_7(lab: Laboratory) -> Result:
             (
                 f"{times:g}x: {lab.num_calibration(times)} documents",
                 f"{report['seconds']['total'] / 60:.2f}",
-                *paper(lab, published, times),
+                *paper(lab, published, times, 1),
             )
         )
     return Result(
