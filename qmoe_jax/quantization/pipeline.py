@@ -58,7 +58,7 @@ MOST_TARGET_BITS = 1.8
 # Before a layer is quantized for a target rate, rows of its first experts are tried: of so many experts, or of more
 # that have so many weights.
 TRIAL_EXPERTS = 4
-TRIAL_WEIGHTS = 2_000_000
+TRIAL_WEIGHTS = 750_000
 TRIAL_ROWS = 32  # of an expert for each Lagrangian, or more: what is stored beside them weighs little then
 RATE_DISTORTION = dict(
     activation_order=True,
@@ -517,8 +517,12 @@ def _weighted_mean_square(W, H, importance) -> jax.Array:
 
 
 def trial_experts(num_experts: int, weights: int) -> int:
-    """How many of a layer's experts are tried for a target rate; each has so many weights in a matrix."""
-    return min(num_experts, max(TRIAL_EXPERTS, -(-TRIAL_WEIGHTS // weights)))
+    """How many of a layer's experts are tried for a target rate; each has so many weights in a matrix.
+
+    They are a group, or part of one: a number that divides all experts, if one is near, makes all groups alike.
+    """
+    enough = min(num_experts, max(TRIAL_EXPERTS, -(-TRIAL_WEIGHTS // weights)))
+    return next((n for n in range(enough, 2 * enough) if num_experts % n == 0), enough)
 
 
 class _Group(NamedTuple):

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmoe_jax.quantization.pipeline import DEFAULT_TARGET_BITS, METHODS, QuantizationSettings, entropy
+from qmoe_jax.quantization.pipeline import (
+    DEFAULT_TARGET_BITS,
+    METHODS,
+    TRIAL_EXPERTS,
+    TRIAL_WEIGHTS,
+    QuantizationSettings,
+    entropy,
+    trial_experts,
+)
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.rate_distortion import rate_distortion
 
@@ -117,6 +125,16 @@ def test_hopeless_matrices_do_not_break_it(hopeless):
     two_bits = (lambda bits: 2.0) if hopeless == "out_of_reach" else None
     _, lagrangians, _ = quantize_all(0.7, two_bits, all_layers=[some(i, *layer) for i, layer in enumerate(layers())])
     assert (lagrangians > 0).all() and np.isfinite(lagrangians.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("experts", [1, 7, 8, 100, 128, 2048])
+@pytest.mark.parametrize("weights", [100, 50_000, 12_779_520])
+def test_experts_that_are_tried_are_enough_and_make_even_groups(experts, weights):
+    few = trial_experts(experts, weights)
+    assert few == experts or (few >= TRIAL_EXPERTS and few * weights >= TRIAL_WEIGHTS)
+    assert few == experts or few < 2 * max(TRIAL_EXPERTS, TRIAL_WEIGHTS / weights + 1)
+    if experts in (8, 128, 2048):
+        assert experts % few == 0
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------
