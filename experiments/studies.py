@@ -163,6 +163,11 @@ def experts(lab: Laboratory, models: Sequence[str], **_) -> Result:
         data=data,
         bars={"QMoE": bars["gptq"], "rate-distortion": bars["rd"]},
         ylabel="loss above bfloat16",
+        notes=[
+            "Models that were given differ from the one below in the number of experts, and in what follows from it."
+        ]
+        if models
+        else [],
     )
 
 
