@@ -14,9 +14,9 @@ import pathlib
 
 import jax
 from absl import app, flags
+from laboratory import Laboratory
 
 from qmoe_jax import experiment, reporting
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
@@ -29,21 +29,16 @@ PAPER, OURS = "the paper's recipe", "rate-distortion"
 
 
 def main(_):
-    config = CONFIG.value
-    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     output = experiment.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
-    memory = experiment.memory_settings(config)
-    calibration = experiment.examples(config, "calibration", vocabulary)
-    validation = experiment.examples(config, "validation", vocabulary)
+    lab = Laboratory(CONFIG.value, CHECKPOINT.value)
     methods = {
-        PAPER: (QuantizationSettings("gptq"), "dictionary"),
-        OURS: (QuantizationSettings("rd", target_bits=TARGET_BITS.value), "gap"),
+        PAPER: dict(method="gptq", codec="dictionary"),
+        OURS: dict(method="rd", codec="gap", target_bits=TARGET_BITS.value),
     }
     seconds = {name: [] for name in methods}
     for i in range(ROUNDS.value):
-        for name, (settings, codec) in methods.items():
-            what = f"{name}, {i + 1} of {ROUNDS.value}"
-            report = compress(checkpoint, vocabulary, calibration, validation, settings, memory, codec=codec, what=what)
+        for name, settings in methods.items():
+            report = lab.compress(**settings, what=f"{name}, {i + 1} of {ROUNDS.value}")
             seconds[name].append(report["seconds"])
     best = {name: min(runs[1:], key=lambda run: run["total"]) for name, runs in seconds.items()}
     stages = list(best[OURS])
@@ -54,17 +49,17 @@ def main(_):
             ("ratio", *(f"{best[OURS][s] / best[PAPER][s]:.2f}" if best[PAPER][s] > 0.05 else None for s in stages)),
         ],
     )
-    report = dict(
+    result = dict(
         cores=len(os.sched_getaffinity(0)),
         jax=jax.__version__,
-        calibration_documents=len(calibration.pairs),
-        validation_documents=len(validation.pairs),
+        calibration_documents=report["num_calibration_documents"],
+        validation_documents=len(lab.validation),
         target_bits=TARGET_BITS.value,
         seconds=seconds,
         ratio=best[OURS]["total"] / best[PAPER]["total"],
-        config=experiment.without_folders(config),
+        config=experiment.without_folders(lab.config),
     )
-    reporting.write_json(output / "compression_time.json", report)
+    reporting.write_json(output / "compression_time.json", result)
     reporting.write_text(output / "compression_time.md", table + "\n")
     reporting.say(f"\n{table}")
 

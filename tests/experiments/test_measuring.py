@@ -1,6 +1,7 @@
 """Experiments that compare methods, on the carried model with few documents: what must hold between their numbers."""
 
 import json
+import pathlib
 
 import pytest
 from test_convert import run  # noqa: F401, a fixture
@@ -9,7 +10,9 @@ FEW = ("--config.data.num_calibration=60", "--config.data.num_validation=30")
 
 
 @pytest.fixture
-def measure(run, tmp_path):  # noqa: F811
+def measure(run, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
+
     def measure(experiment, *args):
         code, out, errors = run(experiment, *FEW, f"--output={tmp_path}", *args)
         assert code == 0, errors
