@@ -15,8 +15,7 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
-from qmoe_jax.models import streaming
+from qmoe_jax import experiment, files, streaming
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -87,15 +86,15 @@ def main(_):
                 seconds=seconds,
             )
         )
-        reporting.say(f"{name}: {found[-1]['mean']:.4f} at {found[-1]['bits_per_weight']:.3f} bits")
-    table = reporting.table(
+        reports.say(f"{name}: {found[-1]['mean']:.4f} at {found[-1]['bits_per_weight']:.3f} bits")
+    table = reports.table(
         ("method", "codec", "bits/weight", "loss above bfloat16", "standard deviation"),
         [
             (r["name"], r["codec"], f"{r['bits_per_weight']:.3f}", f"{r['mean']:.4f}", f"{r['spread'] or 0:.4f}")
             for r in found
         ],
     )
-    reporting.write_json(
+    files.write_json(
         output / "ablation.json",
         dict(
             bfloat16=bfloat16,
@@ -106,7 +105,7 @@ def main(_):
         ),
     )
     (output / "ablation.md").write_text(table + "\n", encoding="utf-8")
-    reporting.say(f"\n{table}\n\nbfloat16: {bfloat16['loss']:.4f} nats per token; {len(SEEDS.value)} seeds.")
+    reports.say(f"\n{table}\n\nbfloat16: {bfloat16['loss']:.4f} nats per token; {len(SEEDS.value)} seeds.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 from laboratory import Laboratory
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, files, reports
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
@@ -42,7 +42,7 @@ def main(_):
             seconds[name].append(report["seconds"])
     best = {name: min(runs[1:], key=lambda run: run["total"]) for name, runs in seconds.items()}
     stages = list(best[OURS])
-    table = reporting.table(
+    table = reports.table(
         ("", *stages),
         [
             *((name, *(f"{run[stage]:.2f}" for stage in stages)) for name, run in best.items()),
@@ -59,9 +59,9 @@ def main(_):
         ratio=best[OURS]["total"] / best[PAPER]["total"],
         config=experiment.without_folders(lab.config),
     )
-    reporting.write_json(output / "compression_time.json", result)
-    reporting.write_text(output / "compression_time.md", table + "\n")
-    reporting.say(f"\n{table}")
+    files.write_json(output / "compression_time.json", result)
+    files.write_text(output / "compression_time.md", table + "\n")
+    reports.say(f"\n{table}")
 
 
 if __name__ == "__main__":

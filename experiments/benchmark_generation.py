@@ -37,12 +37,12 @@ from absl import app, flags
 from flax import traverse_util
 
 import qmoe_jax
-from qmoe_jax import codecs, experiment, reporting
+from qmoe_jax import codecs, experiment, files, reports, resources
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint, param_shapes
 from qmoe_jax.checkpoints.base import is_expert_kernel
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.config import ModelConfig, preset
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
+from qmoe_jax.models.switch.config import ModelConfig, preset
 from qmoe_jax.quantization.gptq import round_to_nearest
 
 matplotlib.use("Agg")
@@ -360,7 +360,7 @@ def main(_):
     rows = []
     chosen = models()
     total = sum(len(m.kinds) for m in chosen) * len(DTYPES.value) * len(BATCHES.value)
-    with reporting.progress(total, "measuring", "row") as bar:
+    with reports.progress(total, "measuring", "row") as bar:
         for model in chosen:
             for kind in model.kinds:
                 for dtype in DTYPES.value:
@@ -369,12 +369,12 @@ def main(_):
                         bar.update()
                     jax.clear_caches()  # Compiled programs may hold copies of parameters.
     add_speeds(rows)
-    reporting.say(
+    reports.say(
         f"{NEW_TOKENS.value} tokens a row after a prompt of {PROMPT_TOKENS.value}; zeros among the experts' weights: "
         f"{rows[-1]['zeros']:.1%}. 'x dense': against the same model dense; 'x ideal': against one dense expert per "
         "layer; 'met': different experts per layer that decoding used.\n"
     )
-    reporting.say(reporting.table(HEADER, [cells(row) for row in rows]))
+    reports.say(reports.table(HEADER, [cells(row) for row in rows]))
     if OUTPUT.value:
         report = dict(
             device=jax.devices()[0].device_kind,
@@ -385,10 +385,10 @@ def main(_):
             prompt_tokens=PROMPT_TOKENS.value,
             new_tokens=NEW_TOKENS.value,
             rounds=ROUNDS.value,
-            peak_rss_bytes=reporting.peak_rss_bytes(),
+            peak_rss_bytes=resources.peak_rss_bytes(),
             rows=rows,
         )
-        reporting.write_json(OUTPUT.value, report)
+        files.write_json(OUTPUT.value, report)
         plot(rows, pathlib.Path(OUTPUT.value).with_suffix(".png"))
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, files, reports
 from qmoe_jax.quantization import gptq
 
 SHAPES = flags.DEFINE_list("shapes", ["16x768x3072", "16x3072x768"], "Experts x rows (outputs) x columns (inputs).")
@@ -111,7 +111,7 @@ def main(_):
         cells.append(cell)
     header = ["experts x rows x columns", "compile s", "run s", "Mweights/s"]
     header += ["reference s", "x reference", "different"] if reference else []
-    reporting.say(reporting.table(header, cells))
+    reports.say(reports.table(header, cells))
     if OUTPUT.value:
         report = dict(
             device=jax.devices()[0].device_kind,
@@ -121,7 +121,7 @@ def main(_):
             block_size=BLOCK_SIZE.value,
             rows=rows,
         )
-        reporting.write_json(OUTPUT.value, report)
+        files.write_json(OUTPUT.value, report)
 
 
 if __name__ == "__main__":

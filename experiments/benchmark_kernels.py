@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import codecs, experiment, reporting
+from qmoe_jax import codecs, experiment, files, reports
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
 from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS, compressed_ragged_dot
@@ -190,7 +190,7 @@ def runs_here(name: str, codec: str) -> bool:
     try:
         compressed_ragged_dot(jnp.ones((1, 2)), rhs, jnp.ones(1, jnp.int32), implementation=name)
     except NotImplementedError as e:
-        reporting.say(str(e))
+        reports.say(str(e))
         return False
     return True
 
@@ -236,7 +236,7 @@ def main(_):
             raise ValueError(f"--shapes: found {name!r}, expected among {', '.join(arg_specs.SHAPES)}.")
     names = [(name, codec) for name in NAMES.value for codec in CODEC_NAMES.value if runs_here(name, codec)]
     peak = bandwidth()
-    reporting.say(f"{processor()}; a copy moves {peak / 1e9:.1f} GB/s\n")
+    reports.say(f"{processor()}; a copy moves {peak / 1e9:.1f} GB/s\n")
     rows = []
     header = ("shape", "out, in", "tokens x experts", "product", "us", "x float32", "Gweights/s", "MB", "roofline")
     for name in SHAPES.value:
@@ -256,7 +256,7 @@ def main(_):
             ]
             for row in found
         ]
-        reporting.say(reporting.table(header, cells) + "\n")
+        reports.say(reports.table(header, cells) + "\n")
     if OUTPUT.value:
         report = dict(
             processor=processor(),
@@ -267,7 +267,7 @@ def main(_):
             rounds=ROUNDS.value,
             rows=rows,
         )
-        reporting.write_json(OUTPUT.value, report)
+        files.write_json(OUTPUT.value, report)
         plot(rows, pathlib.Path(OUTPUT.value).with_suffix(".png"))
 
 

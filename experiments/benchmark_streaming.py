@@ -22,8 +22,7 @@ import time
 import tensorstore as ts
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
-from qmoe_jax.quantization import planning
+from qmoe_jax import experiment, reports, resources
 from qmoe_jax.quantization.pipeline import compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -48,13 +47,13 @@ def read_all(checkpoint, memory) -> dict:
     weights = 0
     reading = memory._replace(round_weights=True).reading
     groups = checkpoint.stream(checkpoint.config.sparse_layers, memory.experts_per_group, reading)
-    stages = reporting.Stages()
+    stages = resources.Stages()
     with contextlib.closing(groups), stages("reading"):
         for *_, kernels in groups:
             weights += sum(kernel.size for kernel in kernels.values())
             del kernels
     return {
-        "peak_rss_bytes": reporting.peak_rss_bytes(),
+        "peak_rss_bytes": resources.peak_rss_bytes(),
         "seconds": stages.report(),
         "expert_weights": weights,
         "bits_per_weight": None,
@@ -113,18 +112,18 @@ def main(_):
         "documents": len(pairs),
         "environment": experiment.environment(),
     }
-    reporting.write_json(output / "streaming.json", result)
+    files.write_json(output / "streaming.json", result)
     rows = [
-        ("experts' chunk files", f"{len(files)}, {planning.gigabytes(size)}"),
-        ("file reads by TensorStore, everything", f"{done['read']}, {planning.gigabytes(done['bytes_read'])}"),
-        ("bound for experts", planning.gigabytes(plan["weights_limit_bytes"])),
+        ("experts' chunk files", f"{len(files)}, {resources.gigabytes(size)}"),
+        ("file reads by TensorStore, everything", f"{done['read']}, {resources.gigabytes(done['bytes_read'])}"),
+        ("bound for experts", resources.gigabytes(plan["weights_limit_bytes"])),
         ("through scratch files", "yes" if plan["spilled"] else "no"),
-        ("peak memory, planned", planning.gigabytes(plan["peak_host_bytes"])),
-        ("peak memory, measured", planning.gigabytes(report["peak_rss_bytes"])),
+        ("peak memory, planned", resources.gigabytes(plan["peak_host_bytes"])),
+        ("peak memory, measured", resources.gigabytes(report["peak_rss_bytes"])),
         ("seconds", f"{seconds:.0f}, of them {report['seconds']['reading']:.1f} waiting for the reader"),
         ("million weights a second", f"{result['weights_per_second'] / 1e6:.1f}"),
     ]
-    reporting.say(reporting.table(("streaming", ""), rows))
+    reports.say(reports.table(("streaming", ""), rows))
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ import pathlib
 
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, files, reports, resources, streaming
 from qmoe_jax.checkpoints.compressed import is_compressed
-from qmoe_jax.events import write_compression
-from qmoe_jax.figures import plot_compression
-from qmoe_jax.html_report import html_report
-from qmoe_jax.models import streaming
-from qmoe_jax.quantization import planning
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress, why_not_stored
-from qmoe_jax.quantization.progress import is_unfinished, remove_progress
+from qmoe_jax.compression import planning
+from qmoe_jax.compression.compress import compress_examples
+from qmoe_jax.compression.progress import is_unfinished, remove_progress
+from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
+from qmoe_jax.reports.events import write_compression
+from qmoe_jax.reports.figures import plot_compression
+from qmoe_jax.reports.html import html_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
@@ -49,14 +49,14 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
         plan = experiment.plan_of_preset(config, quantization, memory, codec)
     else:
         checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-        pairs, num_calibration = experiment.streamed_pairs(config, quantization, vocabulary)
-        plan = experiment.plan(checkpoint, pairs, num_calibration, quantization, memory, codec)
+        streamed, num_calibration = experiment.streamed_examples(config, quantization, checkpoint, vocabulary)
+        plan = experiment.plan(checkpoint, streamed, num_calibration, quantization, memory, codec)
         plan["expected_seconds"] = experiment.expected_seconds(
-            checkpoint, pairs, num_calibration, quantization, memory, codec
+            checkpoint, streamed, num_calibration, quantization, memory, codec
         )
     if PLAN_JSON.value:
-        reporting.write_json(PLAN_JSON.value, plan)
-    reporting.say(reporting.table(("plan", ""), planning.rows(plan)))
+        files.write_json(PLAN_JSON.value, plan)
+    reports.say(reports.table(("plan", ""), planning.rows(plan)))
 
 
 def main(_):
@@ -85,22 +85,22 @@ def main(_):
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
     which = ("calibration", "validation") if quantization.calibrated else ("validation",)
-    documents = {name: experiment.examples(config, name, vocabulary) for name in which}
-    reporting.say(
+    documents = {name: experiment.examples(config, name, checkpoint, vocabulary) for name in which}
+    reports.say(
         f"{checkpoint.path}: {len(checkpoint.config.sparse_layers)} sparse layers of "
         f"{checkpoint.config.num_experts} experts"
     )
     for name, read in documents.items():
-        reporting.say(
+        reports.say(
             f"{name}: {len(read)} documents; {read.num_too_long} longer than "
             f"{config.data.max_length} tokens and {read.num_too_short} empty ones were skipped"
         )
     calibration, validation = documents.get("calibration"), documents["validation"]
 
-    pairs = [*(calibration.pairs if calibration else []), *validation.pairs]
-    num_calibration = len(pairs) - len(validation.pairs)
+    streamed = [*(calibration or ()), *validation]
+    num_calibration = len(streamed) - len(validation)
     plan = experiment.plan(
-        checkpoint, pairs, num_calibration, quantization, memory, config.codec.name if save else None
+        checkpoint, streamed, num_calibration, quantization, memory, config.codec.name if save else None
     )
     experiment.check_room(plan, memory, output)
 
@@ -109,7 +109,7 @@ def main(_):
         (output / name).unlink(missing_ok=True)
 
     # --- Compress ----------------------------------------------------------------------------------------------------
-    report = compress(
+    report = compress_examples(
         checkpoint,
         vocabulary,
         calibration,
@@ -128,43 +128,43 @@ def main(_):
 
     # --- Compare and report ------------------------------------------------------------------------------------------
     if config.compare:
-        stages = reporting.Stages()
+        stages = resources.Stages()
         rounded = memory._replace(round_weights=True)
         with stages("comparison"):
-            bfloat16 = streaming.run(checkpoint, validation.pairs, rounded, what="bfloat16").summary()
+            bfloat16 = streaming.run(checkpoint, validation, rounded, what="bfloat16").summary()
             report["baselines"] = {"bfloat16": bfloat16}
             if quantization.method != "rtn":
-                rtn = QuantizationSettings("rtn", bits=quantization.bits, group_size=quantization.group_size)
-                rtn = compress(checkpoint, vocabulary, calibration, validation, rtn, memory, codec=config.codec.name)
+                rtn = QuantizationSettings("rtn", bits=quantization.rounding.bits)
+                rtn = compress_examples(checkpoint, vocabulary, None, validation, rtn, memory, codec=config.codec.name)
                 report["baselines"]["rtn"] = {k: v for k, v in rtn.items() if k not in ("layers", "seconds")}
         report["seconds"] |= stages.seconds
-        report["peak_rss_bytes"] = reporting.peak_rss_bytes()
+        report["peak_rss_bytes"] = resources.peak_rss_bytes()
     if not processes.first:
         return
     report["checkpoint"] = checkpoint.provenance
     report["config"] = config.to_dict()
     report["environment"] = experiment.environment()
-    reporting.write_json(output / "report.json", report)
-    reporting.write_text(output / "report.html", html_report(report))
+    files.write_json(output / "report.json", report)
+    files.write_text(output / "report.html", html_report(report))
     plot_compression(report, output / "report.png")
     write_compression(report, output / "tensorboard")
     if save:
         remove_progress(output)
-    reporting.say("\n" + reporting.table(reporting.COMPRESSION_HEADER, reporting.comparison_rows(report)) + "\n")
-    reporting.say(
+    reports.say("\n" + reports.table(reports.COMPRESSION_HEADER, reports.comparison_rows(report)) + "\n")
+    reports.say(
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "
         f"{report['experts_fallback']} fell back (report.json says why)"
     )
     target, stored = report["target_bits"], report["bits_per_weight"] or report["entropy_per_weight"]
     if target is not None and abs(stored / target - 1) > 0.03:
-        reporting.say(
+        reports.say(
             f"warning: {stored:.3f} bits per weight, {stored / target - 1:+.0%} from target_bits {target:g}. Levels "
             "take bits too, many in narrow rows, and few layers leave little room to correct; see report.json."
         )
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items())
-    planned, measured = (planning.gigabytes(report["plan"][f"{k}peak_host_bytes"]) for k in ("", "measured_"))
-    reporting.say(f"seconds: {seconds}; peak memory {measured}, planned {planned}")
-    reporting.say(
+    planned, measured = (resources.gigabytes(report["plan"][f"{k}peak_host_bytes"]) for k in ("", "measured_"))
+    reports.say(f"seconds: {seconds}; peak memory {measured}, planned {planned}")
+    reports.say(
         f"{output}: "
         + (
             "compressed checkpoint, report.json, report.html, report.png"

@@ -19,7 +19,7 @@ import pathlib
 
 from absl import app, flags
 
-from qmoe_jax import codecs, experiment, reporting
+from qmoe_jax import codecs, experiment, reports, resources
 from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "out/compressed", "Checkpoint of any layout.")
@@ -75,12 +75,12 @@ def describe(checkpoint: Checkpoint, plan: conversion.Plan) -> None:
     """Prints what would be read and written."""
     read = [[name, count, size] for name, (count, size) in sources(checkpoint).items()]
     read.append(["all", sum(row[1] for row in read), sum(row[2] for row in read)])
-    reporting.say(f"{checkpoint.path} would be read:\n\n{reporting.table(('read', 'files', 'bytes'), read)}\n")
+    reports.say(f"{checkpoint.path} would be read:\n\n{reports.table(('read', 'files', 'bytes'), read)}\n")
     written = [[part.name, part.nbytes] for part in plan.parts]
     known = None if any(size is None for _, size in written) else sum(size for _, size in written)
     written.append(["all", known])
-    reporting.say(
-        f"Written (bytes of arrays, before they are packed):\n\n{reporting.table(('write', 'bytes'), written)}"
+    reports.say(
+        f"Written (bytes of arrays, before they are packed):\n\n{reports.table(('write', 'bytes'), written)}"
     )
 
 
@@ -118,14 +118,14 @@ def main(_):
         experiment.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
     plan = TARGETS[FORMAT.value](checkpoint, output, options)
     for what in plan.lost:
-        reporting.say(f"lost: {what}")
+        reports.say(f"lost: {what}")
     if DRY_RUN.value:
         describe(checkpoint, plan)
         return
 
-    stages = reporting.Stages()
+    stages = resources.Stages()
     if continued:
-        reporting.say(f"{output}: going on after {len(progress['parts'])} of {len(plan.parts)} parts")
+        reports.say(f"{output}: going on after {len(progress['parts'])} of {len(plan.parts)} parts")
     elif OVERWRITE.value:
         clear(output)
     files = conversion.run(plan, output, identity)
@@ -139,7 +139,7 @@ def main(_):
         "lost": plan.lost,
         "provenance": checkpoint.provenance,
         "seconds": stages.report()["total"],
-        "peak_rss_bytes": reporting.peak_rss_bytes(),
+        "peak_rss_bytes": resources.peak_rss_bytes(),
     }
     names = conversion.write_report(plan, output, report, files)
     rows = [
@@ -151,8 +151,8 @@ def main(_):
         ]
         for s in (before, after)
     ]
-    reporting.say("\n" + reporting.table(("M parameters", "codec", "bits/weight", "MB"), rows) + "\n")
-    reporting.say(f"{output}: {FORMAT.value} checkpoint, {', '.join(names)}")
+    reports.say("\n" + reports.table(("M parameters", "codec", "bits/weight", "MB"), rows) + "\n")
+    reports.say(f"{output}: {FORMAT.value} checkpoint, {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from absl import app, flags
 from generate import PROMPT, write
 
 import qmoe_jax
-from qmoe_jax import experiment, reporting
-from qmoe_jax.figures import plot_losses
-from qmoe_jax.models import streaming
+from qmoe_jax import experiment, files, resources, streaming
 from qmoe_jax.quantization.pipeline import TERNARY, QuantizationSettings, compress
+from qmoe_jax.reports.figures import plot_losses
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("demo_config", str(ROOT / "configs/tiny.py"), "Data and settings.")
@@ -43,7 +42,7 @@ def main(_):
     calibration = experiment.examples(config, "calibration", vocabulary)
     validation = experiment.examples(config, "validation", vocabulary)
     memory = experiment.memory_settings(config)
-    stages = reporting.Stages()
+    stages = resources.Stages()
 
     with stages("bfloat16"):
         reports = {
@@ -66,13 +65,13 @@ def main(_):
                 what=name,
             )
     reports["bfloat16"]["bytes_model"] = reports[SAVED]["bytes_bfloat16"]
-    table = reporting.table(
-        reporting.COMPRESSION_HEADER, [reporting.compression_row(name, r) for name, r in reports.items()]
+    table = reports.table(
+        reports.COMPRESSION_HEADER, [reports.compression_row(name, r) for name, r in reports.items()]
     )
-    reporting.write_json(output / "demo.json", {"reports": reports, "seconds": stages.report()})
+    files.write_json(output / "demo.json", {"reports": reports, "seconds": stages.report()})
     (output / "demo.md").write_text(table + "\n", encoding="utf-8")
     plot_losses(reports, output / "demo.png")
-    reporting.say(
+    reports.say(
         f"\n{table}\n\nLosses are nats per predicted token; rates are against bfloat16; MB is the whole model."
     )
 
@@ -80,8 +79,8 @@ def main(_):
     for temperature in (0.0, 0.7):
         config.generation.temperature = temperature
         text = write(model, params, vocabulary, PROMPT.value, config.generation)
-        reporting.say(f"\nFilled in by the compressed model (temperature {temperature}):\n  {text}")
-    reporting.say(f"\nprompt: {PROMPT.value}\n{output}: compressed checkpoint, demo.json, demo.md, demo.png")
+        reports.say(f"\nFilled in by the compressed model (temperature {temperature}):\n  {text}")
+    reports.say(f"\nprompt: {PROMPT.value}\n{output}: compressed checkpoint, demo.json, demo.md, demo.png")
 
 
 if __name__ == "__main__":

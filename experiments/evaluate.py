@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
-from qmoe_jax.data import Examples
-from qmoe_jax.models import streaming
+from qmoe_jax import experiment, files, reports, resources, streaming
+from qmoe_jax.models.switch import Examples
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
@@ -38,20 +37,20 @@ def main(_):
     checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
     memory = memory._replace(mesh=experiment.mesh(config, checkpoint, jax.local_devices()))
     validation = experiment.examples(config, "validation", vocabulary)
-    stages = reporting.Stages()
+    stages = resources.Stages()
     losses = streaming.run(checkpoint, validation.pairs, memory, stages=stages)
     report = {
         **losses.summary(),
         "unigram_entropy": unigram_entropy(validation),
         "checkpoint": checkpoint.provenance,
         "seconds": stages.report(),
-        "peak_rss_bytes": reporting.peak_rss_bytes(),
+        "peak_rss_bytes": resources.peak_rss_bytes(),
         "config": config.to_dict(),
     }
     if REPORT.value and processes.first:
-        reporting.write_json(REPORT.value, report)
+        files.write_json(REPORT.value, report)
     fields = ("loss", "loss_paper", "unigram_entropy", "num_documents", "num_tokens")
-    reporting.say("\n" + reporting.table(["checkpoint", *fields], [[checkpoint.path, *(report[f] for f in fields)]]))
+    reports.say("\n" + reports.table(["checkpoint", *fields], [[checkpoint.path, *(report[f] for f in fields)]]))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import optax
 from absl import app, flags
 
 import qmoe_jax
-from qmoe_jax import experiment, reporting
-from qmoe_jax.data import Vocabulary, load_examples, make_batches
-from qmoe_jax.models import streaming
+from qmoe_jax import experiment, reports, streaming
+from qmoe_jax.models.switch import Vocabulary, load_examples, make_batches
 from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.output_error import output_error
 from qmoe_jax.quantization.pipeline import expert_hessians, expert_sharding
@@ -80,7 +79,7 @@ def main(_):
         shape = " x ".join(map(str, experts.shape))
         rows.append([matrix, shape, experts.nbytes, 8 * experts.nbytes / weights, zeros])
     header = ["matrix", "experts x out x in", "bytes", "bits/weight", "zeros"]
-    print(f"\n{LAYER.value}, ternary, codec {CODEC.value}:\n\n{reporting.table(header, rows)}")
+    print(f"\n{LAYER.value}, ternary, codec {CODEC.value}:\n\n{reports.table(header, rows)}")
 
     experts = compressed["wi"]
     low, high = experts.levels[0, 0]

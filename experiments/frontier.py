@@ -15,10 +15,9 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
-from qmoe_jax.figures import plot_frontier
-from qmoe_jax.models import streaming
+from qmoe_jax import experiment, files, reports, streaming
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax.reports.figures import plot_frontier
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
@@ -56,7 +55,7 @@ def main(_):
             seconds=report["seconds"],
         )
         points.append(point)
-        reporting.say(f"{name}: {point['bits_per_weight']:.3f} bits, {point['above_bfloat16']:+.4f} nats")
+        reports.say(f"{name}: {point['bits_per_weight']:.3f} bits, {point['above_bfloat16']:+.4f} nats")
         return point
 
     paper = measure(PAPER, "dictionary", QuantizationSettings("gptq"))
@@ -74,7 +73,7 @@ def main(_):
     )
     if comparison["bits_at_paper_loss"] is not None:
         comparison["bits_ratio_at_paper_loss"] = comparison["bits_at_paper_loss"] / paper["bits_per_weight"]
-    table = reporting.table(
+    table = reports.table(
         ("method", "target", "bits/weight", "entropy", "zeros", "loss", "above bfloat16"),
         [
             (
@@ -90,17 +89,17 @@ def main(_):
         ],
     )
     report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=experiment.without_folders(config))
-    reporting.write_json(output / "frontier.json", report)
+    files.write_json(output / "frontier.json", report)
     (output / "frontier.md").write_text(table + "\n", encoding="utf-8")
     plot_frontier(report, output / "frontier.png")
-    reporting.say(f"\n{table}\n\nbfloat16: {bfloat16:.4f} nats per token.")
+    reports.say(f"\n{table}\n\nbfloat16: {bfloat16:.4f} nats per token.")
     if best is not None:
-        reporting.say(
+        reports.say(
             f"Within the paper's {paper['bits_per_weight']:.3f} bits, at {best['bits_per_weight']:.3f}: "
             f"{comparison['loss_ratio_within_paper_bits']:.0%} of its loss above bfloat16."
         )
     if (ratio := comparison.get("bits_ratio_at_paper_loss")) is not None:
-        reporting.say(f"At the paper's loss: {ratio:.0%} of its bits (between the two points next to it).")
+        reports.say(f"At the paper's loss: {ratio:.0%} of its bits (between the two points next to it).")
 
 
 def bits_at(above: float, points: list[dict]) -> float | None:

@@ -19,9 +19,9 @@ import numpy as np
 from absl import app, flags
 
 import qmoe_jax
-from qmoe_jax import experiment, reporting
-from qmoe_jax.data import EOS, PAD, Vocabulary
+from qmoe_jax import experiment, reports
 from qmoe_jax.models.expert_parallel import place_param
+from qmoe_jax.models.switch import EOS, PAD, Vocabulary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
@@ -76,7 +76,7 @@ def main(_):
     params = checkpoint.load(functools.partial(place_param, mesh=mesh))
     started = time.perf_counter()
     text = write(model, params, vocabulary, PROMPT.value, config.generation)
-    reporting.say(f"prompt: {PROMPT.value}\n\ntext:   {text}\n\n{time.perf_counter() - started:.1f} s with compilation")
+    reports.say(f"prompt: {PROMPT.value}\n\ntext:   {text}\n\n{time.perf_counter() - started:.1f} s with compilation")
 
 
 if __name__ == "__main__":

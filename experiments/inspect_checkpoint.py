@@ -11,7 +11,7 @@ import collections
 
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, files, reports
 from qmoe_jax.checkpoints.inspection import inspect
 
 DENSITY = flags.DEFINE_bool("density", False, "Decode compressed experts to count non-zero weights.")
@@ -46,26 +46,26 @@ def main(argv):
         raise ValueError("expected one path: python experiments/inspect_checkpoint.py PATH")
     report = inspect(argv[1], density=DENSITY.value)
     if REPORT.value:
-        reporting.write_json(REPORT.value, report)
+        files.write_json(REPORT.value, report)
     for name in report["foreign"]:
-        reporting.say(f"foreign: {name}")
+        reports.say(f"foreign: {name}")
     if report["problems"]:
         raise ValueError(f"a {report['layout']} checkpoint that can't be opened: " + "\n  ".join(report["problems"]))
     for what, found in summary(report):
-        reporting.say(f"{what:<18}{'-' if found is None else found}")
+        reports.say(f"{what:<18}{'-' if found is None else found}")
     if report["chunks"]:
         alike = collections.Counter(
             (name.split("/")[-2], str(c["shape"]), str(c["chunk"]), c["number"]) for name, c in report["chunks"].items()
         )
         rows = [[matrix, layers, *rest] for (matrix, *rest), layers in alike.items()]
-        reporting.say("\n" + reporting.table(("matrix", "layers", "[experts, in, out]", "chunk", "chunks"), rows))
+        reports.say("\n" + reports.table(("matrix", "layers", "[experts, in, out]", "chunk", "chunks"), rows))
     if report["experts"]:
         rows = [
             [layer, e["codec"], e["weights"], e["bytes"], e["bits_per_weight"], e["density"]]
             for layer, e in report["experts"].items()
         ]
         header = ("layer", "codec", "weights", "bytes", "bits/weight", "density")
-        reporting.say("\n" + reporting.table(header, rows))
+        reports.say("\n" + reports.table(header, rows))
 
 
 if __name__ == "__main__":

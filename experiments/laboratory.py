@@ -15,13 +15,12 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, files, reports, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
-from qmoe_jax.data import Examples, load_examples
-from qmoe_jax.figures import plot_bars
-from qmoe_jax.models import streaming
+from qmoe_jax.models.switch import Examples, load_examples
 from qmoe_jax.quantization.pipeline import TERNARY, QuantizationSettings, compress
+from qmoe_jax.reports.figures import plot_bars
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = dict(num_calibration=60, num_validation=40)
@@ -205,7 +204,7 @@ class Result:
     def write(self, directory: pathlib.Path, name: str, lab: Laboratory) -> str:
         """Writes NAME.json, NAME.md and NAME.png; returns the Markdown."""
         notes = [*self.notes, *lab.differences()]
-        markdown = f"**{self.title}**\n\n{reporting.table(self.header, self.rows)}\n\n" + "\n".join(
+        markdown = f"**{self.title}**\n\n{reports.table(self.header, self.rows)}\n\n" + "\n".join(
             f"- {n}" for n in notes
         )
         report = dict(
@@ -216,7 +215,7 @@ class Result:
             notes=notes,
             config=experiment.without_folders(lab.config),
         )
-        reporting.write_json(directory / f"{name}.json", _plain(report))
+        files.write_json(directory / f"{name}.json", _plain(report))
         (directory / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
         plot_bars(self.bars, directory / f"{name}.png", self.ylabel, self.title, logarithmic=self.logarithmic)
         return markdown

@@ -15,11 +15,11 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, reports
 from qmoe_jax.checkpoints import CheckpointError, param_shapes
 from qmoe_jax.checkpoints.reading import regions
 from qmoe_jax.checkpoints.t5x import ArrayWriter, index_file, placeholder, t5x_chunks
-from qmoe_jax.config import ModelConfig, preset
+from qmoe_jax.models.switch.config import ModelConfig, preset
 
 OUTPUT = flags.DEFINE_string("output", None, "Parent of checkpoint_0/.", required=True)
 PRESET = flags.DEFINE_string("preset", "switch_base_8", "Published size to start from.")
@@ -90,15 +90,15 @@ def main(_):
     unfinished = final.with_name("checkpoint_0.tmp-0")
     unfinished.mkdir(parents=True, exist_ok=True)
     total = sum(map(math.prod, shapes.values()))
-    reporting.say(f"{final}: {total / 1e9:.3f} billion parameters, {DTYPE.value}")
-    with reporting.progress(total, "writing", "weight") as bar:
+    reports.say(f"{final}: {total / 1e9:.3f} billion parameters, {DTYPE.value}")
+    with reports.progress(total, "writing", "weight") as bar:
         entries = {
             name: write(unfinished, name, shape, SEED.value + i, bar) for i, (name, shape) in enumerate(shapes.items())
         }
     (unfinished / "checkpoint").write_bytes(index_file(entries, 0))
     unfinished.rename(final)
     size = sum(p.stat().st_size for p in final.rglob("*") if p.is_file())
-    reporting.say(f"{final}: {size / 1e9:.3f} GB in files")
+    reports.say(f"{final}: {size / 1e9:.3f} GB in files")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import sentencepiece
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, reports
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the three files.", required=True)
 _VOCABULARY = flags.DEFINE_integer("vocabulary_size", 2_000, "SentencePiece pieces, without the sentinels.")
@@ -232,12 +232,12 @@ def main(_):
         lengths = sorted(map(len, vocabulary.encode([d.text for d in lines])))
         size = (output / f"{name}.jsonl.gz").stat().st_size
         percentile = lambda p, lengths=lengths: lengths[int(p * (len(lengths) - 1))]
-        reporting.say(
+        reports.say(
             f"{name}: {len(lines)} pieces, {sum(lengths)} tokens (5% {percentile(0.05)}, half {percentile(0.5)}, "
             f"95% {percentile(0.95)}, longest {lengths[-1]}), {size} bytes"
         )
         for source in ("topics", "docstring", "comment", "code"):
-            reporting.say(f"  {source}: {sum(d.source == source for d in lines)} pieces")
+            reports.say(f"  {source}: {sum(d.source == source for d in lines)} pieces")
 
 
 if __name__ == "__main__":

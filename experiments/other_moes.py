@@ -20,9 +20,8 @@ import tempfile
 
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, files, streaming
 from qmoe_jax.checkpoints import open_checkpoint, write_t5x
-from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import TERNARY, QuantizationSettings, compress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -88,16 +87,16 @@ def main(_):
             name: {k: v for k, v in report.items() if k not in ("layers", "seconds", "peak_rss_bytes")}
             for name, report in reports.items()
         }
-        rows = [reporting.compression_row(name, report) for name, report in reports.items()]
-        tables.append(f"{kind}\n\n{reporting.table(reporting.COMPRESSION_HEADER, rows)}")
+        rows = [reports.compression_row(name, report) for name, report in reports.items()]
+        tables.append(f"{kind}\n\n{reports.table(reports.COMPRESSION_HEADER, rows)}")
         off = reports[SAVED]["compressed_minus_dequantized"]
         tables[-1] += (
             f"\n\nA document's summed loss differs by at most {off:.1e} between compressed and dequantized experts."
         )
-        reporting.say("\n" + tables[-1])
-        reporting.write_json(output / "other_moes.json", results)
+        reports.say("\n" + tables[-1])
+        files.write_json(output / "other_moes.json", results)
         (output / "other_moes.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    reporting.say(f"\n{output}: other_moes.json, other_moes.md")
+    reports.say(f"\n{output}: other_moes.json, other_moes.md")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
-from qmoe_jax.config import preset
-from qmoe_jax.figures import plot_rehearsal
-from qmoe_jax.models import streaming
-from qmoe_jax.quantization import planning, rehearsal
+from qmoe_jax import experiment, files, reports, resources, streaming
+from qmoe_jax.compression import planning, rehearsal
+from qmoe_jax.models.switch.config import preset
 from qmoe_jax.quantization.pipeline import QuantizationSettings
+from qmoe_jax.reports.figures import plot_rehearsal
 
 # Calibration documents, and minutes on one A6000 (QMoE, section 4.1 and table 7).
 PAPER = {"switch_base_128": (10_000, 14.0), "switch_large_128": (10_000, 30.2), "switch_c_2048": (160_000, 16.0 * 60)}
@@ -69,7 +68,7 @@ def rehearse(name: str, experts: int, tokens: int, memory: streaming.Settings) -
         CODEC.value,
         experts=min(experts, config.num_experts),
         most_tokens=tokens,
-        say=lambda what: reporting.say(f"{name}: {what}"),
+        say=lambda what: reports.say(f"{name}: {what}"),
     )
     gc.collect()
     plan = planning.plan(
@@ -79,7 +78,7 @@ def rehearse(name: str, experts: int, tokens: int, memory: streaming.Settings) -
         quantization,
         grids=planning.grids_of(config),
         is_cpu=jax.local_devices()[0].platform == "cpu",
-        resident_bytes=reporting.rss_bytes(),
+        resident_bytes=resources.rss_bytes(),
         codec=CODEC.value,
     )
     result = {
@@ -91,7 +90,7 @@ def rehearse(name: str, experts: int, tokens: int, memory: streaming.Settings) -
         "bytes_compressed": plan["write_bytes"],
     }
     if GENERATION.value:
-        reporting.say(f"{name}: inference")
+        reports.say(f"{name}: inference")
         few = min(experts, 4)
         token = rehearsal.generation(config, CODEC.value, few, memory.dtype, work.encoder_length)
         result["seconds_per_generated_token"] = token
@@ -99,7 +98,7 @@ def rehearse(name: str, experts: int, tokens: int, memory: streaming.Settings) -
 
 
 def _paper(minutes: float | None) -> str:
-    return "-" if minutes is None else planning.duration(60 * minutes)
+    return "-" if minutes is None else resources.duration(60 * minutes)
 
 
 def main(_):
@@ -121,26 +120,26 @@ def main(_):
         "codec": CODEC.value,
         "models": {name: rehearse(name, experts, tokens, memory) for name in MODELS.value},
     }
-    reporting.write_json(output / "rehearsal.json", report)
+    files.write_json(output / "rehearsal.json", report)
     plot_rehearsal(report["models"], output / "rehearsal.png")
     models = report["models"].values()
     stages = list(next(iter(models))["projected_seconds"])
-    rows = [(s, *(planning.duration(m["projected_seconds"][s]) for m in models)) for s in stages]
+    rows = [(s, *(resources.duration(m["projected_seconds"][s]) for m in models)) for s in stages]
     rows += [
         ("the paper, on an A6000", *(_paper(m["paper_minutes_on_an_a6000"]) for m in models)),
-        ("host memory", *(planning.gigabytes(m["plan"]["peak_host_bytes"]) for m in models)),
-        ("device memory", *(planning.gigabytes(m["plan"]["peak_device_bytes"]) for m in models)),
-        ("bfloat16", *(planning.gigabytes(m["bytes_bfloat16"]) for m in models)),
-        ("compressed", *(planning.gigabytes(m["bytes_compressed"]) for m in models)),
+        ("host memory", *(resources.gigabytes(m["plan"]["peak_host_bytes"]) for m in models)),
+        ("device memory", *(resources.gigabytes(m["plan"]["peak_device_bytes"]) for m in models)),
+        ("bfloat16", *(resources.gigabytes(m["bytes_bfloat16"]) for m in models)),
+        ("compressed", *(resources.gigabytes(m["bytes_compressed"]) for m in models)),
     ]
     if GENERATION.value:
         rows.append(
             ("a generated token", *(f"{1e3 * m['seconds_per_generated_token']['total']:.1f} ms" for m in models))
         )
-    table = reporting.table(("stage", *MODELS.value), rows)
+    table = reports.table(("stage", *MODELS.value), rows)
     text = table + "\n\n" + "\n".join(f"- {line}" for line in limits) + "\n"
     (output / "rehearsal.md").write_text(text, encoding="utf-8")
-    reporting.say(text)
+    reports.say(text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import studies
 from absl import app, flags
 from laboratory import Laboratory, Result
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, reports
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
@@ -319,9 +319,9 @@ def figure_5(output: pathlib.Path) -> None:
         kernels += ["--shapes=base wo,base wi", "--loads=1x1", "--rounds=2", "--dense_megabytes=32"]
         generation += ["--new_tokens=8", "--rounds=1", "--batches=1", "--dtypes=float32"]
     for script, arguments in (("benchmark_kernels", kernels), ("benchmark_generation", generation)):
-        reporting.say(f"\n{script}.py {' '.join(arguments)}")
+        reports.say(f"\n{script}.py {' '.join(arguments)}")
         subprocess.run([sys.executable, str(ROOT / f"experiments/{script}.py"), *arguments], check=True)
-    reporting.say(
+    reports.say(
         "\nThe paper, on an A6000: compressed matrix-vector products up to 35 % faster than bfloat16's; generation of "
         f"128 tokens less than 5 % slower than an idealised bfloat16.\n{output}: figure_5_kernels and "
         "figure_5_generation, .json and .png each"
@@ -343,8 +343,8 @@ def main(_):
     else:
         named = {"datasets": DATASETS.value, "models": CHECKPOINTS.value}
         name, result = STUDY.value, studies.STUDIES[STUDY.value](lab, **named)
-    reporting.say("\n" + result.write(output, name, lab))
-    reporting.say(f"\n{output}: {name}.json, {name}.md, {name}.png")
+    reports.say("\n" + result.write(output, name, lab))
+    reports.say(f"\n{output}: {name}.json, {name}.md, {name}.png")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from qmoe_jax import experiment, reporting
+from qmoe_jax import experiment, files, reports, resources
 from qmoe_jax.checkpoints.t5x import write_t5x
-from qmoe_jax.config import ModelConfig
-from qmoe_jax.data import EOS, Vocabulary, read_documents, training_batches
-from qmoe_jax.events import events
-from qmoe_jax.figures import plot_training
-from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.data import read_documents
+from qmoe_jax.models.switch import EOS, Vocabulary, training_batches
+from qmoe_jax.models.switch.config import ModelConfig
+from qmoe_jax.models.switch.model import SwitchTransformer
+from qmoe_jax.reports.events import events
+from qmoe_jax.reports.figures import plot_training
 
 CONFIG = experiment.define_config(
     "config", str(pathlib.Path(__file__).parents[1] / "configs/train_tiny.py"), "What to train and how."
@@ -86,7 +87,7 @@ def scale_experts(params, scale: float):
 def main(_):
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value)
-    stages = reporting.Stages()
+    stages = resources.Stages()
     vocabulary = Vocabulary.load(config.data.vocabulary)
     documents = vocabulary.encode_batch(list(read_documents(config.data.train)))
     documents = [np.array([*ids, EOS], np.int32) for ids in documents if ids]
@@ -105,7 +106,7 @@ def main(_):
     train_step = make_train_step(model, optimizer, config.train)
     state = optimizer.init(params)
     parameters = sum(p.size for p in jax.tree.leaves(params))
-    reporting.say(f"{parameters / 1e6:.2f} M parameters, {tokens / 1e6:.2f} M tokens of text")
+    reports.say(f"{parameters / 1e6:.2f} M parameters, {tokens / 1e6:.2f} M tokens of text")
 
     # --- Train -------------------------------------------------------------------------------------------------------
     rng = np.random.RandomState(config.seed)
@@ -114,7 +115,7 @@ def main(_):
     with (
         stages("training"),
         events(workdir / "tensorboard") as write_events,
-        reporting.progress(config.train.steps, "training", "step") as bar,
+        reports.progress(config.train.steps, "training", "step") as bar,
     ):
         for step in range(config.train.steps):
             params, state, metrics = train_step(params, state, next(batches)[1:])
@@ -130,9 +131,9 @@ def main(_):
         write_t5x(workdir, params, step=config.train.steps, dtype="bfloat16", overwrite=True)
         plot_training(history, workdir / "training.png")
     report = {"parameters": parameters, "tokens": tokens, "seconds": stages.report(), "history": history}
-    reporting.write_json(workdir / "report.json", report)
-    reporting.say(f"{workdir}: saved; the last batch's loss was {history[-1]['loss']:.4f}.")
-    reporting.say("Validation loss: python experiments/evaluate.py --checkpoint=" + str(workdir))
+    files.write_json(workdir / "report.json", report)
+    reports.say(f"{workdir}: saved; the last batch's loss was {history[-1]['loss']:.4f}.")
+    reports.say("Validation loss: python experiments/evaluate.py --checkpoint=" + str(workdir))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import os
 import pathlib
 import platform
@@ -21,30 +20,18 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
-import qmoe_jax
-from qmoe_jax import reporting
-from qmoe_jax.checkpoints import Checkpoint, NativeCheckpoint, check_preset, open_checkpoint
+from qmoe_jax import reports, resources, streaming
+from qmoe_jax.checkpoints import Checkpoint, check_preset, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
-from qmoe_jax.config import preset
-from qmoe_jax.data import Examples, Vocabulary, load_examples
-from qmoe_jax.models import streaming
+from qmoe_jax.compression import planning, rehearsal
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
+from qmoe_jax.models.families import check_preset, family_of, preset
+from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
-from qmoe_jax.quantization import planning, rehearsal
-from qmoe_jax.quantization.pipeline import QuantizationSettings
+from qmoe_jax.quantization import settings as quantization_fields
+from qmoe_jax.quantization.settings import QuantizationSettings
+from qmoe_jax.version import __version__
 
-OPTIONAL_TYPES = dict(
-    group_size=int,
-    activation_order=bool,
-    mask_special_tokens=bool,
-    router_weighted=bool,
-    sequential=bool,
-    asymmetric=bool,
-    shrinkage=float,
-    refits=int,
-    lagrangian=float,
-    target_bits=float,
-)
 flags.disclaim_key_flags()  # What is defined here is listed by --help of the experiment that asks for it.
 
 PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
@@ -54,11 +41,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def default_config() -> config_dict.ConfigDict:
     """Every field of a compression experiment, with the paper's settings where the paper has them."""
-    quantization = dataclasses.asdict(QuantizationSettings())
     # What isn't set is as the method wants it.
-    for field in dataclasses.fields(QuantizationSettings):
-        if field.default is None:
-            quantization[field.name] = config_dict.placeholder(OPTIONAL_TYPES[field.name])
+    quantization = {
+        name: config_dict.placeholder(kind) if default is None else default
+        for name, (kind, default) in quantization_fields.fields().items()
+    }
     return config_dict.create(
         data=dict(
             vocabulary=config_dict.placeholder(str),  # SentencePiece model, without the 100 sentinels
@@ -104,21 +91,21 @@ def untold(config: config_dict.ConfigDict) -> dict[str, Any]:
     return {field: value for field, value in given.items() if value is not None}
 
 
-def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Vocabulary]:
+def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Any]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
     checkpoint = open_checkpoint(path, **untold(config))
     if config.model.preset:
         check_preset(checkpoint.config, config.model.preset)
-    vocabulary = Vocabulary.load(_given(config, "vocabulary"))
+    vocabulary = checkpoint.family.task.vocabulary(_given(config, "vocabulary"))
     vocabulary.check(checkpoint.config.vocab_size)
     return checkpoint, vocabulary
 
 
-def examples(config: config_dict.ConfigDict, which: str, vocabulary: Vocabulary) -> Examples:
+def examples(config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint, vocabulary: Any) -> Any:
     """The 'calibration' or 'validation' documents, corrupted."""
     if config.data[f"num_{which}"] < 1:
         raise ValueError(f"config.data.num_{which}: found {config.data[f'num_{which}']}, expected at least 1.")
-    return load_examples(
+    return checkpoint.family.task.load(
         _given(config, which),
         vocabulary,
         config.data[f"num_{which}"],
@@ -165,40 +152,38 @@ def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
 # --- Plans ------------------------------------------------------------------------------------------------------------
 
 
-def streamed_pairs(
-    config: config_dict.ConfigDict, quantization: QuantizationSettings, vocabulary: Vocabulary
-) -> tuple[list, int]:
-    """All documents that stream through a compression, and how many of them, the first, calibrate."""
-    calibration = examples(config, "calibration", vocabulary).pairs if quantization.calibrated else []
-    return [*calibration, *examples(config, "validation", vocabulary).pairs], len(calibration)
+def streamed_examples(
+    config: config_dict.ConfigDict, quantization: QuantizationSettings, checkpoint: Checkpoint, vocabulary: Any
+) -> tuple[list[Example], int]:
+    """All examples that stream through a compression, and how many of them, the first, calibrate."""
+    calibration = list(examples(config, "calibration", checkpoint, vocabulary)) if quantization.calibrated else []
+    return [*calibration, *examples(config, "validation", checkpoint, vocabulary)], len(calibration)
 
 
 def plan(
     checkpoint: Checkpoint,
-    pairs: list,
+    streamed: Sequence[Example],
     num_calibration: int,
     quantization: QuantizationSettings,
     memory: streaming.Settings,
     codec: str | None,
 ) -> dict:
     """See `planning.plan`."""
-    if isinstance(checkpoint, NativeCheckpoint):
-        grids = {m: s.grid for m, s in checkpoint.sources(checkpoint.config.sparse_layers[0]).items()}
-    else:  # Read expert by expert.
-        grids = {m: g._replace(chunks=(1, *g.shape[1:])) for m, g in planning.grids_of(checkpoint.config).items()}
-    return _plan(checkpoint.config, planning.workload(pairs, num_calibration), grids, quantization, memory, codec)
+    work = planning.workload(checkpoint.family.task, streamed, num_calibration)
+    grids = checkpoint.grids(checkpoint.config.sparse_layers[0])
+    return _plan(checkpoint.config, work, grids, quantization, memory, codec)
 
 
 def expected_seconds(
     checkpoint: Checkpoint,
-    pairs: list,
+    streamed: Sequence[Example],
     num_calibration: int,
     quantization: QuantizationSettings,
     memory: streaming.Settings,
     codec: str | None,
 ) -> dict[str, float]:
     """Seconds of each stage, from a few experts of the first sparse layer; see `rehearsal`."""
-    model, work = checkpoint.config, planning.workload(pairs, num_calibration)
+    model, work = checkpoint.config, planning.workload(checkpoint.family.task, streamed, num_calibration)
     experts = min(PROBED_EXPERTS, memory.experts_per_group, model.num_experts)
     kernels, per_byte = rehearsal.read_experts(checkpoint, model.sparse_layers[0], experts, memory)
     measured = rehearsal.measure(
@@ -211,7 +196,7 @@ def expected_seconds(
         most_tokens=PROBED_TOKENS,
         kernels=kernels,
         reading_seconds=per_byte,
-        say=lambda what: reporting.say(f"trying: {what}"),
+        say=lambda what: reports.say(f"trying: {what}"),
     )
     return rehearsal.project(model, work, quantization, measured)
 
@@ -236,8 +221,8 @@ def check_room(plan: dict, memory: streaming.Settings, output: str | os.PathLike
         free, needed = shutil.disk_usage(files[0][0]).free, sum(n for *_, n in files)
         if free < needed:
             raise ValueError(
-                f"{files[0][0]} has {planning.gigabytes(free)} free, {planning.gigabytes(needed)} are needed for "
-                f"{', '.join(f'{flag} ({planning.gigabytes(n)})' for _, flag, n in files)}. Choose a larger disk."
+                f"{files[0][0]} has {resources.gigabytes(free)} free, {resources.gigabytes(needed)} are needed for "
+                f"{', '.join(f'{flag} ({resources.gigabytes(n)})' for _, flag, n in files)}. Choose a larger disk."
             )
 
 
@@ -247,7 +232,9 @@ def plan_of_preset(
     """The same for a published model, from nothing but its name; every document as long as may be."""
     model, data = preset(config.model.preset), config.data
     calibration = data.num_calibration if quantization.calibrated else 0
-    work = planning.greatest_workload(calibration, data.num_validation, data.window or data.max_length)
+    work = planning.greatest_workload(
+        family_of(model).task, calibration, data.num_validation, data.window or data.max_length
+    )
     return _plan(model, work, planning.grids_of(model), quantization, memory, codec)
 
 
@@ -259,7 +246,7 @@ def _plan(model, work, grids, quantization, memory, codec) -> dict:
         quantization,
         grids=grids,
         is_cpu=jax.local_devices()[0].platform == "cpu",
-        resident_bytes=reporting.rss_bytes(),
+        resident_bytes=resources.rss_bytes(),
         codec=codec,
     )
 
@@ -355,7 +342,7 @@ def environment() -> dict[str, Any]:
     """What a report was made with: versions and devices, as JSON values."""
     devices = jax.local_devices()
     return {
-        "qmoe_jax": qmoe_jax.__version__,
+        "qmoe_jax": __version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",

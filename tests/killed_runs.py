@@ -23,10 +23,9 @@ os.environ |= {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 import jax
 
-from qmoe_jax import reporting
+from qmoe_jax import files, resources, streaming
 from qmoe_jax.checkpoints import compressed, open_checkpoint
-from qmoe_jax.data import Vocabulary, load_examples
-from qmoe_jax.models import streaming
+from qmoe_jax.models.switch import Vocabulary, load_examples
 from qmoe_jax.quantization import pipeline, progress
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
@@ -44,7 +43,7 @@ def run(folder: pathlib.Path, output: pathlib.Path, resume: bool = True) -> dict
     options = dict(output=str(output), num_shards=2, resume=resume, keep_progress=True)
     report = compress(checkpoint, vocabulary, calibration, validation, SETTINGS, MEMORY, **options)
     report = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes")}
-    reporting.write_json(output / "report.json", report)
+    files.write_json(output / "report.json", report)
     progress.remove_progress(output)
     return report
 
@@ -73,13 +72,13 @@ def count_events(kill_at: int | None) -> list[int]:
     before(pathlib.Path, "unlink")
     before(pathlib.Path, "write_text")
     before(compressed, "sha256")
-    enter = reporting.Stages.__call__
+    enter = resources.Stages.__call__
 
     def stage(self, name):
         event()
         return enter(self, name)
 
-    reporting.Stages.__call__ = stage
+    resources.Stages.__call__ = stage
     return count
 
 

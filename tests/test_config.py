@@ -7,7 +7,7 @@ import math
 import pytest
 
 from qmoe_jax.checkpoints import param_shapes
-from qmoe_jax.config import PRESETS, ModelConfig, mismatches, mixed, preset
+from qmoe_jax.models.switch.config import PRESETS, ModelConfig, mismatches, mixed, preset
 
 
 def count(name: str) -> tuple[int, int]:

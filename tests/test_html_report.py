@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qmoe_jax.html_report import html_report
+from qmoe_jax.reports.html import html_report
 
 VOID = {"meta"}
 LAYER = {

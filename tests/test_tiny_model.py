@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
+from qmoe_jax import streaming
 from qmoe_jax.checkpoints import open_checkpoint
-from qmoe_jax.data import Vocabulary, load_examples
-from qmoe_jax.models import streaming
+from qmoe_jax.models.switch import Vocabulary, load_examples
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
 
 MODEL = pathlib.Path(__file__).resolve().parents[1] / "experiments/tiny_model"

@@ -13,8 +13,8 @@ from models import random_models
 from tiny_vocabulary import SENTENCES, train_pieces
 
 from qmoe_jax.checkpoints import write_t5x
-from qmoe_jax.config import ModelConfig
-from qmoe_jax.data import Vocabulary
+from qmoe_jax.models.switch import Vocabulary
+from qmoe_jax.models.switch.config import ModelConfig
 
 # One dense layer, three sparse ones. No two sizes are alike, so that axes can't be mistaken for each other.
 CONFIG = ModelConfig(

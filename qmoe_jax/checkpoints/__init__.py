@@ -11,15 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from qmoe_jax.checkpoints import compressed_target, huggingface, ista, t5x_target
-from qmoe_jax.checkpoints.architecture import check_preset, infer_config, param_shapes
 from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, CompressedWriter, is_compressed
 from qmoe_jax.checkpoints.conversion import Options, Plan
-from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
 from qmoe_jax.checkpoints.ista import IstaCheckpoint, is_ista
 from qmoe_jax.checkpoints.native import NativeCheckpoint
-from qmoe_jax.checkpoints.t5x import is_t5x, open_t5x, write_t5x
+from qmoe_jax.checkpoints.t5x import is_t5x, open_t5x, t5x_chunks, write_t5x
+from qmoe_jax.errors import CheckpointError
+from qmoe_jax.models.families import check_preset
+from qmoe_jax.models.switch.parameters import infer_config, param_shapes
 
 # Name, whether a path has it, and how it is opened; the first that fits is taken.
 LAYOUTS: list[tuple[str, Callable[..., bool], Callable[..., Checkpoint]]] = [
@@ -37,6 +38,11 @@ TARGETS: dict[str, Callable[[Checkpoint, pathlib.Path, Options], Plan]] = {
     "compressed": compressed_target.plan,
     "ista": ista.plan,
 }
+
+
+def published_chunks(layout: str) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """How a layout cuts a matrix of all experts [experts, in, out] into what is read at once."""
+    return t5x_chunks if layout == "t5x" else lambda shape: (1, *shape[1:])
 
 
 def open_checkpoint(path: str | os.PathLike, **overrides: Any) -> Checkpoint:
@@ -71,5 +77,6 @@ __all__ = [
     "open_checkpoint",
     "open_t5x",
     "param_shapes",
+    "published_chunks",
     "write_t5x",
 ]

@@ -16,12 +16,8 @@ from qmoe_jax.checkpoints import reading
 from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.checkpoints.reading import Reading, prefetched
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.config import ModelConfig
-
-
-def is_expert_kernel(name: str) -> bool:
-    """Whether a '/'-joined parameter name is a matrix of all experts of a layer."""
-    return "/mlp/expert/" in name
+from qmoe_jax.models.families import family_of
+from qmoe_jax.models.family import Family
 
 
 class StoredMatrix(NamedTuple):
@@ -50,12 +46,21 @@ class Checkpoint(abc.ABC):
     """
 
     path: str
-    config: ModelConfig
+    config: Any
     specs: Mapping[str, jax.ShapeDtypeStruct]
     provenance: dict[str, Any]
     codec: str | None = None
     expert_sizes: Mapping[str, Mapping[str, StoredMatrix]] = types.MappingProxyType({})
     quantization: Mapping[str, Any] = types.MappingProxyType({})
+
+    @property
+    def family(self) -> Family:
+        """The family that it is of."""
+        return family_of(self.config)
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a parameter, by its '/'-joined name, is a matrix of all experts of a layer."""
+        return self.family.expert_of(name) is not None
 
     @abc.abstractmethod
     def read(self, name: str, index: tuple = ()) -> np.ndarray:
@@ -68,6 +73,12 @@ class Checkpoint(abc.ABC):
         Yields (start, stop, kernels) with the matrices of experts start:stop by name (wi, wo, ...): either arrays
         [experts, in, out] or `CompressedExperts`.
         """
+
+    def grids(self, layer: str) -> dict[str, reading.Grid]:
+        """How a layer's matrices are cut into what is read at once, by name."""
+        shapes = self.family.param_shapes(self.config)
+        names = {m: self.family.expert_parameter(layer, m) for m in self.config.expert.matrices}
+        return {m: reading.Grid(shapes[n], (1, *shapes[n][1:]), self.specs[n].dtype.itemsize) for m, n in names.items()}
 
     def stream(
         self, layers: Sequence[str], group_size: int, how: Reading = reading.DEFAULT, experts: range | None = None
@@ -97,7 +108,7 @@ class Checkpoint(abc.ABC):
                     for matrix, kernel in kernels.items():
                         if not isinstance(kernel, CompressedExperts):
                             cast = kernel if how.dtype is None else kernel.astype(how.dtype)
-                            check_finite(f"{layer}/mlp/expert/{matrix}/kernel", cast, start)
+                            check_finite(self.family.expert_parameter(layer, matrix), cast, start)
                             kernels[matrix] = cast
                     yield layer, start, stop, kernels
                     del kernels
@@ -106,7 +117,7 @@ class Checkpoint(abc.ABC):
 
     def params(self, prefix: str = "") -> dict[str, Any]:
         """Nested dict of all parameters below `prefix` (such as 'encoder/layers_1/'), experts' kernels left out."""
-        names = [n for n in self.specs if n.startswith(prefix) and not is_expert_kernel(n)]
+        names = [n for n in self.specs if n.startswith(prefix) and not self.is_expert(n)]
         flat = {n[len(prefix) :]: self.read(n) for n in names}
         return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -125,9 +136,10 @@ class Checkpoint(abc.ABC):
         for layer in self.config.sparse_layers:
             ((_, _, kernels),) = self.experts(layer)
             for matrix, kernel in kernels.items():
+                name = self.family.expert_parameter(layer, matrix)
                 if not isinstance(kernel, CompressedExperts):
-                    check_finite(f"{layer}/mlp/expert/{matrix}/kernel", kernel)
-                flat[f"{layer}/mlp/expert/{matrix}/kernel"] = put(f"{layer}/mlp/expert/{matrix}/kernel", kernel)
+                    check_finite(name, kernel, 0)
+                flat[name] = put(name, kernel)
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def dense_leaves(self) -> dict[str, Callable[[], np.ndarray]]:
@@ -145,6 +157,7 @@ class Checkpoint(abc.ABC):
 
         leaves: dict[str, Callable[[], np.ndarray]] = {n: functools.partial(self.read, n) for n in self.specs}
         for layer in self.config.sparse_layers:
-            for matrix in self.config.expert_matrices:
-                leaves.setdefault(f"{layer}/mlp/expert/{matrix}/kernel", functools.partial(experts, layer, matrix))
+            for matrix in self.config.expert.matrices:
+                name = self.family.expert_parameter(layer, matrix)
+                leaves.setdefault(name, functools.partial(experts, layer, matrix))
         return leaves

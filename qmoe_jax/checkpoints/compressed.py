@@ -33,13 +33,13 @@ from flax import traverse_util
 
 from qmoe_jax.checkpoints import reading
 from qmoe_jax.checkpoints.base import Checkpoint, StoredMatrix
-from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.reading import Reading
 from qmoe_jax.checkpoints.t5x_files import reason
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
-from qmoe_jax.config import ModelConfig
+from qmoe_jax.errors import CheckpointError
+from qmoe_jax.files import sync, write_json
+from qmoe_jax.models.switch.config import ModelConfig
 from qmoe_jax.processes import Processes
-from qmoe_jax.reporting import write_json
 
 FORMAT = "qmoe_jax"
 VERSION = 2  # Of version 1, whose layers have no shards, everything can be read as well.
@@ -161,15 +161,6 @@ def _settle(directory: pathlib.Path) -> None:
         done.write_text("Checkpoint commit was successful.\n", encoding="utf-8")
     for path in (*directory.rglob("*"), directory):
         sync(path)
-
-
-def sync(path: str | os.PathLike) -> None:
-    """Returns when a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _restore(directory: pathlib.Path) -> dict[str, Any]:

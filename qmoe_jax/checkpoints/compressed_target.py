@@ -9,16 +9,16 @@ import pathlib
 from typing import Any
 
 from qmoe_jax import codecs
-from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
+from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.compressed import MANIFEST, CompressedWriter
 from qmoe_jax.checkpoints.conversion import Options, Part, Plan
-from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.codecs.experts import CompressedExperts, convert
+from qmoe_jax.errors import CheckpointError
 
 
 def refuse_dense(checkpoint: Checkpoint, target: str) -> None:
     """Raises CheckpointError for a checkpoint whose experts aren't compressed."""
-    if any(map(is_expert_kernel, checkpoint.specs)):
+    if any(map(checkpoint.is_expert, checkpoint.specs)):
         raise CheckpointError(
             f"{checkpoint.path} is not compressed, but {target!r} holds compressed experts. Compress it: "
             "experiments/compress.py."

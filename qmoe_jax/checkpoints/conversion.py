@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax import reporting
-from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
+from qmoe_jax import reports
+from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 
 PROGRESS = "convert.partial.json"
@@ -171,7 +171,7 @@ def fingerprint(checkpoint: Checkpoint, target: str, options: Options) -> str:
     digest = hashlib.sha256()
     for name, spec in sorted(checkpoint.specs.items()):
         digest.update(f"{name} {spec.shape} {spec.dtype}\n".encode())
-        if name.endswith("/scale") and not is_expert_kernel(name):
+        if name.endswith("/scale") and not checkpoint.is_expert(name):
             digest.update(checkpoint.read(name).tobytes())
     how = [checkpoint.config.to_dict(), checkpoint.provenance, target, dataclasses.asdict(options)]
     digest.update(json.dumps(how, sort_keys=True).encode())
@@ -191,14 +191,14 @@ def run(plan: Plan, output: pathlib.Path, identity: str) -> dict[str, dict[str, 
         plan.go_on(progress.get("state"), list(done))
     output.mkdir(parents=True, exist_ok=True)
     finished: dict[str, dict[str, Any]] = {}
-    with plan.context, reporting.progress(len(plan.parts), "converting", unit="part") as bar:
+    with plan.context, reports.progress(len(plan.parts), "converting", unit="part") as bar:
         for part in plan.parts:
             files = done.get(part.name)
             if files is None:
                 files = _described(output, part.write())
             finished[part.name] = files
             progress = {"identity": identity, "parts": done | finished, "state": plan.state()}
-            reporting.write_json(output / PROGRESS, progress)
+            files.write_json(output / PROGRESS, progress)
             bar.update()
         last = plan.finish()
     files = {name: d for part in finished.values() for name, d in part.items()}
@@ -227,7 +227,7 @@ def write_report(plan: Plan, output: pathlib.Path, report: dict[str, Any], files
         written = {"README.md": text}
     else:
         written = {CHECKSUMS: sums} if sums else {}
-        reporting.write_json(output / REPORT, report)
+        files.write_json(output / REPORT, report)
     for name, text in written.items():
         with replacing(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -18,14 +18,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax.checkpoints.architecture import RELPOS_BUCKETS, infer_config, param_shapes
-from qmoe_jax.checkpoints.base import Checkpoint, check_group_size, is_expert_kernel
+from qmoe_jax.checkpoints.base import Checkpoint, check_group_size
 from qmoe_jax.checkpoints.conversion import ExpertReader, Options, Part, Plan, expert_dtype, replacing
-from qmoe_jax.checkpoints.errors import CheckpointError, listed
-from qmoe_jax.checkpoints.names import Tensors, from_pytorch, t5x_shape, to_pytorch
 from qmoe_jax.checkpoints.torch_files import TorchFile
-from qmoe_jax.config import ModelConfig
-from qmoe_jax.reporting import write_json
+from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.files import write_json
+from qmoe_jax.models.switch.config import ModelConfig
+from qmoe_jax.models.switch.names import Tensors, from_pytorch, t5x_shape, to_pytorch
+from qmoe_jax.models.switch.parameters import RELPOS_BUCKETS, infer_config, param_shapes
 
 CONFIG = "config.json"
 MODEL_TYPE = "switch_transformers"
@@ -368,7 +368,7 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     units = [
         (math.prod(spec.shape) * options.dtype_of(spec.dtype).itemsize, functools.partial(dense, name))
         for name, spec in checkpoint.specs.items()
-        if not is_expert_kernel(name)
+        if not checkpoint.is_expert(name)
     ]
     shapes = param_shapes(checkpoint.config)
     for layer in checkpoint.config.sparse_layers:

@@ -11,9 +11,10 @@ from typing import Any
 
 from qmoe_jax.checkpoints import LAYOUTS, Checkpoint, NativeCheckpoint, open_checkpoint
 from qmoe_jax.checkpoints.base import is_expert_kernel
-from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.config import PRESETS, ModelConfig, mismatches
+from qmoe_jax.errors import CheckpointError
+from qmoe_jax.models.families import mismatches
+from qmoe_jax.models.switch.config import PRESETS, ModelConfig
 
 # Files of each layout (globs), and what this project's own commands write beside them.
 _OWN = {

@@ -21,11 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qmoe_jax.checkpoints.architecture import infer_config, param_shapes
-from qmoe_jax.checkpoints.base import Checkpoint, StoredMatrix, is_expert_kernel
+from qmoe_jax.checkpoints.base import Checkpoint, StoredMatrix
 from qmoe_jax.checkpoints.compressed_target import in_codec, lost_by_rounding, refuse_dense
 from qmoe_jax.checkpoints.conversion import BFLOAT16, Options, Part, Plan
-from qmoe_jax.checkpoints.errors import CheckpointError, listed
 from qmoe_jax.checkpoints.huggingface import (
     CONFIG,
     EMBEDDINGS,
@@ -36,11 +34,13 @@ from qmoe_jax.checkpoints.huggingface import (
     read_json,
     t5x_parameters,
 )
-from qmoe_jax.checkpoints.names import to_pytorch
 from qmoe_jax.checkpoints.torch_files import TorchFile, TorchWriter
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.config import ModelConfig
-from qmoe_jax.reporting import write_json
+from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.files import write_json
+from qmoe_jax.models.switch.config import ModelConfig
+from qmoe_jax.models.switch.names import to_pytorch
+from qmoe_jax.models.switch.parameters import infer_config, param_shapes
 
 DENSE, SIZES = "noexp.pt", "sizes.pt"
 CODEC = "dictionary"
@@ -218,7 +218,7 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     def write_dense():
         with TorchWriter(output / DENSE, ordered=True) as writer:
             for name in param_shapes(checkpoint.config):
-                if is_expert_kernel(name):
+                if checkpoint.is_expert(name):
                     continue
                 tensors = to_pytorch(name, num_experts)
                 value = checkpoint.read(name).astype(BFLOAT16)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from qmoe_jax.checkpoints import reading
-from qmoe_jax.checkpoints.architecture import infer_config
 from qmoe_jax.checkpoints.base import Checkpoint, check_group_size
 from qmoe_jax.checkpoints.reading import Reading, Source
 from qmoe_jax.checkpoints.t5x import open_t5x
+from qmoe_jax.models.switch.parameters import infer_config
 
 
 class NativeCheckpoint(Checkpoint):
@@ -55,4 +55,7 @@ class NativeCheckpoint(Checkpoint):
 
     def sources(self, layer: str) -> dict[str, Source]:
         """The matrices of a sparse layer as they are stored, by name."""
-        return {m: self._t5x.experts(f"{layer}/mlp/expert/{m}/kernel") for m in self.config.expert_matrices}
+        return {m: self._t5x.experts(self.family.expert_parameter(layer, m)) for m in self.config.expert.matrices}
+
+    def grids(self, layer: str) -> dict[str, reading.Grid]:
+        return {m: source.grid for m, source in self.sources(layer).items()}

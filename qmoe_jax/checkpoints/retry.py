@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import tensorstore as ts
 
-from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.t5x_files import reason
+from qmoe_jax.errors import CheckpointError
 
 # TensorStore's message begins with the code of its error.
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNKNOWN"}

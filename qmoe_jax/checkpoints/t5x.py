@@ -25,7 +25,7 @@ import tensorstore as ts
 from flax import traverse_util
 
 from qmoe_jax.checkpoints import reading, retry, t5x_files, t5x_index
-from qmoe_jax.checkpoints.errors import CheckpointError, listed
+from qmoe_jax.errors import CheckpointError, listed
 
 Entry = int | slice | types.EllipsisType
 Index = Entry | tuple[Entry, ...]

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError
 
 # JSON spec of a TensorStore key-value store: a file, or a directory to look below.
 Location = dict[str, Any]

@@ -20,7 +20,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError
 
 VERSION = 3
 _PLACEHOLDER = "PLACEHOLDER://"

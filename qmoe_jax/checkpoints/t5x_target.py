@@ -8,10 +8,10 @@ import pathlib
 import shutil
 
 from qmoe_jax.checkpoints import t5x
-from qmoe_jax.checkpoints.architecture import param_shapes
-from qmoe_jax.checkpoints.base import Checkpoint, is_expert_kernel
+from qmoe_jax.checkpoints.base import Checkpoint
 from qmoe_jax.checkpoints.conversion import BFLOAT16, ExpertReader, Options, Part, Plan, expert_dtype, replacing
-from qmoe_jax.config import ModelConfig
+from qmoe_jax.models.switch.config import ModelConfig
+from qmoe_jax.models.switch.parameters import param_shapes
 
 CHUNK_BYTES = 64 * 2**20  # T5X's own
 CODEC = "gzip"
@@ -32,12 +32,12 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     dtypes = {options.dtype_of(expert_dtype(checkpoint, name)) for name in shapes}
     dtype = "bfloat16" if dtypes == {BFLOAT16} else "float32"
     itemsize = 2 if dtype == "bfloat16" else 4
-    experts_per_chunk = {n: _experts_per_chunk(s, itemsize) for n, s in shapes.items() if is_expert_kernel(n)}
+    experts_per_chunk = {n: _experts_per_chunk(s, itemsize) for n, s in shapes.items() if checkpoint.is_expert(n)}
     entries = {
         name: t5x.placeholder(
             name,
             shape,
-            (experts_per_chunk[name], *shape[1:]) if is_expert_kernel(name) else t5x.t5x_chunks(shape),
+            (experts_per_chunk[name], *shape[1:]) if checkpoint.is_expert(name) else t5x.t5x_chunks(shape),
             dtype,
             CODEC,
         )
@@ -50,7 +50,7 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
         return sorted(f for directory in directories for f in directory.iterdir())
 
     def write_dense():
-        names = [n for n in shapes if not is_expert_kernel(n)]
+        names = [n for n in shapes if not checkpoint.is_expert(n)]
         for name in names:
             t5x.ArrayWriter(unfinished, name, entries[name]).write((), checkpoint.read(name))
         return files(names)
@@ -79,7 +79,7 @@ def plan(checkpoint: Checkpoint, output: pathlib.Path, options: Options) -> Plan
     def part(name, names, write):
         return Part(name, sum(math.prod(shapes[n]) * itemsize for n in names), write)
 
-    parts = [part("dense", [n for n in shapes if not is_expert_kernel(n)], write_dense)]
+    parts = [part("dense", [n for n in shapes if not checkpoint.is_expert(n)], write_dense)]
     for layer in config.sparse_layers:
         names = [f"{layer}/mlp/expert/{m}/kernel" for m in config.expert_matrices]
         parts.append(part(layer, names, lambda layer=layer: write_layer(layer)))

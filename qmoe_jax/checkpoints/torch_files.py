@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError
 
 STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),

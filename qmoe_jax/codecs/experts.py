@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -50,6 +51,14 @@ class CompressedExperts:
         levels = jnp.asarray(levels, jnp.bfloat16)
         _check_levels(levels, symbols.shape)
         return _resident(codecs.get(codec).encode_experts(symbols, levels.shape[-1]), levels, codec, symbols.shape)
+
+    @classmethod
+    def from_trits(
+        cls, trits: np.ndarray | jax.Array, levels: ArrayLike, codec: str = "dictionary"
+    ) -> CompressedExperts:
+        """The old name of `from_symbols`, which goes in the next release."""
+        warnings.warn("from_trits is now from_symbols; the old name goes in the next release.", DeprecationWarning, 2)
+        return cls.from_symbols(trits, levels, codec)
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, np.ndarray], codec: str, shape: Sequence[int]) -> CompressedExperts:

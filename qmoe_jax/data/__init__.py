@@ -1,22 +1,12 @@
-"""Text to batches: files -> documents -> token ids -> corrupted examples -> padded arrays."""
+"""Text files -> documents. What an example of a document is, a family of models says (`qmoe_jax.models`)."""
 
-from qmoe_jax.data.batches import Batch, make_batches, training_batches
-from qmoe_jax.data.errors import DataError
-from qmoe_jax.data.examples import Examples, load_examples
-from qmoe_jax.data.span_corruption import corrupt
-from qmoe_jax.data.text import read_documents
-from qmoe_jax.data.vocabulary import EOS, PAD, Vocabulary
+from typing import Any
 
-__all__ = [
-    "EOS",
-    "PAD",
-    "Batch",
-    "DataError",
-    "Examples",
-    "Vocabulary",
-    "corrupt",
-    "load_examples",
-    "make_batches",
-    "read_documents",
-    "training_batches",
-]
+from qmoe_jax import moved
+from qmoe_jax.data.text import find_files, read_documents
+
+__all__ = ["find_files", "read_documents"]
+
+
+def __getattr__(name: str) -> Any:
+    return moved.look_up(__name__, name)

@@ -10,7 +10,7 @@ import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
 
-from qmoe_jax.data.errors import DataError
+from qmoe_jax.errors import DataError
 
 _EXPECTED = 'Expected JSON lines, {"text": "..."} on each (.jsonl, .json), or plain text (.txt), with or without .gz'
 

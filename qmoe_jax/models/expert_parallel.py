@@ -58,7 +58,7 @@ def part_of_mesh(mesh: Mesh, experts: int) -> Mesh:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def exchange(function: Callable, rows: jax.Array, expert: jax.Array, kernels: Sequence[Any], mesh: Mesh) -> jax.Array:
+def exchange(function: Callable, rows: jax.Array, expert: jax.Array, kernels: Any, mesh: Mesh) -> jax.Array:
     """`function` of every row on the device that has its expert. For use inside `jit`.
 
     Args:
@@ -66,14 +66,14 @@ def exchange(function: Callable, rows: jax.Array, expert: jax.Array, kernels: Se
         counts from 0. Returns an array like `rows`; rows of expert `experts` / devices are no one's, and ignored.
       rows: [n, width].
       expert: int32 [n], each row's expert.
-      kernels: arrays [experts, ...], or `ShardedExperts`.
+      kernels: a tree of arrays [experts, ...], or `ShardedExperts`.
       mesh: with the axis 'expert'.
 
     Returns:
       [n, width].
     """
     devices, (n, _) = mesh.shape[AXIS], rows.shape
-    own = kernels[0].shape[0] // devices
+    own = jax.tree.leaves(kernels, is_leaf=_is_sharded)[0].shape[0] // devices
     local = -(-n // devices)
     slots = min(local, max(LEAST_SLOTS, 2 * -(-local // devices)))
 
@@ -84,7 +84,7 @@ def exchange(function: Callable, rows: jax.Array, expert: jax.Array, kernels: Se
         rank = jnp.arange(local) - jnp.searchsorted(device, device)  # Of the rows for the same device.
         most = jnp.max(jnp.where(device < devices, rank, -1)) + 1
         rounds = 1 if slots == local else jax.lax.pmax(-(-most // slots), AXIS)
-        kernels = [k.of_this_device() if isinstance(k, ShardedExperts) else k for k in kernels]
+        kernels = jax.tree.map(lambda k: k.of_this_device() if _is_sharded(k) else k, kernels, is_leaf=_is_sharded)
 
         def send(x):  # [devices * slots, ...]; slots for device 0 first, slots from device 0 first.
             return jax.lax.all_to_all(x, AXIS, 0, 0, tiled=True)
@@ -104,7 +104,7 @@ def exchange(function: Callable, rows: jax.Array, expert: jax.Array, kernels: Se
     rows = jnp.pad(rows, ((0, padding), (0, 0)))
     expert = jnp.pad(expert, (0, padding), constant_values=devices * own)
     run = jax.shard_map(on_each_device, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
-    return run(rows, expert, list(kernels))[:n]
+    return run(rows, expert, kernels)[:n]
 
 
 def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
@@ -148,6 +148,10 @@ class ShardedExperts:
         return jax.tree.map(lambda a: a[0], self.parts)
 
 
+def _is_sharded(kernel: Any) -> bool:
+    return isinstance(kernel, ShardedExperts)
+
+
 def place_experts(kernel: Any, mesh: Mesh | None) -> Any:
     """A kernel with its experts over the devices of a mesh: an array [experts, ...], or `ShardedExperts`.
 
@@ -188,8 +192,3 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
         return jax.device_put(tree)
     sharding = NamedSharding(mesh, P())
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree)
-
-
-def place_param(name: str, value: Any, mesh: Mesh | None) -> Any:
-    """A parameter, by its '/'-joined name: experts over the devices of the mesh, anything else on each of them."""
-    return place_experts(value, mesh) if "/mlp/expert/" in name else replicate(value, mesh)

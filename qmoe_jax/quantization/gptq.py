@@ -28,11 +28,9 @@ class Quantized(NamedTuple):
 
     Attributes:
       Q: float32 [experts, rows, columns], quantized weights.
-      symbols: uint8 [experts, rows, columns], see `grids`.
-      levels: float32 [experts, rows, 2], (low, high) of each row's grid; with a group size
-        [experts, rows, groups, 2]. Symbols and levels give Q exactly: `dequantize`.
-      order: int32 [experts, columns], columns in the order in which they were quantized; group g is
-        order[g * group_size : (g + 1) * group_size].
+      symbols: uint8 [experts, rows, columns]; 0 is zero, k the row's level k - 1, however many there are.
+      levels: float32 [experts, rows, L], rising; with a group size [experts, rows, groups, L], groups in the order in
+        which columns were quantized. Symbols and levels give Q exactly: `grids.dequantize`.
       fallback: bool [experts], the Hessian was of no use (all zero, or its Cholesky factorisation failed) and the
         expert was rounded to nearest.
       loss: float32 [experts], tr (W - Q) H (W - Q)' with the damped Hessian (the identity where there is none).
@@ -42,7 +40,6 @@ class Quantized(NamedTuple):
     Q: jax.Array
     symbols: jax.Array
     levels: jax.Array
-    order: jax.Array
     fallback: jax.Array
     loss: jax.Array
 
@@ -116,19 +113,19 @@ def _gptq_expert(W, H, *, damping, bits, block_size, group_size, activation_orde
     def quantize_group(Wt, L):
         grid = grids.fit(Wt.T)
         errors, (Q, symbols) = in_blocks(quantizer(grid), block)(Wt, L)
-        return errors, (Q, symbols, jnp.stack(grid, -1)[None])
+        return errors, (Q, symbols, grids.levels(grid, bits)[None])
 
     if group_size is None:
         grid = grids.fit(W)
-        quantize, levels = in_blocks(quantizer(grid), block), jnp.stack(grid, -1)
+        quantize, levels = in_blocks(quantizer(grid), block), grids.levels(grid, bits)
     else:
         quantize = functools.partial(_quantize_blocks, quantize_group, group_size)
 
     loss, (Q, symbols, *levels_of_groups) = sweep(Wt, factored, quantize)
     if group_size is not None:
-        levels = levels_of_groups[0][: -(-columns // group_size)].swapaxes(0, 1)  # [rows, groups, 2]
+        levels = levels_of_groups[0][: -(-columns // group_size)].swapaxes(0, 1)  # [rows, groups, L]
     Q, symbols = factored.arrange_back(Q), factored.arrange_back(symbols)
-    return Quantized(Q, symbols, levels, factored.order, factored.fallback, sum_in_order(loss))
+    return Quantized(Q, symbols, levels, factored.fallback, sum_in_order(loss))
 
 
 class Factored(NamedTuple):
@@ -361,12 +358,11 @@ def _round_to_nearest(W, bits, group_size) -> Quantized:
     grid = grids.fit(padded)  # [experts, rows, groups]
     Q, symbols = grids.quantize(padded, Grid(grid.low[..., None], grid.high[..., None]), bits)
     Q, symbols = (a.reshape(experts, rows, -1)[..., :columns] for a in (Q, symbols))
-    levels = jnp.stack(grid, -1)  # [experts, rows, groups, 2]
+    levels = grids.levels(grid, bits)  # [experts, rows, groups, L]
     return Quantized(
         Q,
         symbols,
         levels[:, :, 0] if group_size is None else levels,
-        order=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (experts, columns)),
         fallback=jnp.zeros(experts, bool),
         loss=jnp.sum((W - Q) ** 2, axis=(1, 2)),
     )

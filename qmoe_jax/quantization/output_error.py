@@ -9,6 +9,7 @@ lost: 0 exact, 1 as bad as no expert.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from qmoe_jax.models.layers import activate
+from qmoe_jax.models.family import Expert
+from qmoe_jax.quantization.statistics import dot
 
 TOKENS_PER_EXPERT = 128  # Evenly spaced; the least count that leaves compression as fast as it was.
 
@@ -38,6 +40,7 @@ class OutputError(NamedTuple):
 
 
 def output_error(
+    expert: Expert,
     kernels: Mapping[str, jax.Array],
     quantized: Mapping[str, jax.Array],
     inputs: np.ndarray,
@@ -48,7 +51,8 @@ def output_error(
     """Both experts on the same tokens.
 
     Args:
-      kernels: unquantized, by name (wi, or wi_0 and wi_1; wo), [experts, in, out].
+      expert: the MLP.
+      kernels: unquantized, by name, [experts, in, out]; and biases.
       quantized: the same, float32.
       inputs: [all tokens, d_model].
       tokens: per expert, the rows of `inputs` to measure on.
@@ -63,19 +67,16 @@ def output_error(
         index[e, :taken] = rows[sample]
         weight[e, :taken] = gate[sample] ** 2 * (len(rows) / max(taken, 1))
     X, weight = jax.device_put((inputs[index], weight), sharding)
-    return OutputError(*np.asarray(_sums(dict(kernels), dict(quantized), X, weight), np.float64))
+    return OutputError(*np.asarray(_sums(expert, dict(kernels), dict(quantized), X, weight), np.float64))
 
 
-@jax.jit
-def _sums(kernels, quantized, X, weight):
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(expert, kernels, quantized, X, weight):
     """X [experts, tokens, d_model], weight [experts, tokens] -> error and signal, [2, experts]."""
-    y, approximate = _outputs(kernels, X), _outputs(quantized, X)
+    y, approximate = _outputs(expert, kernels, X), _outputs(expert, quantized, X)
     return jnp.stack([jnp.sum(weight * jnp.sum(v**2, -1), -1) for v in (y - approximate, y)])
 
 
-def _outputs(kernels, X):
+def _outputs(expert, kernels, X):
     """[experts, tokens, d_model]."""
-    kernels = {m: k.astype(jnp.float32) for m, k in kernels.items()}
-    multiply = lambda X, k: jnp.einsum("eti,eio->eto", X, k)
-    hidden = [multiply(X.astype(jnp.float32), k) for m, k in sorted(kernels.items()) if m != "wo"]
-    return multiply(activate(hidden), kernels["wo"])
+    return expert(X, {m: k.astype(jnp.float32) for m, k in kernels.items()}, dot)

@@ -142,7 +142,7 @@ def _expert(W, H, lagrangian, *, codes, damping, refits, level_bits, block_size,
         symbols, loss = round_all(levels, zeros)
     symbols = factored.arrange_back(symbols)  # [rows, columns]
     Q = _values(symbols.T, levels).T
-    return Quantized(Q, symbols, levels.T, factored.order, factored.fallback, sum_in_order(loss))
+    return Quantized(Q, symbols, levels.T, factored.fallback, sum_in_order(loss))
 
 
 @functools.partial(jax.jit, static_argnames="level_bits")

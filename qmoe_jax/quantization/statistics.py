@@ -2,13 +2,14 @@
 
 Tokens come in chunks of one size; of each chunk every expert has its own. What is found for an expert is the same to
 the bit whatever experts share the group, and on however many devices, if each has at least two. X are an expert's
-inputs, A = activation(wi X) its hidden units; wi, wo stand for kernels [in, out], as T5X has them.
+inputs; its hidden units are what its inner matrices and its activation make of them, and its last matrix maps back
+(`family.Expert`). Kernels are [in, out].
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from qmoe_jax.models.layers import activate
+from qmoe_jax.models.family import Expert
 from qmoe_jax.quantization.gptq import sum_in_pairs
 from qmoe_jax.quantization.hessian import accumulate_weighted
 
-TOKENS_PER_CHUNK = 512
+TOKENS_PER_CHUNK = 512  # of each expert, that are on the device at once
 IMPORTANCE_TOKENS = 512  # that a hidden unit's importance is taken from
 SAMPLE = 256  # tokens of the layer that `shrinkage` stands for
+
+
+Kernels = Mapping[str, jax.Array]
 
 
 class Samples(NamedTuple):
@@ -44,6 +48,7 @@ def weighted_tokens(
     *,
     router_weighted: bool,
     shrinkage: float,
+    sample_starved: bool = True,
 ) -> list[Samples]:
     """The tokens of each expert, with weights.
 
@@ -54,14 +59,14 @@ def weighted_tokens(
       calibration: rows of all calibration tokens.
       router_weighted: weight by the squares, otherwise equally.
       shrinkage: weight, in the expert's mean tokens, of a sample from all calibration tokens. It gives directions that
-        an expert has not seen the weight that they have in the layer. An expert without tokens of its own gets the
-        sample in any case.
+        an expert has not seen the weight that they have in the layer.
+      sample_starved: an expert without tokens of its own gets the sample in any case.
     """
     weights = [g.astype(np.float32) ** 2 if router_weighted else np.ones(len(g), np.float32) for g in gates]
     sample = sample_rows(calibration)
 
     def with_sample(rows, weight):
-        mean, total = (weight.mean(), shrinkage) if len(rows) else (1.0, shrinkage or 1.0)
+        mean, total = (weight.mean(), shrinkage) if len(rows) else (1.0, shrinkage or float(sample_starved))
         if not total or not len(sample):
             return Samples(rows, weight)
         each = np.full(len(sample), total * mean / len(sample), np.float32)
@@ -71,7 +76,7 @@ def weighted_tokens(
 
 
 def input_hessians(inputs: np.ndarray, samples: Sequence[Samples], sharding: NamedSharding) -> jax.Array:
-    """2/n X'X, weighted, of the inputs of wi: float32 [experts, d_model, d_model].
+    """2/n X'X, weighted, of the inputs of the inner matrices: float32 [experts, d_model, d_model].
 
     Args:
       inputs: [all tokens, d_model].
@@ -85,28 +90,27 @@ def input_hessians(inputs: np.ndarray, samples: Sequence[Samples], sharding: Nam
 
 
 def hidden_importance(
-    kernels: dict[str, jax.Array], inputs: np.ndarray, samples: Sequence[Samples], sharding: NamedSharding
+    expert: Expert, kernels: Kernels, inputs: np.ndarray, samples: Sequence[Samples], sharding: NamedSharding
 ) -> dict[str, jax.Array]:
-    """What the squared error of each hidden unit counts in the expert's output: float32 [experts, d_ff], for each wi.
+    """What the squared error of each hidden unit counts in the output: float32 [experts, d_ff], by inner matrix.
 
-    An error of unit j's sum comes out as error * activation'(sum) * wo[j]: its square counts |wo[j]|^2 times the
+    An error of unit j's sum comes out as error * activation'(sum) * last[j]: its square counts |last[j]|^2 times the
     mean square of the derivative over the expert's tokens, of which a sample tells enough. At least a thousandth of the
     mean.
     """
     spread = [np.linspace(0, len(s.rows) - 1, min(IMPORTANCE_TOKENS, len(s.rows))).astype(int) for s in samples]
     samples = [Samples(s.rows[i], s.weights[i]) for s, i in zip(samples, spread, strict=True)]
-    names = [m for m in sorted(kernels) if m != "wo"]
-    experts, d_ff, _ = kernels["wo"].shape
-    slopes = _zeros(sharding, experts, len(names), d_ff)
+    experts, d_ff, _ = kernels[expert.last].shape
+    slopes = _zeros(sharding, experts, len(expert.inner), d_ff)
     for X, weight, n, total in _chunks(inputs, samples, sharding):
-        slopes = _accumulate_slopes(slopes, n, [kernels[m] for m in names], X, weight, total)
-    return dict(zip(names, _importance(slopes, kernels["wo"]), strict=True))
+        slopes = _accumulate_slopes(expert, slopes, n, kernels, X, weight, total)
+    return dict(zip(expert.inner, _importance(slopes, kernels[expert.last]), strict=True))
 
 
-@jax.jit
-def _accumulate_slopes(slopes, n, wi, X, weight, total):
-    sums = jnp.stack([_hidden_sums(X, k) for k in wi])  # [matrices, experts, tokens, d_ff]
-    _, derivative = jax.vjp(lambda s: activate(list(s)), sums)
+@functools.partial(jax.jit, static_argnums=0)
+def _accumulate_slopes(expert, slopes, n, kernels, X, weight, total):
+    sums = jnp.stack([expert.product(m, X, kernels, dot) for m in expert.inner])  # [matrices, experts, tokens, d_ff]
+    _, derivative = jax.vjp(lambda s: expert.activation(list(s)), sums)
     (slope,) = derivative(jnp.ones(sums.shape[1:], sums.dtype))
     new = sum_in_pairs(jnp.moveaxis(slope**2 * weight[..., None], 2, 0))  # [matrices, experts, d_ff]
     per_token = 1 / jnp.where(total > 0, total, 1.0)
@@ -115,8 +119,8 @@ def _accumulate_slopes(slopes, n, wi, X, weight, total):
 
 
 @jax.jit
-def _importance(slopes, wo):
-    squares = sum_in_pairs(jnp.moveaxis(wo.astype(jnp.float32) ** 2, 2, 0))  # [experts, d_ff]
+def _importance(slopes, last):
+    squares = sum_in_pairs(jnp.moveaxis(last.astype(jnp.float32) ** 2, 2, 0))  # [experts, d_ff]
     found = slopes * squares[:, None]  # [experts, matrices, d_ff]
     mean = sum_in_pairs(jnp.moveaxis(found, 2, 0))[..., None] / found.shape[-1]
     found = jnp.where(mean > 0, jnp.maximum(found, 1e-3 * mean), 1.0)
@@ -124,33 +128,35 @@ def _importance(slopes, wo):
 
 
 def hidden_statistics(
-    kernels: dict[str, jax.Array],
-    wi: dict[str, jax.Array],
+    expert: Expert,
+    kernels: Kernels,
+    now: Kernels,
     inputs: np.ndarray,
     samples: Sequence[Samples],
     sharding: NamedSharding,
     *,
     residuals: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Statistics of wo's inputs, which are those of the (quantized) wi.
+    """Statistics of the last matrix's inputs, which are those that the (quantized) inner matrices make.
 
     Args:
-      kernels: by name, float32 [experts, in, out], unquantized.
-      wi: those that make the hidden units.
+      expert: the MLP.
+      kernels: by name, float32 [experts, in, out], unquantized; and biases.
+      now: those that make the hidden units.
       inputs, samples, sharding: as in `input_hessians`.
       residuals: whether R is wanted.
 
     Returns:
-      H = 2/n sum of â â', [experts, d_ff, d_ff], for the hidden units â that wi makes; and, or None,
-      R = 2/n sum of wo'(a - â) â', [experts, d_model, d_ff], where a are the unquantized expert's.
+      H = 2/n sum of â â', [experts, d_ff, d_ff], for the hidden units â that `now` makes; and, or None,
+      R = 2/n sum of W (a - â) â', [experts, d_model, d_ff], where a are the unquantized expert's, W its last matrix.
     """
-    experts, d_ff, d_model = kernels["wo"].shape
+    experts, d_ff, d_model = kernels[expert.last].shape
     H, R = _Hessian(sharding, experts, d_ff), _zeros(sharding, experts, d_model, d_ff)
     for X, weight, n, total in _chunks(inputs, samples, sharding):
-        now = _hidden(X, wi)
-        H.add(n, now, weight, total)
+        found = _hidden(expert, X, now)
+        H.add(n, found, weight, total)
         if residuals:
-            R = accumulate_weighted(R, n, _lacking(X, now, kernels), now, weight, total)
+            R = accumulate_weighted(R, n, _lacking(expert, X, found, kernels), found, weight, total)
     return H.whole(), R if residuals else None
 
 
@@ -187,18 +193,20 @@ def _from_panels(panels):
     return upper + jnp.triu(upper, 1).swapaxes(1, 2)
 
 
-def _hidden_sums(X, kernel):
-    return jnp.einsum("eti,eio->eto", X.astype(jnp.float32), kernel)
+def dot(X: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Every expert's own tokens: X [experts, tokens, in], kernel [experts, in, out]."""
+    Y = jnp.einsum("eti,eio->eto", X.astype(jnp.float32), kernel)
+    return Y if bias is None else Y + bias[:, None]
 
 
-@jax.jit
-def _hidden(X, kernels):
-    return activate([_hidden_sums(X, k) for m, k in sorted(kernels.items()) if m != "wo"])
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(expert, X, kernels):
+    return expert.hidden(X, kernels, dot)
 
 
-@jax.jit
-def _lacking(X, now, kernels):
-    return jnp.einsum("etf,efo->eto", _hidden(X, kernels) - now, kernels["wo"])
+@functools.partial(jax.jit, static_argnums=0)
+def _lacking(expert, X, now, kernels):
+    return jnp.einsum("etf,efo->eto", _hidden(expert, X, kernels) - now, kernels[expert.last])
 
 
 def _zeros(sharding, experts, rows, columns):

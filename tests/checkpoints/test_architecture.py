@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qmoe_jax.checkpoints.architecture import check_preset, infer_config, param_shapes
-from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.t5x import open_t5x
-from qmoe_jax.config import PRESETS, ModelConfig
+from qmoe_jax.errors import CheckpointError
+from qmoe_jax.models.switch.config import PRESETS, ModelConfig
+from qmoe_jax.models.switch.parameters import check_preset, infer_config, param_shapes
 
 SMALL = ModelConfig(
     vocab_size=512,

@@ -503,7 +503,7 @@ def no_space(*args, **kwargs):
 def test_a_full_disk_at_the_manifest(call, tmp_path, experts, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     with monkeypatch.context() as m:
-        m.setattr(f"qmoe_jax.reporting.os.{call}", no_space)
+        m.setattr(f"qmoe_jax.reports.os.{call}", no_space)
         with pytest.raises(OSError, match="No space left"):
             write(tmp_path, experts)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

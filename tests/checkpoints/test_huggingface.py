@@ -17,7 +17,7 @@ import qmoe_jax
 from qmoe_jax.checkpoints import TARGETS, CheckpointError, HuggingFaceCheckpoint, conversion, open_checkpoint, write_t5x
 from qmoe_jax.checkpoints.huggingface import hugging_face_config, sparse_step
 from qmoe_jax.checkpoints.torch_files import save
-from qmoe_jax.config import mixed
+from qmoe_jax.models.switch.config import mixed
 
 CONFIG = tiny_model.CONFIG
 FIXTURES = ["switch_base_tiny", "switch_c_tiny", "switch_base_scan_tiny"]

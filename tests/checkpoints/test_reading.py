@@ -17,8 +17,8 @@ from tiny_model import CONFIG, random_params
 
 from qmoe_jax import scratch
 from qmoe_jax.checkpoints import NativeCheckpoint, open_t5x, reading, retry, write_t5x
-from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.reading import Grid, Reading, plan_layer
+from qmoe_jax.errors import CheckpointError
 
 BF16 = ml_dtypes.bfloat16
 LAYERS = CONFIG.sparse_layers

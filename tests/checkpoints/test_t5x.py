@@ -18,7 +18,7 @@ from flax import serialization, traverse_util
 
 from qmoe_jax.checkpoints import t5x
 from qmoe_jax.checkpoints.checks import check_finite
-from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError
 
 FIXTURES = (
     "switch_base_tiny",

@@ -1,7 +1,7 @@
 import pytest
 from tiny_vocabulary import train_pieces
 
-from qmoe_jax.data import Vocabulary
+from qmoe_jax.models.switch import Vocabulary
 
 
 @pytest.fixture(scope="session")

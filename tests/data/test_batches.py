@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_vocabulary import SENTENCES
 
-from qmoe_jax.data import make_batches, training_batches
+from qmoe_jax.models.switch import make_batches, training_batches
 
 
 def examples(lengths):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tiny_vocabulary import SENTENCES
 
-from qmoe_jax.data import DataError, Vocabulary, corrupt, load_examples
+from qmoe_jax.errors import DataError
+from qmoe_jax.models.switch import Vocabulary, corrupt, load_examples
 
 
 def write(path, texts):

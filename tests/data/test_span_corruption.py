@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmoe_jax.data import corrupt
+from qmoe_jax.models.switch import corrupt
 
 SENTINEL = 32099
 lengths = st.integers(2, 700)

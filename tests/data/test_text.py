@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from qmoe_jax.data import DataError, read_documents
+from qmoe_jax.data import read_documents
+from qmoe_jax.errors import DataError
 
 
 def jsonl(*texts):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from tiny_vocabulary import SENTENCES, train_pieces
 
-from qmoe_jax.data import DataError, Vocabulary
+from qmoe_jax.errors import DataError
+from qmoe_jax.models.switch import Vocabulary
 
 
 def test_sentinels_are_counted_from_the_end(vocabulary):

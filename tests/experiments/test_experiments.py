@@ -23,8 +23,8 @@ from tiny_model import random_params, write_checkpoint, write_texts
 
 import qmoe_jax
 from qmoe_jax.checkpoints import open_checkpoint
-from qmoe_jax.data import Vocabulary, load_examples
-from qmoe_jax.quantization import progress
+from qmoe_jax.compression import progress
+from qmoe_jax.models.switch import Vocabulary, load_examples
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT}/configs/tiny.py"

@@ -7,7 +7,7 @@ import tiny_model
 from test_convert import assert_fails, run, write  # noqa: F401, a fixture
 
 from qmoe_jax.checkpoints import CheckpointError, inspection, open_checkpoint
-from qmoe_jax.config import PRESETS
+from qmoe_jax.models.switch.config import PRESETS
 
 EXPERTS = 3 * 2 * 8 * 20 * 28  # layers, matrices, experts, d_model, d_ff
 

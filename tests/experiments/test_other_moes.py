@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from test_convert import assert_fails, run  # noqa: F401, a fixture
 
-from qmoe_jax.config import ModelConfig
+from qmoe_jax.models.switch.config import ModelConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from experiments.test_experiments import CONFIG, assert_fails, environment, run  # noqa: F401
 
-from qmoe_jax import experiment
+from qmoe_jax import experiment, streaming
 from qmoe_jax.checkpoints import open_checkpoint, param_shapes
-from qmoe_jax.models import streaming
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = [

@@ -6,7 +6,7 @@ import numpy as np
 from flax import traverse_util
 
 from qmoe_jax.checkpoints import param_shapes
-from qmoe_jax.config import ModelConfig
+from qmoe_jax.models.switch.config import ModelConfig
 
 # One dense and one sparse layer per stack, and heads * head_dim other than d_model.
 SWITCH = ModelConfig(

@@ -14,8 +14,8 @@ import qmoe_jax
 from qmoe_jax import codecs
 from qmoe_jax.checkpoints import CompressedWriter, open_checkpoint
 from qmoe_jax.checkpoints.base import is_expert_kernel
-from qmoe_jax.data import Vocabulary, load_examples
 from qmoe_jax.models import decoding, moe, streaming
+from qmoe_jax.models.switch import Vocabulary, load_examples
 from qmoe_jax.quantization.gptq import round_to_nearest
 
 CARRIED = pathlib.Path(__file__).resolve().parents[2] / "experiments/tiny_model"

@@ -10,7 +10,7 @@ from numpy_switch import forward, softmax
 from random_models import CONFIGS, SWITCH, random_params
 
 import qmoe_jax
-from qmoe_jax.models.decoding import sample
+from qmoe_jax.models.switch.decoding import sample
 
 LENGTH = 7
 EOS = 1

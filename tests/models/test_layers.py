@@ -10,7 +10,7 @@ from numpy_switch import bucket, softmax
 from numpy_switch import mlp as numpy_mlp
 from random_models import SWITCH
 
-from qmoe_jax.models.layers import MASKED, Attention, DenseMlp, RelativePositionBias, RMSNorm, mask_bias
+from qmoe_jax.models.switch.layers import MASKED, Attention, DenseMlp, RelativePositionBias, RMSNorm, mask_bias
 
 
 def test_norm_divides_by_the_root_mean_square_and_scales():

@@ -14,9 +14,9 @@ from numpy_switch import cross_entropy
 from random_models import CONFIGS, EXPERTS_CHOOSE, SWITCH, padded, random_pairs, random_params
 
 import qmoe_jax
+from qmoe_jax import streaming
 from qmoe_jax.checkpoints import CompressedWriter, write_t5x
-from qmoe_jax.data import make_batches
-from qmoe_jax.models import streaming
+from qmoe_jax.models.switch import make_batches
 
 # (encoder, decoder) tokens of six documents: two batch shapes, and lengths on both sides of their limits.
 LENGTHS = [(33, 7), (5, 3), (32, 10), (12, 2), (21, 9), (31, 4)]

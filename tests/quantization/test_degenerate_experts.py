@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import tiny_model
 
-from qmoe_jax import reporting
+from qmoe_jax import resources, streaming
 from qmoe_jax.checkpoints import open_checkpoint
-from qmoe_jax.models import streaming
 from qmoe_jax.quantization.pipeline import QuantizationSettings, Quantizer
 
 D_MODEL, D_FF, TOKENS = 20, 28, 300
@@ -25,7 +24,7 @@ def quantized(settings):
     tokens = [everything[:0], everything[7:8], everything, everything[::3], everything[::2]]
     gates = [rng.uniform(0.2, 1, len(t)).astype(np.float32) for t in tokens]
     masks = {"encoder": np.ones(TOKENS, bool)}
-    quantizer = Quantizer(settings, masks, {"encoder": ~masks["encoder"]}, 5, "gap", None, reporting.Stages())
+    quantizer = Quantizer(settings, masks, {"encoder": ~masks["encoder"]}, 5, "gap", None, resources.Stages())
     group = streaming.ExpertGroup(LAYER, "encoder", 0, 5, kernels, inputs, tokens, gates)
     after = {m: np.asarray(k) for m, k in quantizer(group).items()}
     quantizer.finish_layer(LAYER)

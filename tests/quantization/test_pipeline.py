@@ -14,10 +14,10 @@ from models.random_models import padded
 from tiny_model import NUM_CALIBRATION, NUM_VALIDATION, bfloat16, random_params
 
 import qmoe_jax
+from qmoe_jax import streaming
 from qmoe_jax.checkpoints import Checkpoint, CheckpointError, open_checkpoint, write_t5x
 from qmoe_jax.codecs import dictionary
-from qmoe_jax.data import Examples, Vocabulary, load_examples
-from qmoe_jax.models import streaming
+from qmoe_jax.models.switch import Examples, Vocabulary, load_examples
 from qmoe_jax.quantization import gptq, output_error, pipeline
 from qmoe_jax.quantization.gptq import round_to_nearest
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmoe_jax.config import PRESETS, preset
-from qmoe_jax.models import streaming
+from qmoe_jax import streaming
+from qmoe_jax.models.switch.config import PRESETS, preset
 from qmoe_jax.quantization import gptq, planning, rehearsal
 from qmoe_jax.quantization.pipeline import QuantizationSettings
 from qmoe_jax.quantization.rate_distortion import rate_distortion

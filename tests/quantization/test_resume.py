@@ -16,11 +16,11 @@ import pytest
 import tiny_model
 
 from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
-from qmoe_jax.data import Vocabulary, load_examples
-from qmoe_jax.models.streaming import OwnRows
+from qmoe_jax.compression.progress import OtherRunError
+from qmoe_jax.models.switch import Vocabulary, load_examples
 from qmoe_jax.quantization import pipeline, progress
 from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
-from qmoe_jax.quantization.progress import OtherRunError
+from qmoe_jax.streaming import OwnRows
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = len(tiny_model.CONFIG.sparse_layers)

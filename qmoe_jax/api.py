@@ -1,0 +1,139 @@
+"""What people call: compress a checkpoint; load one of any layout, compute logits with it, let it write."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
+from qmoe_jax.compression.compress import compress_examples
+from qmoe_jax.models.expert_parallel import check_mesh, place_experts, replicate
+from qmoe_jax.models.families import family_of
+from qmoe_jax.quantization.settings import QuantizationSettings
+from qmoe_jax.streaming import Settings
+
+
+def load(
+    path: str | os.PathLike, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **overrides: Any
+) -> tuple[Any, Any]:
+    """The model and its whole parameter tree from a checkpoint of any layout.
+
+    Args:
+      path: a compressed checkpoint, or one of any layout that `checkpoints.LAYOUTS` lists: T5X (step directory, its
+        parent, or file), Hugging Face, a published QMoE model.
+      dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
+      mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
+      **overrides: fields of the architecture that the checkpoint doesn't tell, such as top_k=2.
+
+    Returns:
+      The Flax model, and its parameters. Experts of a compressed checkpoint are `CompressedExperts`.
+
+    Raises:
+      CheckpointError: nothing readable there; says what was found and what was expected.
+      ValueError: another dtype, fields that the architecture doesn't have, or devices that don't divide the experts.
+    """
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype {dtype!r}: expected float32 or bfloat16.")
+    checkpoint = open_checkpoint(path, **overrides)
+    if mesh is not None:
+        check_mesh(mesh, checkpoint.config.num_experts)
+
+    def place(name: str, value: Any) -> Any:
+        return place_experts(value, mesh) if checkpoint.is_expert(name) else replicate(value, mesh)
+
+    return checkpoint.family.model(checkpoint.config, dtype, mesh), checkpoint.load(place)
+
+
+def forward(model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.Array:
+    """Logits, float32 [batch, length, vocabulary].
+
+    Args:
+      model: from `load`.
+      params: from `load`.
+      *tokens: int32 [batch, length] each, as the family has them. A Switch Transformer takes encoder_input_tokens,
+        decoder_input_tokens and, to make its masks as T5X does, decoder_target_tokens; 0 is padding.
+      **options: the family's. A Switch Transformer has capacity_factor: T5X's at evaluation; None: no token is dropped.
+
+    Raises:
+      ValueError: token arrays don't fit each other, or hold ids that the model doesn't have.
+    """
+    return family_of(model).forward(model, params, *tokens, **options)
+
+
+def generate(model: nn.Module, params: Any, tokens: Any, *, max_length: int, **options: Any) -> jax.Array:
+    """Tokens that the model writes, int32 [batch, max_length].
+
+    Args:
+      model: from `load`.
+      params: from `load`; experts may be compressed.
+      tokens: int32 [batch, length]; of a Switch Transformer the encoder's.
+      max_length: most tokens written.
+      **options: `prefix`, `stop`, `banned`, `temperature`, `top_p`, `key`; see the family's `generate`.
+
+    Raises:
+      ValueError: settings or token ids out of range, or no key to sample with.
+    """
+    return family_of(model).generate(model, params, tokens, max_length=max_length, **options)
+
+
+def compress(
+    checkpoint: str | os.PathLike | Checkpoint,
+    output: str | os.PathLike,
+    *,
+    vocabulary: str | os.PathLike,
+    calibration: Any,
+    validation: Any,
+    num_calibration: int = 2_000,
+    num_validation: int = 128,
+    target_bits: float | None = None,
+    codec: str = "gap",
+    memory: Settings | None = None,
+    **quantization: Any,
+) -> dict[str, Any]:
+    """Compresses a model's experts into a new checkpoint, which `load` opens. Interrupted, it goes on when repeated.
+
+    Args:
+      checkpoint: path of any uncompressed layout, or an opened one.
+      output: directory of the compressed checkpoint.
+      vocabulary: the model's vocabulary file.
+      calibration, validation: text files: a name, a pattern, or several (see `data.read_documents`).
+      num_calibration, num_validation: documents that are taken from them.
+      target_bits: per expert weight, as stored; rate-distortion quantization then finds what gives them. None: the
+        paper's recipe, or what `method` says.
+      codec: how experts are stored.
+      memory: how the streamed pass uses memory and devices.
+      **quantization: other fields of `QuantizationSettings`.
+
+    Returns:
+      The report, as JSON values: 'loss' on the validation documents, 'bits_per_weight', 'layers' and so on.
+
+    Raises:
+      CheckpointError, DataError, ValueError: something isn't there, is broken, or doesn't fit; in words.
+
+    >>> qmoe_jax.compress("checkpoint_550000", "out", vocabulary="spm.model", target_bits=0.7,
+    ...                   calibration="c4-train.0000*.json.gz", validation="c4-validation.json.gz")
+    """
+    if target_bits is not None:
+        quantization = {"method": "rd"} | quantization | {"target_bits": target_bits}
+    settings = QuantizationSettings(**quantization)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    task = opened.family.task
+    words = task.vocabulary(vocabulary)
+    words.check(opened.config.vocab_size)
+    documents = task.load(calibration, words, num_calibration) if settings.calibrated else None
+    return compress_examples(
+        opened,
+        words,
+        documents,
+        task.load(validation, words, num_validation),
+        settings,
+        memory or Settings(),
+        codec=codec,
+        output=output,
+        provenance=opened.provenance,
+    )

@@ -1,0 +1,1 @@
+"""A whole compression: what is planned, streamed, committed and reported."""

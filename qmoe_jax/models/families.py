@@ -1,0 +1,58 @@
+"""The families of models there are: a folder, and a line here, each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.models import switch
+from qmoe_jax.models.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "switch": switch.FAMILY,
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family that an architecture, or a model that has one, belongs to. Raises TypeError for anything else."""
+    config = getattr(config, "config", config)
+    for family in FAMILIES.values():
+        if isinstance(config, family.Config):
+            return family
+    kinds = ", ".join(family.Config.__name__ for family in FAMILIES.values())
+    raise TypeError(f"{type(config).__name__}: expected an architecture, one of {kinds}.")
+
+
+# Published architectures, of all families.
+PRESETS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.PRESETS.items()}
+
+
+def preset(name: str) -> Any:
+    """The published architecture of that name. Raises ValueError that lists the names there are."""
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}. Known presets: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def mismatches(found: Any, expected: Any) -> list[str]:
+    """Fields in which two architectures of a family differ, as lines 'field: found X, expected Y'.
+
+    Only what parameters tell is compared; all else is the caller's choice.
+    """
+    if type(found) is not type(expected):
+        return [f"family: found {family_of(found).name}, expected {family_of(expected).name}"]
+    told = family_of(found).told
+    pairs = [(n, getattr(found, n), getattr(expected, n)) for n in told]
+    return [f"{n}: found {a}, expected {b}" for n, a, b in pairs if a != b]
+
+
+def check_preset(config: Any, name: str) -> None:
+    """Compares an architecture with a published one.
+
+    Raises:
+      CheckpointError: they differ; all differences are listed.
+      ValueError: there is no published model of that name.
+    """
+    problems = mismatches(config, preset(name))
+    if problems:
+        raise CheckpointError(listed(f"The checkpoint isn't {name!r}:", problems))

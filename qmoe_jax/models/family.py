@@ -1,0 +1,320 @@
+"""What a family of models tells the rest of the project; nothing else there knows what a model looks like.
+
+A family is one folder beside this file, and one line in `families.py`. It owns
+
+    Config, PRESETS          the architecture as a frozen dataclass, and published ones by name
+    names and shapes         of its parameters, of its experts' among them; what they are called in each layout
+    Expert                   one expert's MLP as a value: matrices in order of use, and the activation between them
+    layers(...)              the steps of a streamed pass, in which one layer is in memory at a time
+    Task                     what an example is and how examples are batched, which tokens calibrate
+    model, forward, generate the Flax module, and what people call
+
+Models know no checkpoint: parameters have '/'-joined names, and whoever has them reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+Shape = tuple[int, ...]
+Example = tuple[np.ndarray, ...]  # token ids, int32, in one or several arrays [length]
+
+
+# --- Experts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert:
+    """The MLP of one expert: y = W_last activation(W_1 x, W_2 x, ...), with biases if it has any.
+
+    All that quantization and the products on experts know of a model. Hashable, so that it can be static under `jit`.
+
+    Attributes:
+      matrices: names in order of use; the last maps back to the model's width. Kernels are [in, out].
+      activation: of the products with all but the last, arrays [..., d_ff], in that order.
+      biases: names of what is added to each product, in the order of `matrices`; empty: nothing is.
+    """
+
+    matrices: tuple[str, ...]
+    activation: Callable[[Sequence[jax.Array]], jax.Array]
+    biases: tuple[str, ...] = ()
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The matrices that see the expert's input."""
+        return self.matrices[:-1]
+
+    @property
+    def last(self) -> str:
+        """The matrix that maps back."""
+        return self.matrices[-1]
+
+    def product(self, matrix: str, x: jax.Array, kernels: Mapping[str, Any], dot: Callable) -> jax.Array:
+        """One matrix, and its bias: dot(x, kernel, bias or None) knows which rows are whose."""
+        bias = kernels[self.biases[self.matrices.index(matrix)]] if self.biases else None
+        return dot(x, kernels[matrix], bias)
+
+    def hidden(self, x: jax.Array, kernels: Mapping[str, Any], dot: Callable) -> jax.Array:
+        """What the last matrix gets."""
+        return self.activation([self.product(m, x, kernels, dot) for m in self.inner])
+
+    def __call__(self, x: jax.Array, kernels: Mapping[str, Any], dot: Callable) -> jax.Array:
+        """The MLP of every expert on its own rows; kernels and biases by name."""
+        return self.product(self.last, self.hidden(x, kernels, dot), kernels, dot)
+
+
+class Routing(NamedTuple):
+    """Where tokens go: [tokens, choices], or [batch, length, choices].
+
+    Expert `num_experts`, or a gate of 0: a choice that came to nothing.
+    """
+
+    expert: jax.Array  # int32
+    gate: jax.Array  # float32, by which the expert's output is multiplied
+
+
+# --- The streamed pass -----------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """One layer of a streamed pass.
+
+    Attributes:
+      name: what the names of its parameters begin with; also what reports call it.
+      stream: whose activations it changes, such as 'decoder'; a model has one or several.
+      attend: attend(params, shared, x, context, tokens) -> x, h, routing. It gets the layer's parameters, nested, by
+        their names below the layer's; those in `shared`, by their whole names; activations x [rows, length, d_model];
+        those of the streams in `context`, by name; and the batch's token arrays. A layer with experts leaves these
+        out: x is what comes before them, h their input, and `Routing` says which tokens go where. A layer without
+        gives None for both.
+      context: other streams, which have ended, whose activations it sees.
+      shared: prefixes of parameters that it uses beside its own.
+      expert: what its experts are; None: it has none.
+      choices: of each token.
+    """
+
+    name: str
+    stream: str
+    attend: Callable[..., tuple[jax.Array, jax.Array | None, Routing | None]]
+    context: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    expert: Expert | None = None
+    choices: int = 0
+
+
+class Batch(Protocol):
+    """Padded examples.
+
+    Attributes:
+      indices: int32 [rows], which example a row holds; -1: none, the row is padding.
+    """
+
+    indices: np.ndarray
+
+    @property
+    def tokens(self) -> tuple[np.ndarray, ...]:
+        """The token arrays, [rows, ...] each, as `Layer.attend` takes them."""
+        ...
+
+    def length(self, stream: str) -> int:
+        """Padded length of a stream's activations."""
+        ...
+
+
+class Stream(NamedTuple):
+    """Activations that go through consecutive layers.
+
+    Attributes:
+      name: such as 'encoder'.
+      begins: begins(params, example) -> [length, d_model], NumPy: what the first layer gets.
+      begins_with: prefixes of the parameters that it takes, nested, by their whole names.
+      ends: ends(params, x) -> x, after the last layer; None: nothing is done.
+      ends_with: likewise.
+    """
+
+    name: str
+    begins: Callable[[Mapping[str, Any], Example], np.ndarray]
+    begins_with: tuple[str, ...]
+    ends: Callable[[Mapping[str, Any], jax.Array], jax.Array] | None = None
+    ends_with: tuple[str, ...] = ()
+
+
+class Streamed(NamedTuple):
+    """A model as a streamed pass.
+
+    Attributes:
+      streams: in the order in which they run.
+      layers: in the order in which they run, so stream by stream.
+      losses: losses(params, x, tokens) -> [rows], summed cross-entropy of each row, from the last stream's activations.
+      losses_with: prefixes of the parameters that it takes.
+      one_process: why several processes can't share the examples; empty: they can.
+    """
+
+    streams: tuple[Stream, ...]
+    layers: tuple[Layer, ...]
+    losses: Callable[[Mapping[str, Any], jax.Array, tuple[jax.Array, ...]], jax.Array]
+    losses_with: tuple[str, ...]
+    one_process: str = ""
+
+
+# --- Examples --------------------------------------------------------------------------------------------------------
+
+
+class Vocabulary(Protocol):
+    """What tells text from token ids."""
+
+    def check(self, embedding_rows: int) -> None:
+        """Raises DataError unless a model with so many embedding rows can belong to it."""
+        ...
+
+    def decode(self, ids: Any) -> str: ...
+
+
+class Task(Protocol):
+    """What an example is, and what of it counts."""
+
+    def vocabulary(self, path: Any) -> Any:
+        """Reads a vocabulary file. Raises DataError."""
+        ...
+
+    def load(self, paths: Any, vocabulary: Any, num_documents: int, **options: Any) -> Any:
+        """The first usable documents of text files, as a sequence of examples (`Examples`). Raises DataError."""
+        ...
+
+    def check(self, examples: Sequence[Example], vocab_size: int) -> None:
+        """Raises ValueError that names the first example that the model can't be run on."""
+        ...
+
+    def batches(self, examples: Sequence[Example], tokens_per_batch: int) -> Sequence[Batch]:
+        """Every example in exactly one row, in batches of a few fixed shapes."""
+        ...
+
+    def lengths(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """By stream, int [examples]: how many vectors of activations an example has there."""
+        ...
+
+    def predicted(self, examples: Sequence[Example]) -> np.ndarray:
+        """int [examples], how many tokens of each are predicted."""
+        ...
+
+    def special(self, examples: Sequence[Example], vocabulary: Any) -> dict[str, np.ndarray]:
+        """By stream, bool [all vectors, end to end]: those that the paper leaves out of Hessians (section 3.3)."""
+        ...
+
+    def longest(self, max_length: int) -> dict[str, int]:
+        """By stream, how many vectors a document of `max_length` tokens has."""
+        ...
+
+    def filled(self, rows: int, lengths: Mapping[str, int]) -> tuple[np.ndarray, ...]:
+        """Token arrays of a batch without padding, whose streams have these lengths; for rehearsals."""
+        ...
+
+
+# --- The family ------------------------------------------------------------------------------------------------------
+
+
+class Config(Protocol):
+    """What every architecture tells; a frozen dataclass with a `to_dict` and a `from_dict`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def expert(self) -> Expert:
+        """What its experts are."""
+        ...
+
+    @property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Names of the layers that have experts, in the order in which they run."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Family(Protocol):
+    """A family of models: one object, listed in `families.py`.
+
+    Attributes:
+      name: kept in manifests.
+      title: in messages, such as 'a Switch Transformer'.
+      published_as: layout of its published checkpoints.
+      Config: class of its architectures.
+      PRESETS: published ones, by name.
+      told: fields of the config that parameters tell.
+      UNTOLD: of those that they don't, what a user may give.
+      task: what an example is.
+    """
+
+    name: str
+    title: str
+    published_as: str
+    Config: type
+    PRESETS: Mapping[str, Any]
+    told: tuple[str, ...]
+    UNTOLD: tuple[str, ...]
+    task: Task
+
+    def infer(self, shapes: Mapping[str, Shape], **overrides: Any) -> Any:
+        """The architecture that parameters, by '/'-joined name, belong to.
+
+        Raises CheckpointError that lists all that are missing, foreign or of wrong shape.
+        """
+        ...
+
+    def param_shapes(self, config: Any) -> dict[str, Shape]:
+        """Of all parameters, by '/'-joined name; kernels are [in, out], experts' [experts, in, out]."""
+        ...
+
+    def expert_parameter(self, layer: str, matrix: str) -> str:
+        """Name of the parameter [experts, in, out] that holds a matrix of a layer's experts."""
+        ...
+
+    def expert_of(self, name: str) -> tuple[str, str] | None:
+        """Layer and matrix of a parameter that holds experts; None: it is another parameter."""
+        ...
+
+    def is_small(self, name: str) -> bool:
+        """Whether a parameter is a norm or a router, by whose values a model is told from another."""
+        ...
+
+    def model(self, config: Any, dtype: DTypeLike, mesh: Mesh | None) -> nn.Module:
+        """The Flax module, whose parameters have these names."""
+        ...
+
+    def forward(self, model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.Array:
+        """Logits, float32 [batch, length, vocabulary]."""
+        ...
+
+    def generate(self, model: nn.Module, params: Any, tokens: Any, **options: Any) -> jax.Array:
+        """Tokens that the model writes, int32 [batch, max_length]."""
+        ...
+
+    def streamed(self, config: Any, dtype: DTypeLike) -> Streamed:
+        """The model layer by layer."""
+        ...
+
+    def attention_bytes(self, config: Any, longest: Mapping[str, int], tokens_per_batch: int) -> int:
+        """What a batch takes on the device in a layer, experts and parameters left out; for plans.
+
+        Args:
+          config: the architecture.
+          longest: by stream, the longest example.
+          tokens_per_batch: as in the settings of a streamed pass.
+        """
+        ...
+
+    def loss_bytes(self, config: Any, longest: Mapping[str, int]) -> int:
+        """What the logits of one example take on the device; for plans."""
+        ...

@@ -1,0 +1,78 @@
+"""Switch Transformers (Fedus et al. 2021), as T5X trains and evaluates them: encoder, decoder, span corruption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from qmoe_jax.models.switch import parameters
+from qmoe_jax.models.switch.batches import Batch, make_batches, training_batches
+from qmoe_jax.models.switch.config import PRESETS, TOLD, ModelConfig
+from qmoe_jax.models.switch.decoding import generate
+from qmoe_jax.models.switch.examples import Examples, load_examples
+from qmoe_jax.models.switch.model import SwitchTransformer, as_tokens, forward
+from qmoe_jax.models.switch.span_corruption import corrupt
+from qmoe_jax.models.switch.stream import streamed
+from qmoe_jax.models.switch.task import SpanCorruption
+from qmoe_jax.models.switch.vocabulary import EOS, PAD, Vocabulary
+
+
+class Switch:
+    """See `family.Family`."""
+
+    name = "switch"
+    title = "a Switch Transformer"
+    published_as = "t5x"
+    Config = ModelConfig
+    PRESETS = PRESETS
+    UNTOLD = ("top_k", "experts_choose")
+    told = TOLD
+    task = SpanCorruption()
+
+    infer = staticmethod(parameters.infer_config)
+    param_shapes = staticmethod(parameters.param_shapes)
+    expert_parameter = staticmethod(parameters.expert_parameter)
+    expert_of = staticmethod(parameters.expert_of)
+    is_small = staticmethod(parameters.is_small)
+
+    forward = staticmethod(forward)
+    generate = staticmethod(generate)
+    streamed = staticmethod(streamed)
+
+    def model(self, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None) -> SwitchTransformer:
+        return SwitchTransformer(config, dtype, mesh)
+
+    def attention_bytes(self, config: ModelConfig, longest: Mapping[str, int], tokens_per_batch: int) -> int:
+        encoder, both = longest["encoder"], longest["encoder"] + longest["decoder"]
+        rows = max(1, tokens_per_batch // both)
+        scores = rows * config.num_heads * max(encoder**2, longest["decoder"] * both)
+        wide = 4 * config.num_heads * config.head_dim + 6 * config.d_model + 2 * config.d_ff
+        return 4 * (3 * scores + max(tokens_per_batch, both) * wide)
+
+    def loss_bytes(self, config: ModelConfig, longest: Mapping[str, int]) -> int:
+        return 4 * config.vocab_size * (3 * longest["decoder"] + (0 if config.tied else config.d_model))
+
+
+FAMILY = Switch()
+
+__all__ = [
+    "EOS",
+    "FAMILY",
+    "PAD",
+    "PRESETS",
+    "Batch",
+    "Examples",
+    "ModelConfig",
+    "SpanCorruption",
+    "SwitchTransformer",
+    "Vocabulary",
+    "as_tokens",
+    "corrupt",
+    "forward",
+    "generate",
+    "load_examples",
+    "make_batches",
+    "training_batches",
+]

@@ -1,0 +1,113 @@
+"""Text generation: cached incremental decoding, greedy or sampled, as one jitted loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qmoe_jax.models.switch.layers import MASKED
+from qmoe_jax.models.switch.model import SwitchTransformer, as_tokens
+
+
+def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
+    """One token per row of logits [batch, vocabulary]: int32 [batch].
+
+    Args:
+      logits: float32.
+      key: PRNG key; unused when greedy.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_p: draw from the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_p < 1:
+        falling = jnp.sort(logits, axis=-1)[:, ::-1]
+        p = jax.nn.softmax(falling)
+        inside = jnp.cumsum(p, axis=-1) - p < top_p  # The likeliest token always is.
+        least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, MASKED)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def generate(
+    model: SwitchTransformer,
+    params: Any,
+    encoder_input_tokens: jax.Array,
+    *,
+    max_length: int,
+    prefix: Sequence[int] = (),
+    stop: Sequence[int] = (1,),
+    banned: Sequence[int] = (0,),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Tokens that the decoder writes, int32 [batch, max_length]; 0 after a stop token.
+
+    Args:
+      model: the model.
+      params: its parameters; experts may be compressed.
+      encoder_input_tokens: int32 [batch, length], 0 is padding.
+      max_length: most tokens written, prefix included.
+      prefix: tokens that every row has to begin with.
+      stop: a row ends with the first of these that it writes after the prefix.
+      banned: tokens that are never written.
+      temperature: see `sample`.
+      top_p: see `sample`.
+      key: PRNG key, needed when temperature > 0.
+
+    Raises:
+      ValueError: settings or token ids out of range, or no key to sample with.
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1.")
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature {temperature} samples, which needs a PRNG key.")
+    if max_length <= len(prefix):
+        raise ValueError(f"max_length {max_length} leaves no room for {len(prefix)} prefix tokens and one more.")
+    vocab_size = model.config.vocab_size
+    for name, ids in (("prefix", prefix), ("stop", stop), ("banned", banned)):
+        if any(not 0 <= i < vocab_size for i in ids):
+            raise ValueError(f"{name} {tuple(ids)}: expected token ids from 0 to {vocab_size - 1}.")
+    key = jax.random.key(0) if key is None else key
+    tokens = as_tokens("encoder_input_tokens", encoder_input_tokens, vocab_size)
+    settings = (max_length, tuple(prefix), tuple(stop), tuple(banned), float(temperature), float(top_p))
+    return _generate(model, settings, params, tokens, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(model, settings, params, encoder_input_tokens, key):
+    max_length, prefix, stop, banned, temperature, top_p = settings
+    batch = encoder_input_tokens.shape[0]
+    variables = {"params": params}
+    caches = model.apply(variables, encoder_input_tokens, max_length, method="init_cache")
+    forced = jnp.full(max_length, -1, jnp.int32).at[: len(prefix)].set(jnp.asarray(prefix, jnp.int32))
+
+    def more(state):
+        index, _, ended, _, _, _ = state
+        return (index < max_length) & ~jnp.all(ended)
+
+    def step(state):
+        index, last, ended, written, caches, key = state
+        logits, caches = model.apply(variables, last, index, caches, encoder_input_tokens, method="step")
+        logits = logits.at[:, jnp.asarray(banned, jnp.int32)].set(MASKED)
+        key, subkey = jax.random.split(key)
+        token = sample(logits, subkey, temperature, top_p)
+        token = jnp.where(forced[index] >= 0, forced[index], token)
+        token = jnp.where(ended, 0, token)
+        written = written.at[:, index].set(token)
+        ended = ended | (jnp.isin(token, jnp.asarray(stop, jnp.int32)) & (forced[index] < 0))
+        return index + 1, token, ended, written, caches, key
+
+    start = jnp.zeros(batch, jnp.int32)  # The decoder's first input is the padding token.
+    state = (jnp.int32(0), start, jnp.zeros(batch, bool), jnp.zeros((batch, max_length), jnp.int32), caches, key)
+    written = jax.lax.while_loop(more, step, state)[3]
+    if model.mesh is not None:  # On every device, so that every process has it.
+        written = jax.lax.with_sharding_constraint(written, NamedSharding(model.mesh, PartitionSpec()))
+    return written

@@ -1,0 +1,252 @@
+"""Quantization methods: each one object with its own settings, and one line in `METHODS`.
+
+A method is a frozen dataclass whose fields are its settings, called with the weights of all experts of a group:
+
+    method(W, H, importance) -> Quantized          W [experts, out, in], H [experts, in, in], importance [experts, out]
+
+Pure, under `jit`, and without mixing experts. Fields that `Calibration` has too (`damping`, `block_size`) have one
+value for both. Everything else of the project (flags, reports, plans, manifests) asks the object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+
+from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
+from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
+
+TERNARY = 1.5
+LEVELS = {TERNARY: 2, 2: 3}  # beside zero
+# Bits per weight: what the paper and this project's models came to, metadata included, and at most.
+USUAL_BITS = {TERNARY: 0.8, 2: 1.6}
+MOST_BITS = {TERNARY: 1.7, 2: 2.2}
+DEFAULT_TARGET_BITS = 0.7
+MOST_TARGET_BITS = 1.8
+
+
+class Needs(NamedTuple):
+    """What a plan has to know of a method.
+
+    Attributes:
+      hessians, weights: temporaries while it runs, in units of its Hessians and of its weights, both float32 (XLA's
+        memory analysis).
+      bits: per weight to expect of experts as stored.
+      most_bits: the same, at most.
+    """
+
+    hessians: float
+    weights: float
+    bits: float
+    most_bits: float
+
+
+class Method(Protocol):
+    """See above.
+
+    Attributes:
+      title: for reports.
+      calibrated: it needs Hessians, and so calibration documents.
+      uses_importance: of what an output's squared error counts.
+      defaults: fields of `Calibration` that aren't as in the paper, unless they are set.
+      target_bits: per weight as stored, for which several Lagrangians are tried (`Priced`); None: it isn't tried.
+      bits: nominal, for reports: 1.5 is the paper's name for ternary.
+      levels: how many values a row has beside zero.
+    """
+
+    title: ClassVar[str]
+    calibrated: ClassVar[bool]
+    uses_importance: ClassVar[bool]
+    defaults: ClassVar[dict[str, Any]]
+
+    @property
+    def bits(self) -> float: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def target_bits(self) -> float | None: ...
+
+    def needs(self) -> Needs: ...
+
+    def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None) -> Quantized: ...
+
+
+class Priced(Method, Protocol):
+    """A method that trades error for bits at a price, its Lagrangian."""
+
+    @property
+    def lagrangian(self) -> float | None: ...
+
+    def at(self, W: jax.Array, H: jax.Array, importance: jax.Array, lagrangian: Any, codes: Any = None) -> Quantized:
+        """With another Lagrangian, or one for each row; rows of the same `codes` share a code."""
+        ...
+
+
+def _check_bits(bits: float) -> None:
+    if bits not in LEVELS:
+        raise ValueError(f"quantization.bits: found {bits!r}, expected 1.5 (ternary) or 2.")
+
+
+def _check_whole(name: str, value: Any, most: float, expected: str) -> None:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"quantization.{name}: found {value!r}, expected {expected}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+    """Every weight to the nearest value of its row's grid."""
+
+    title: ClassVar[str] = "round to nearest"
+    calibrated: ClassVar[bool] = False
+    uses_importance: ClassVar[bool] = False
+    defaults: ClassVar[dict[str, Any]] = {}
+    target_bits: ClassVar[float | None] = None
+
+    bits: float = TERNARY
+
+    def __post_init__(self):
+        _check_bits(self.bits)
+
+    @property
+    def levels(self) -> int:
+        return LEVELS[self.bits]
+
+    def needs(self) -> Needs:
+        return Needs(0.0, 3.0, USUAL_BITS[self.bits], MOST_BITS[self.bits])
+
+    def __call__(self, W: jax.Array, H: jax.Array | None = None, importance: jax.Array | None = None) -> Quantized:
+        return round_to_nearest(W, bits=self.bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gptq:
+    """The paper's: GPTQ to a grid from row minimum to row maximum.
+
+    Attributes:
+      bits: 1.5 (ternary) or 2.
+      block_size: columns per block.
+      damping: dampening, relative to H's mean diagonal.
+      activation_order: columns are taken by falling diagonal of H.
+      refits: 1: levels are fitted anew, once, for the symbols that were found.
+    """
+
+    title: ClassVar[str] = "GPTQ"
+    calibrated: ClassVar[bool] = True
+    uses_importance: ClassVar[bool] = False
+    defaults: ClassVar[dict[str, Any]] = {}
+    target_bits: ClassVar[float | None] = None
+
+    bits: float = TERNARY
+    block_size: int = 128
+    damping: float = 0.1
+    activation_order: bool = False
+    refits: int = 0
+
+    def __post_init__(self):
+        _check_bits(self.bits)
+        _check_whole("refits", self.refits, 1, "0 or more (gptq: 0 or 1)")
+        if self.refits and self.bits != TERNARY:
+            raise ValueError("quantization.refits: only ternary levels can be refitted.")
+
+    @property
+    def levels(self) -> int:
+        return LEVELS[self.bits]
+
+    def needs(self) -> Needs:
+        return Needs(2.2, 2.7, USUAL_BITS[self.bits], MOST_BITS[self.bits])
+
+    def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None = None) -> Quantized:
+        assert H is not None
+        quantized = gptq(
+            W,
+            H,
+            bits=self.bits,
+            block_size=self.block_size,
+            damping=self.damping,
+            activation_order=self.activation_order,
+        )
+        return refit_levels(W, H, quantized, damping=self.damping) if self.refits else quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class RateDistortion:
+    """GPTQ's column loop that pays for bits, with levels that are fitted (`rate_distortion`); ternary.
+
+    Attributes:
+      bits: 1.5.
+      lagrangian: squared error of an expert's output that one bit is worth. None: found for `target_bits`.
+      target_bits: per weight, as stored, of all experts together. None: see `lagrangian`.
+      level_bits: bits of mantissa of a level.
+      refits: rounds of rounding and fitting levels anew.
+      block_size, damping, activation_order: as in `Gptq`.
+    """
+
+    title: ClassVar[str] = "rate-distortion GPTQ"
+    calibrated: ClassVar[bool] = True
+    uses_importance: ClassVar[bool] = True
+    defaults: ClassVar[dict[str, Any]] = dict(
+        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True
+    )
+
+    bits: float = TERNARY
+    lagrangian: float | None = None
+    target_bits: float | None = None
+    level_bits: int = 3
+    refits: int = 2
+    block_size: int = 128
+    damping: float = 0.1
+    activation_order: bool = True
+
+    def __post_init__(self):
+        _check_bits(self.bits)
+        if self.bits != TERNARY:
+            raise ValueError("quantization.method 'rd' makes ternary experts (bits 1.5).")
+        if self.lagrangian is not None and self.target_bits is not None:
+            raise ValueError("quantization: give lagrangian or target_bits, not both.")
+        if self.lagrangian is None and self.target_bits is None:
+            object.__setattr__(self, "target_bits", DEFAULT_TARGET_BITS)
+        for name in ("lagrangian", "target_bits"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"quantization.{name}: found {value!r}, expected a finite number above 0.")
+        if self.target_bits is not None and not 0.05 <= self.target_bits <= MOST_TARGET_BITS:
+            raise ValueError(
+                f"quantization.target_bits: found {self.target_bits!r}, expected 0.05 to {MOST_TARGET_BITS} bits per "
+                "weight, which is what ternary weights can carry."
+            )
+        _check_whole("level_bits", self.level_bits, 7, "0 to 7")
+        _check_whole("refits", self.refits, 99, "0 or more (gptq: 0 or 1)")
+
+    @property
+    def levels(self) -> int:
+        return LEVELS[self.bits]
+
+    def needs(self) -> Needs:
+        return Needs(2.2, 12.5, self.target_bits or USUAL_BITS[self.bits], MOST_BITS[self.bits])
+
+    def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None) -> Quantized:
+        assert H is not None and importance is not None
+        return self.at(W, H, importance, self.lagrangian)
+
+    def at(self, W: jax.Array, H: jax.Array, importance: jax.Array, lagrangian: Any, codes: Any = None) -> Quantized:
+        return rate_distortion(
+            W,
+            H,
+            lagrangian / importance,
+            codes=codes,
+            refits=self.refits,
+            level_bits=self.level_bits,
+            block_size=self.block_size,
+            damping=self.damping,
+            activation_order=self.activation_order,
+        )
+
+
+METHODS: dict[str, type] = {
+    "gptq": Gptq,
+    "rtn": Nearest,
+    "rd": RateDistortion,
+}

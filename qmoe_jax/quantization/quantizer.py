@@ -1,0 +1,246 @@
+"""QMoE's quantizer (section 3): each group of experts, with the tokens that the router sends them.
+
+    H       = 2/n X'X              X: the experts' inputs, calibration tokens only
+    H_last  = 2/n A'A              A: their hidden units, of the unquantized inner matrices or of the quantized ones
+    Q       = method(W, H)         every matrix of the group at once, sharded over devices
+    symbols, levels -> codec -> checkpoint
+
+It is what a streamed pass (`streaming.run`) calls for each group, and all tokens then go through the quantized experts,
+so that later layers see what they will see in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qmoe_jax import resources
+from qmoe_jax.codecs.experts import CompressedExperts, concatenate
+from qmoe_jax.processes import Processes
+from qmoe_jax.quantization import grids, statistics
+from qmoe_jax.quantization.account import GroupAccount, LayerAccount, gather_groups, group_account, layer_account
+from qmoe_jax.quantization.asymmetric import match_outputs
+from qmoe_jax.quantization.gptq import Quantized
+from qmoe_jax.quantization.methods import Priced
+from qmoe_jax.quantization.output_error import OutputError, output_error
+from qmoe_jax.quantization.rate_control import RateControl
+from qmoe_jax.quantization.settings import QuantizationSettings
+from qmoe_jax.quantization.sharding import expert_sharding
+from qmoe_jax.quantization.trials import trial, trial_experts
+from qmoe_jax.streaming.experts import ExpertGroup
+
+
+class LayerWriter(Protocol):
+    """Where compressed layers go."""
+
+    def write_layer(self, layer: str, experts: Mapping[str, CompressedExperts]) -> None: ...
+
+
+class Quantizer:
+    """Quantizes each group of experts, keeps account, and writes each layer in `finish`. See `streaming.Quantizer`.
+
+    Args:
+      settings: how.
+      calibration: per stream, bool [tokens] in the list buffers' order: which tokens calibrate.
+      validation: likewise, which are measured on.
+      num_experts: experts per layer.
+      codec: codec by name; None stores nothing.
+      writer: where compressed layers go, None: nowhere.
+      stages: where seconds are counted.
+      control: finds the Lagrangian for a target rate.
+      own: the experts of every layer that this process quantizes, None: all.
+      processes: which together quantize all of them.
+
+    Attributes:
+      accounts: of the layers so far, by name.
+    """
+
+    def __init__(
+        self,
+        settings: QuantizationSettings,
+        calibration: Mapping[str, np.ndarray],
+        validation: Mapping[str, np.ndarray],
+        num_experts: int,
+        codec: str | None,
+        writer: LayerWriter | None,
+        stages: resources.Stages,
+        control: RateControl | None = None,
+        own: range | None = None,
+        processes: Processes | None = None,
+    ):
+        self.settings, self.num_experts = settings, num_experts
+        self.method, self.how = settings.rounding, settings.calibration
+        self.calibration, self.validation = calibration, validation
+        self.codec, self.writer, self.stages = codec, writer, stages
+        self.control = control
+        self.own, self.processes = own or range(num_experts), processes or Processes()
+        self.sample: Mapping[str, np.ndarray] = {
+            stream: statistics.sample_rows(np.flatnonzero(mask)) for stream, mask in calibration.items()
+        }
+        self.accounts: dict[str, LayerAccount] = {}
+        self._groups: dict[str, list[GroupAccount]] = {}  # by layer
+        self._lagrangians: dict[str, float] = {}  # of this layer, by matrix name
+
+    def __call__(self, group: ExpertGroup) -> dict[str, Any]:
+        if group.start == self.own.start:
+            self._lagrangians = {}
+        tokens = [t[self.calibration[group.stream][t]] for t in group.tokens]
+        overloaded: dict[int, int] = {}
+        if self.method.calibrated:
+            cap = math.ceil(self.how.token_cap * self.calibration[group.stream].sum() / self.num_experts)
+            overloaded = {e: len(t) for e, t in enumerate(tokens, group.start) if len(t) > cap}
+            tokens = [t[:cap] for t in tokens]
+        quantized = self._quantize_group(group, tokens)
+        replacement = group.kernels | {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
+        with self.stages("output error"):
+            error = self._output_error(group, replacement)
+        with self.stages("encoding"):
+            counts = [len(t) for t in tokens]
+            account = group_account(
+                group.start, quantized, counts, overloaded, error, self.codec, self.method.calibrated
+            )
+            self._groups.setdefault(group.layer, []).append(account)
+        return replacement
+
+    def finish(self, layer: str) -> None:
+        """Writes it, and accounts for it, once every process has had all of its groups."""
+        with self.stages("encoding"):
+            own = self._groups.pop(layer)
+            groups = gather_groups(self.processes, own)
+            seen = [e for g in groups for e in g.tokens]
+            if seen != list(range(self.num_experts)):
+                raise RuntimeError(
+                    f"{layer}: experts came as {seen}, expected each of {self.num_experts} once, in order."
+                )
+            if self.writer is not None:
+                self.writer.write_layer(layer, {m: concatenate([g.experts[m] for g in own]) for m in own[0].experts})
+            if self.control is not None and self.processes.first:
+                self._tell_control(self.control, groups)
+            self.accounts[layer] = layer_account(groups)
+
+    def state(self) -> dict[str, Any]:
+        """What it has to know, between two layers, to go on: JSON values."""
+        control = None if self.control is None else self.control.state()
+        return {"accounts": {layer: a.to_json() for layer, a in self.accounts.items()}, "control": control}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned."""
+        self.accounts = {layer: LayerAccount.from_json(a) for layer, a in state["accounts"].items()}
+        if self.control is not None:
+            self.control.restore(state["control"])
+
+    # --- One group ----------------------------------------------------------------------------------------------------
+
+    def _quantize_group(self, group: ExpertGroup, tokens: list[np.ndarray]) -> dict[str, Quantized]:
+        count = group.stop - group.start
+        if count == 1:  # XLA computes one alone differently than several.
+            twice = {m: np.repeat(k, 2, axis=0) for m, k in group.kernels.items()}
+            group = group._replace(kernels=twice, tokens=2 * list(group.tokens), gates=2 * list(group.gates))
+            tokens = 2 * tokens
+        sharding = expert_sharding(len(tokens))
+        kernels = {m: jax.device_put(jnp.asarray(k, jnp.float32), sharding) for m, k in group.kernels.items()}
+        if self.method.calibrated:
+            quantized = self._calibrated(group, kernels, tokens, sharding)
+        else:
+            with self.stages("quantization"):
+                quantized = {m: self._round(m, kernels[m].swapaxes(1, 2), None, None) for m in group.expert.matrices}
+        return quantized if count > 1 else jax.tree.map(lambda a: a[:1], quantized)
+
+    def _calibrated(self, group: ExpertGroup, kernels, tokens, sharding) -> dict[str, Quantized]:
+        """The inner matrices, and then the last one with what these give it."""
+        how, expert = self.how, group.expert
+        samples = statistics.weighted_tokens(
+            tokens,
+            [g[np.isin(t, own)] for g, t, own in zip(group.gates, group.tokens, tokens, strict=True)],
+            self.sample[group.stream],
+            router_weighted=how.router_weighted,
+            shrinkage=how.shrinkage,
+            sample_starved=how.sample_starved,
+        )
+        importance = {}
+        with self.stages("hessians"):
+            H = statistics.input_hessians(group.inputs, samples, sharding)
+            if self.method.uses_importance:
+                importance = statistics.hidden_importance(expert, kernels, group.inputs, samples, sharding)
+            jax.block_until_ready((H, importance))
+        quantized = {m: self._quantize(m, kernels[m], H, importance.get(m)) for m in expert.inner}
+        now = kernels
+        if how.sequential:
+            now = kernels | {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
+        with self.stages("hessians"):
+            H, R = statistics.hidden_statistics(
+                expert, kernels, now, group.inputs, samples, sharding, residuals=how.asymmetric
+            )
+            jax.block_until_ready((H, R))
+        quantized[expert.last] = self._quantize(expert.last, kernels[expert.last], H, R=R)
+        return quantized
+
+    def _quantize(self, matrix: str, kernel, H, importance=None, *, R=None) -> Quantized:
+        """One matrix of all experts of the group.
+
+        Args:
+          matrix: its name.
+          kernel: [experts, in, out].
+          H: Hessians [experts, in, in].
+          importance: [experts, out], what an output's squared error counts; None: all equally.
+          R: see `asymmetric`.
+        """
+        with self.stages("quantization"):
+            W = kernel.swapaxes(1, 2)  # [experts, out, in]: the quantizer's rows are outputs.
+            if R is not None:
+                W = match_outputs(W, H, R, damping=self.how.damping, block_size=self.how.block_size)
+            if importance is None and self.method.uses_importance:
+                importance = jax.device_put(jnp.ones(W.shape[:2]), expert_sharding(len(W)))
+            return self._round(matrix, W, H, importance)
+
+    def _round(self, matrix: str, W, H, importance) -> Quantized:
+        """The method itself; weights are those that the stored symbols and levels stand for."""
+        if self.method.target_bits is None:
+            quantized = self.method(W, H, importance)
+        else:
+            lagrangian = self._find_lagrangian(matrix, W, H, importance)
+            quantized = cast(Priced, self.method).at(W, H, importance, lagrangian)
+        return jax.block_until_ready(_as_stored(quantized))
+
+    def _output_error(self, group: ExpertGroup, replacement) -> OutputError:
+        measured = [self.validation[group.stream][t] for t in group.tokens]
+        tokens, gates = ([a[m] for a, m in zip(of, measured, strict=True)] for of in (group.tokens, group.gates))
+        sharding = expert_sharding(group.stop - group.start)
+        return output_error(group.expert, group.kernels, replacement, group.inputs, tokens, gates, sharding)
+
+    # --- A target rate ------------------------------------------------------------------------------------------------
+
+    def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
+        """Found once for all experts of the layer, by the process that has its first ones, from these."""
+        if matrix not in self._lagrangians:
+            found = None
+            if self.processes.first:
+                assert self.control is not None
+                few = trial_experts(self.num_experts, math.prod(W.shape[1:]))
+                guess, rates = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
+                found = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
+            self._lagrangians[matrix] = self.processes.from_first(found)
+        return self._lagrangians[matrix]
+
+    @staticmethod
+    def _tell_control(control: RateControl, groups: Sequence[GroupAccount]) -> None:
+        """What a layer's matrices came to."""
+        weights, matrices = sum(g.weights for g in groups), list(groups[0].entropies)
+        count = weights // len(matrices)  # All matrices of an expert are of one size.
+        for m in matrices:
+            stored = 8 * sum(g.nbytes[m] for g in groups) / count if groups[0].nbytes else None
+            control.spent(
+                m, float(np.mean([h for g in groups for h in g.entropies[m]])) if stored is None else stored, count
+            )
+
+
+@jax.jit
+def _as_stored(quantized: Quantized) -> Quantized:
+    """Levels are kept in bfloat16; what is computed with them from here on is what a reader will have."""
+    levels = quantized.levels.astype(jnp.bfloat16)
+    return quantized._replace(Q=grids.dequantize(quantized.symbols, levels), levels=levels)

@@ -1,0 +1,3 @@
+"""The version of this package; setup.cfg reads it from here."""
+
+__version__ = "0.2.0.dev0"
