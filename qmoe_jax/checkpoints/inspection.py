@@ -36,8 +36,8 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
 
     Returns:
       layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
-      layout's); and if it can be opened: model, preset, parameters, dtypes (parameters by dtype), bytes and files on
-      disk, chunks (T5X), experts (compressed ones), provenance.
+      layout's); and if it can be opened: model, architecture (the same in words), preset, parameters, dtypes
+      (parameters by dtype), bytes and files on disk, chunks (T5X), experts (compressed ones), provenance.
 
     Raises:
       CheckpointError: there is no checkpoint of any layout.
@@ -63,6 +63,7 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
         dtypes[f"compressed, {checkpoint.codec}"] = compressed
     return report | {
         "model": checkpoint.config.to_dict(),
+        "architecture": checkpoint.family.describe(checkpoint.config),
         "preset": preset_of(checkpoint.config),
         "parameters": {
             "all": sum(dense.values()) + compressed,

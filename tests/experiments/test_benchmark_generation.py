@@ -1,4 +1,4 @@
-"""experiments/benchmark_generation.py on models of kilobytes: what it reports, and what it refuses."""
+"""experiments/benchmarks/generation.py on models of kilobytes: what it reports, and what it refuses."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from absl import app, flags
 
 from qmoe_jax import codecs, config
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "experiments/benchmark_generation.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "experiments/benchmarks/generation.py"
 
 # One layer per stack.
 CONFIG = dataclasses.replace(
@@ -30,7 +30,7 @@ app.define_help_flags()  # Otherwise the first script would, and only once.
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """run(*flags) -> (exit code, what was printed), as `python experiments/benchmark_generation.py ...`."""
+    """run(*flags) -> (exit code, what was printed), as `python experiments/benchmarks/generation.py ...`."""
 
     def run_here(*args):
         known = set(flags.FLAGS)

@@ -1,4 +1,4 @@
-"""Settings of the other kinds of mixtures, and what experiments/other_moes.py refuses."""
+"""Settings of the other kinds of mixtures, and what experiments/studies/other_moes.py refuses."""
 
 import importlib.util
 import pathlib

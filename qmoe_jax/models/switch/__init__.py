@@ -27,7 +27,10 @@ class Switch:
     published_as = "t5x"
     Config = ModelConfig
     PRESETS = PRESETS
-    UNTOLD = ("top_k", "experts_choose")
+    UNTOLD = {
+        "top_k": "experts per token, which T5X's checkpoints don't tell: 1 unless given",
+        "experts_choose": "their capacity factor, if the encoder's experts choose, which T5X's don't tell either",
+    }
     told = TOLD
     task = SpanCorruption()
 
@@ -43,6 +46,19 @@ class Switch:
 
     def model(self, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None) -> SwitchTransformer:
         return SwitchTransformer(config, dtype, mesh)
+
+    def describe(self, config: ModelConfig) -> dict[str, str]:
+        stacks = (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers))
+        sparse = {"encoder": config.encoder_sparse_layers, "decoder": config.decoder_sparse_layers}
+        routing = f"top-{config.top_k}" + ("" if config.experts_choose is None else ", in the encoder experts choose")
+        mlp = "gated gelu" if config.gated else "relu"
+        return {
+            "layers": ", ".join(f"{layers} {stack} ({len(sparse[stack])} sparse)" for stack, layers in stacks),
+            "experts": f"{config.num_experts} in each sparse layer, {mlp}, {routing}",
+            "d_model, d_ff": f"{config.d_model}, {config.d_ff}",
+            "heads x width": f"{config.num_heads} x {config.head_dim}",
+            "vocabulary": f"{config.vocab_size}, logits {'tied' if config.tied else 'untied'}",
+        }
 
     def attention_bytes(self, config: ModelConfig, longest: Mapping[str, int], tokens_per_batch: int) -> int:
         encoder, both = longest["encoder"], longest["encoder"] + longest["decoder"]
