@@ -35,7 +35,7 @@ def test_two_bit_grid_always_has_zero():
 
 @pytest.mark.parametrize("bits", grids.BITS)
 def test_symbols_and_levels_are_the_values(bits):
-    """0 is zero, k the row's level k - 1, whatever the bits; rows whose zero is each of four values, and one of zeros."""
+    """0 is zero, k the row's level k - 1, whatever the bits; of rows whose zero is anywhere, and one of zeros."""
     w = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
     w = np.stack([abs(w[0]), np.append(-1.4, abs(w[1, 1:])), np.append(1.4, -abs(w[2, 1:])), -abs(w[3]), 0 * w[4]])
     grid = grids.fit(jnp.asarray(w))

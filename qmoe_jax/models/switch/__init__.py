@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from qmoe_jax.models.family import Task
 from qmoe_jax.models.switch import parameters
 from qmoe_jax.models.switch.batches import Batch, make_batches, training_batches
 from qmoe_jax.models.switch.config import PRESETS, TOLD, ModelConfig
@@ -25,11 +27,11 @@ class Switch:
     name = "switch"
     title = "a Switch Transformer"
     published_as = "t5x"
-    Config = ModelConfig
-    PRESETS = PRESETS
-    UNTOLD = ("top_k", "experts_choose")
-    told = TOLD
-    task = SpanCorruption()
+    Config: type = ModelConfig
+    PRESETS: Mapping[str, Any] = PRESETS
+    UNTOLD: tuple[str, ...] = ("top_k", "experts_choose")
+    told: tuple[str, ...] = TOLD
+    task: Task = SpanCorruption()
 
     infer = staticmethod(parameters.infer_config)
     param_shapes = staticmethod(parameters.param_shapes)
