@@ -6,7 +6,6 @@ A prompt without <extra_id_N> is continued; only models trained by span corrupti
 likeliest token, --config.generation.temperature and .top_p sample.
 """
 
-import functools
 import pathlib
 import time
 
@@ -57,7 +56,7 @@ def main(_):
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
     mesh = common.mesh(config, checkpoint)
     model = checkpoint.family.model(checkpoint.config, common.activation_dtype(config), mesh)
-    params = checkpoint.load(functools.partial(place_param, mesh=mesh))
+    params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
     started = time.perf_counter()
     text = write(model, params, vocabulary, PROMPT.value, config.generation)
     reports.say(f"prompt: {PROMPT.value}\n\ntext:   {text}\n\n{time.perf_counter() - started:.1f} s with compilation")

@@ -36,11 +36,12 @@ from flax import traverse_util
 
 import qmoe_jax
 from qmoe_jax import codecs, files, reports, resources
-from qmoe_jax.checkpoints import Checkpoint, open_checkpoint, param_shapes
-from qmoe_jax.checkpoints.base import is_expert_kernel
+from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
-from qmoe_jax.models.switch.config import ModelConfig, preset
+from qmoe_jax.models.families import preset
+from qmoe_jax.models.switch import ModelConfig
+from qmoe_jax.models.switch.parameters import expert_of, param_shapes
 from qmoe_jax.quantization.gptq import round_to_nearest
 
 matplotlib.use("Agg")
@@ -90,7 +91,7 @@ def random_params(config: ModelConfig, codec: str) -> dict[str, Any]:
     zeros = arg_specs.PROBABILITIES[0]
     params = {}
     for i, (name, shape) in enumerate(param_shapes(config).items()):
-        if is_expert_kernel(name):
+        if expert_of(name):
             experts, width, out = shape
             high = ((1 - zeros) * width) ** -0.5
             levels = np.broadcast_to(np.float32([-high, high]), (experts, out, 2))
@@ -147,7 +148,7 @@ def nbytes(tree: Any) -> int:
 
 def expert_bytes(params: dict[str, Any]) -> int:
     flat = traverse_util.flatten_dict(params, sep="/")
-    return nbytes([value for name, value in flat.items() if is_expert_kernel(name)])
+    return nbytes([value for name, value in flat.items() if expert_of(name)])
 
 
 def zeros(params: dict[str, Any]) -> float:

@@ -17,10 +17,12 @@ import numpy as np
 from absl import app, flags
 
 from qmoe_jax import reports
-from qmoe_jax.checkpoints import CheckpointError, param_shapes
+from qmoe_jax.checkpoints import CheckpointError
 from qmoe_jax.checkpoints.reading import regions
 from qmoe_jax.checkpoints.t5x import ArrayWriter, index_file, placeholder, t5x_chunks
-from qmoe_jax.models.switch.config import ModelConfig, preset
+from qmoe_jax.models.families import preset
+from qmoe_jax.models.switch import ModelConfig
+from qmoe_jax.models.switch.parameters import param_shapes
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
 import common

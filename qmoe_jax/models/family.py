@@ -111,13 +111,12 @@ class Layer(NamedTuple):
 
 
 class Batch(Protocol):
-    """Padded examples.
+    """Padded examples."""
 
-    Attributes:
-      indices: int32 [rows], which example a row holds; -1: none, the row is padding.
-    """
-
-    indices: np.ndarray
+    @property
+    def indices(self) -> np.ndarray:
+        """int32 [rows], which example a row holds; -1: none, the row is padding."""
+        ...
 
     @property
     def tokens(self) -> tuple[np.ndarray, ...]:
@@ -179,14 +178,17 @@ class Vocabulary(Protocol):
 
 
 class Task(Protocol):
-    """What an example is, and what of it counts."""
+    """What an example is, and what of it counts.
+
+    Attributes:
+      load: load(paths, vocabulary, num_documents, **options) -> the first usable documents of text files, as a sequence
+        of examples. Raises DataError.
+    """
+
+    load: Callable[..., Any]
 
     def vocabulary(self, path: Any) -> Any:
         """Reads a vocabulary file. Raises DataError."""
-        ...
-
-    def load(self, paths: Any, vocabulary: Any, num_documents: int, **options: Any) -> Any:
-        """The first usable documents of text files, as a sequence of examples (`Examples`). Raises DataError."""
         ...
 
     def check(self, examples: Sequence[Example], vocab_size: int) -> None:
@@ -281,6 +283,9 @@ class Family(Protocol):
       told: fields of the config that parameters tell.
       UNTOLD: of those that they don't, what a user may give, by name; and what it is, for the help of flags.
       task: what an example is.
+      forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
+      generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
+        max_length].
     """
 
     name: str
@@ -291,6 +296,8 @@ class Family(Protocol):
     told: tuple[str, ...]
     UNTOLD: Mapping[str, str]
     task: Task
+    forward: Callable[..., jax.Array]
+    generate: Callable[..., jax.Array]
 
     def infer(self, shapes: Mapping[str, Shape], **overrides: Any) -> Any:
         """The architecture that parameters, by '/'-joined name, belong to.
@@ -321,14 +328,6 @@ class Family(Protocol):
 
     def model(self, config: Any, dtype: DTypeLike, mesh: Mesh | None) -> nn.Module:
         """The Flax module, whose parameters have these names."""
-        ...
-
-    def forward(self, model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.Array:
-        """Logits, float32 [batch, length, vocabulary]."""
-        ...
-
-    def generate(self, model: nn.Module, params: Any, tokens: Any, **options: Any) -> jax.Array:
-        """Tokens that the model writes, int32 [batch, max_length]."""
         ...
 
     def streamed(self, config: Any, dtype: DTypeLike) -> Streamed:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from qmoe_jax.models.family import Task
 from qmoe_jax.models.switch import parameters
 from qmoe_jax.models.switch.batches import Batch, make_batches, training_batches
 from qmoe_jax.models.switch.config import PRESETS, TOLD, ModelConfig
@@ -25,14 +27,14 @@ class Switch:
     name = "switch"
     title = "a Switch Transformer"
     published_as = "t5x"
-    Config = ModelConfig
-    PRESETS = PRESETS
-    UNTOLD = {
+    Config: type = ModelConfig
+    PRESETS: Mapping[str, Any] = PRESETS
+    UNTOLD: Mapping[str, str] = {
         "top_k": "experts per token, which T5X's checkpoints don't tell: 1 unless given",
         "experts_choose": "their capacity factor, if the encoder's experts choose, which T5X's don't tell either",
     }
-    told = TOLD
-    task = SpanCorruption()
+    told: tuple[str, ...] = TOLD
+    task: Task = SpanCorruption()
 
     infer = staticmethod(parameters.infer_config)
     param_shapes = staticmethod(parameters.param_shapes)
