@@ -9,7 +9,9 @@ A family is one folder beside this file, and one line in `families.py`. It owns
     Task                     what an example is and how examples are batched, which tokens calibrate
     model, forward, generate the Flax module, and what people call
 
-Models know no checkpoint: parameters have '/'-joined names, and whoever has them reads them.
+    Names                    per layout of checkpoints: what parameters are called there, what is told beside them
+
+Models open no file: parameters have '/'-joined names, and whoever has them reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-Shape = tuple[int, ...]
+from qmoe_jax.models.names import Shape, Tensors
+
 Example = tuple[np.ndarray, ...]  # token ids, int32, in one or several arrays [length]
 
 
@@ -243,6 +246,42 @@ class Config(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+class Names(Protocol):
+    """A family in a layout of checkpoints: what its parameters are called, and what files tell of its models.
+
+    `described` is what they tell, such as config.json; empty where they tell nothing. Errors don't name the files.
+    """
+
+    def parameters(self, shapes: Mapping[str, Shape], described: Mapping[str, Any]) -> dict[str, Tensors]:
+        """The parameters that stored tensors make, from the tensors' shapes by name.
+
+        Raises CheckpointError that lists tensors of another model, or experts that are missing.
+        """
+        ...
+
+    def tensors(self, name: str, config: Any) -> Tensors:
+        """What a parameter is written to. Raises KeyError if there is none of that name."""
+        ...
+
+    def config(self, shapes: Mapping[str, Shape], described: Mapping[str, Any], **overrides: Any) -> Any:
+        """The architecture, from shapes of parameters and what is told beside them.
+
+        Raises CheckpointError that lists what is missing, foreign or of wrong shape, or contradicts each other.
+        """
+        ...
+
+    def describe(self, config: Any, dtypes: Mapping[str, np.dtype], step: int | None) -> dict[str, Any]:
+        """What is to be told beside parameters of these dtypes, by name, after so many training steps.
+
+        Raises CheckpointError that lists all reasons why the layout can't hold the model.
+        """
+        ...
+
+    def lost(self, config: Any) -> list[str]:
+        """What the layout doesn't tell of a model that it can hold, in words."""
+        ...
+
+
 class Family(Protocol):
     """A family of models: one object, listed in `families.py`.
 
@@ -255,6 +294,8 @@ class Family(Protocol):
       told: fields of the config that parameters tell.
       UNTOLD: of those that they don't, what a user may give.
       task: what an example is.
+      names: by layout of checkpoints, 't5x', 'huggingface' or 'ista': those in which its models can be kept.
+      model_types: 'model_type' in the config.json of its models.
     """
 
     name: str
@@ -265,6 +306,12 @@ class Family(Protocol):
     told: tuple[str, ...]
     UNTOLD: tuple[str, ...]
     task: Task
+    names: Mapping[str, Names]
+    model_types: tuple[str, ...]
+
+    def summary(self, config: Any) -> list[tuple[str, str]]:
+        """What an architecture is, in words: lines of a table, such as ('heads x width', '12 x 64')."""
+        ...
 
     def infer(self, shapes: Mapping[str, Shape], **overrides: Any) -> Any:
         """The architecture that parameters, by '/'-joined name, belong to.

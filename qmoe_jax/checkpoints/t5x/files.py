@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from qmoe_jax.checkpoints.retry import reason
 from qmoe_jax.errors import CheckpointError
 
 # JSON spec of a TensorStore key-value store: a file, or a directory to look below.
@@ -100,8 +101,3 @@ def _children(location: Location) -> list[str]:
     except ValueError as e:
         raise CheckpointError(f"{show(location)}: cannot be listed: {reason(e)}.") from e
     return sorted({key.decode().partition("/")[0] for key in keys})
-
-
-def reason(error: Exception) -> str:
-    """TensorStore's message, without the spec that it appends."""
-    return re.split(r" \[(?:tensorstore_spec|source locations|os_error_code)=", str(error))[0].rstrip(".")

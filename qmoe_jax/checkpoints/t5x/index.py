@@ -34,7 +34,7 @@ class Stored:
     """An array in a directory of its own, beside the msgpack file.
 
     Attributes:
-      array: name of that directory, e.g. 'target.encoder.layers_1.mlp.expert.wi.kernel'.
+      array: name of that directory, such as 'target.token_embedder.embedding'.
       shape: its shape, None where only the directory tells.
       dtype: its dtype, None where only the directory tells.
     """
@@ -177,7 +177,7 @@ def np_dtype(name: str) -> np.dtype:
     return dtype
 
 
-_SUBBLOCK = re.compile(r"(encoder|decoder)/\1/subblock_(\d+)/(.+)")
+_SUBBLOCK = re.compile(r"(\w+)/\1/subblock_(\d+)/(.+)")
 
 
 def unscanned(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int | None]]:
