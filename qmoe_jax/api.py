@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.compression.compress import compress_examples
-from qmoe_jax.models.expert_parallel import check_mesh, place_experts, replicate
+from qmoe_jax.models.expert_parallel import check_mesh, place_param
 from qmoe_jax.models.families import family_of
 from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.streaming import Settings
@@ -43,10 +43,8 @@ def load(
     if mesh is not None:
         check_mesh(mesh, checkpoint.config.num_experts)
 
-    def place(name: str, value: Any) -> Any:
-        return place_experts(value, mesh) if checkpoint.is_expert(name) else replicate(value, mesh)
-
-    return checkpoint.family.model(checkpoint.config, dtype, mesh), checkpoint.load(place)
+    params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
+    return checkpoint.family.model(checkpoint.config, dtype, mesh), params
 
 
 def forward(model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.Array:

@@ -89,8 +89,7 @@ def compress_examples(
         settings = {"quantization": quantization.to_dict(), "codec": codec, "num_shards": num_shards}
         identity = fingerprint(checkpoint, run.calibration, run.validation, settings | run.rounding_settings())
         progress = Progress(output, identity, resume, run.processes, memory.commit_share)
-        manifest = (checkpoint.config, quantization.to_dict(), codec, provenance or {}, num_shards)
-        losses = _committed(run, output, progress, manifest)
+        losses = _committed(run, output, progress, provenance or {}, num_shards)
         if not keep_progress and run.processes.first:
             progress.remove()
     losses = streaming.DocumentLosses(*(a[run.num_calibration :] for a in losses))
@@ -99,17 +98,23 @@ def compress_examples(
     )
 
 
-def _committed(run: _Run, output: str | os.PathLike, progress: Progress, manifest: tuple) -> streaming.DocumentLosses:
+def _committed(
+    run: _Run, output: str | os.PathLike, progress: Progress, provenance: dict[str, Any], num_shards: int | None
+) -> streaming.DocumentLosses:
     """The run, written to `output` and committed on the way; what is left where it stops, and what is said of it."""
     kept, total = progress.committed["kept"] if progress.committed else None, len(run.config.sparse_layers)
     if kept and run.processes.first:
         reports.say(f"{output}: going on after {len(kept)} of {total} sparse layers")
     try:
-        with CompressedWriter(output, *manifest, layers=kept, processes=run.processes) as writer:
+        settings = run.quantization.to_dict()
+        with CompressedWriter(
+            output, run.config, settings, run.codec, provenance, num_shards, layers=kept, processes=run.processes
+        ) as writer:
             try:
                 return run.through(writer, progress)
             except BaseException:
-                writer.keep(progress.stored()["kept"] if progress.stored() else {})
+                stored = progress.stored()
+                writer.keep(stored["kept"] if stored else {})
                 raise
     except BaseException:
         stored = progress.stored()

@@ -14,7 +14,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def read_experts(
 
 def write_group(config: Config, experts: Mapping[str, CompressedExperts], scratch: str | None) -> float:
     """Seconds per byte of writing compressed experts."""
-    few = dataclasses.replace(config, num_experts=experts[config.expert.last].shape[0])
+    few: Any = dataclasses.replace(cast(Any, config), num_experts=experts[config.expert.last].shape[0])
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         writer = CompressedWriter(directory, few, {}, "gap", {})
         layers = itertools.count()

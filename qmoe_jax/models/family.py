@@ -114,13 +114,12 @@ class Layer(NamedTuple):
 
 
 class Batch(Protocol):
-    """Padded examples.
+    """Padded examples."""
 
-    Attributes:
-      indices: int32 [rows], which example a row holds; -1: none, the row is padding.
-    """
-
-    indices: np.ndarray
+    @property
+    def indices(self) -> np.ndarray:
+        """int32 [rows], which example a row holds; -1: none, the row is padding."""
+        ...
 
     @property
     def tokens(self) -> tuple[np.ndarray, ...]:
@@ -182,14 +181,17 @@ class Vocabulary(Protocol):
 
 
 class Task(Protocol):
-    """What an example is, and what of it counts."""
+    """What an example is, and what of it counts.
+
+    Attributes:
+      load: load(paths, vocabulary, num_documents, **options) -> the first usable documents of text files, as a sequence
+        of examples. Raises DataError.
+    """
+
+    load: Callable[..., Any]
 
     def vocabulary(self, path: Any) -> Any:
         """Reads a vocabulary file. Raises DataError."""
-        ...
-
-    def load(self, paths: Any, vocabulary: Any, num_documents: int, **options: Any) -> Any:
-        """The first usable documents of text files, as a sequence of examples (`Examples`). Raises DataError."""
         ...
 
     def check(self, examples: Sequence[Example], vocab_size: int) -> None:
@@ -296,6 +298,9 @@ class Family(Protocol):
       task: what an example is.
       names: by layout of checkpoints, 't5x', 'huggingface' or 'ista': those in which its models can be kept.
       model_types: 'model_type' in the config.json of its models.
+      forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
+      generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
+        max_length].
     """
 
     name: str
@@ -308,6 +313,8 @@ class Family(Protocol):
     task: Task
     names: Mapping[str, Names]
     model_types: tuple[str, ...]
+    forward: Callable[..., jax.Array]
+    generate: Callable[..., jax.Array]
 
     def summary(self, config: Any) -> list[tuple[str, str]]:
         """What an architecture is, in words: lines of a table, such as ('heads x width', '12 x 64')."""
@@ -338,14 +345,6 @@ class Family(Protocol):
 
     def model(self, config: Any, dtype: DTypeLike, mesh: Mesh | None) -> nn.Module:
         """The Flax module, whose parameters have these names."""
-        ...
-
-    def forward(self, model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.Array:
-        """Logits, float32 [batch, length, vocabulary]."""
-        ...
-
-    def generate(self, model: nn.Module, params: Any, tokens: Any, **options: Any) -> jax.Array:
-        """Tokens that the model writes, int32 [batch, max_length]."""
         ...
 
     def streamed(self, config: Any, dtype: DTypeLike) -> Streamed:

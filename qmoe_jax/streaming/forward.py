@@ -271,7 +271,8 @@ class _Pass:
                 x.put(positions, new_x)
                 x.check_finite(layer.name, positions, np.asarray(new_x))
                 if routed:
-                    for buffer, values in zip(routed, (h, *routing), strict=True):
+                    assert routing is not None
+                    for buffer, values in zip(routed, (h, routing.expert, routing.gate), strict=True):
                         buffer.put(positions, values)
             self.step()
         return RoutedRows(layer.stream, *(b.data for b in routed)) if routed else None

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from qmoe_jax.models.family import Names, Task
 from qmoe_jax.models.switch import parameters
 from qmoe_jax.models.switch.batches import Batch, make_batches, training_batches
 from qmoe_jax.models.switch.config import PRESETS, TOLD, ModelConfig
@@ -28,13 +29,13 @@ class Switch:
     name = "switch"
     title = "a Switch Transformer"
     published_as = "t5x"
-    Config = ModelConfig
-    PRESETS = PRESETS
-    UNTOLD = ("top_k", "experts_choose")
-    told = TOLD
-    task = SpanCorruption()
-    names: Mapping[str, Any] = {"t5x": T5X(), "huggingface": HuggingFace(), "ista": Published()}
-    model_types = (MODEL_TYPE,)
+    Config: type = ModelConfig
+    PRESETS: Mapping[str, Any] = PRESETS
+    UNTOLD: tuple[str, ...] = ("top_k", "experts_choose")
+    told: tuple[str, ...] = TOLD
+    task: Task = SpanCorruption()
+    names: Mapping[str, Names] = {"t5x": T5X(), "huggingface": HuggingFace(), "ista": Published()}
+    model_types: tuple[str, ...] = (MODEL_TYPE,)
 
     infer = staticmethod(parameters.infer_config)
     param_shapes = staticmethod(parameters.param_shapes)
