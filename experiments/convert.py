@@ -79,9 +79,7 @@ def describe(checkpoint: Checkpoint, plan: conversion.Plan) -> None:
     written = [[part.name, part.nbytes] for part in plan.parts]
     known = None if any(size is None for _, size in written) else sum(size for _, size in written)
     written.append(["all", known])
-    reports.say(
-        f"Written (bytes of arrays, before they are packed):\n\n{reports.table(('write', 'bytes'), written)}"
-    )
+    reports.say(f"Written (bytes of arrays, before they are packed):\n\n{reports.table(('write', 'bytes'), written)}")
 
 
 def clear(output: pathlib.Path) -> None:
