@@ -65,15 +65,11 @@ def main(_):
                 what=name,
             )
     reports["bfloat16"]["bytes_model"] = reports[SAVED]["bytes_bfloat16"]
-    table = reports.table(
-        reports.COMPRESSION_HEADER, [reports.compression_row(name, r) for name, r in reports.items()]
-    )
+    table = reports.table(reports.COMPRESSION_HEADER, [reports.compression_row(name, r) for name, r in reports.items()])
     files.write_json(output / "demo.json", {"reports": reports, "seconds": stages.report()})
     (output / "demo.md").write_text(table + "\n", encoding="utf-8")
     plot_losses(reports, output / "demo.png")
-    reports.say(
-        f"\n{table}\n\nLosses are nats per predicted token; rates are against bfloat16; MB is the whole model."
-    )
+    reports.say(f"\n{table}\n\nLosses are nats per predicted token; rates are against bfloat16; MB is the whole model.")
 
     model, params = qmoe_jax.load(output)
     for temperature in (0.0, 0.7):

@@ -1,24 +1,57 @@
-"""The kernels of `triton.py` for the codec `gap`; importing this needs the package triton.
+"""Triton kernels for the codec `gap`; `gpu/gap.py` says how they work, `gpu.multiply` what they take.
 
-`gpu_gap.py` says how they work.
+Importing needs the package triton.
 """
 
+import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_gap
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot.triton.shared import EXPERT, FIRST, ITEM_COLUMNS, SIZE, START, TABLE
 
-EXPERT, RANK, START, SIZE, FIRST, TABLE, ITEM_COLUMNS = (tl.constexpr(i) for i in range(gpu.ITEM_COLUMNS + 1))
-SEGMENT, WINDOW, LOOKUPS = (tl.constexpr(i) for i in (gpu_gap.SEGMENT, gpu_gap.WINDOW, gpu_gap.LOOKUPS))
-WINDOW_MASK = tl.constexpr((1 << gpu_gap.WINDOW) - 1)
-USED_MASK, WEIGHTS_SHIFT = tl.constexpr(gpu_gap.USED_MASK), tl.constexpr(gpu_gap.WEIGHTS_SHIFT)
-NONZEROS = tl.constexpr(len(gpu_gap.NONZEROS))
+SEGMENT, WINDOW, LOOKUPS = (tl.constexpr(i) for i in (gpu.gap.SEGMENT, gpu.gap.WINDOW, gpu.gap.LOOKUPS))
+WINDOW_MASK = tl.constexpr((1 << gpu.gap.WINDOW) - 1)
+USED_MASK, WEIGHTS_SHIFT = tl.constexpr(gpu.gap.USED_MASK), tl.constexpr(gpu.gap.WEIGHTS_SHIFT)
+NONZEROS = tl.constexpr(len(gpu.gap.NONZEROS))
 # Of each non-zero of an entry.
-SHIFTS, MASKS, SECONDS, THIRDS = (tl.constexpr(field) for field in zip(*gpu_gap.NONZEROS, strict=True))
+SHIFTS, MASKS, SECONDS, THIRDS = (tl.constexpr(field) for field in zip(*gpu.gap.NONZEROS, strict=True))
+
+
+def multiply_few(launch, lhs, blocks, rhs, items, config):
+    options = _options(rhs, items, config)
+    parts = launch(
+        _multiply_few,
+        *(lhs, lhs if blocks is None else blocks, *gpu.gap.arrays(rhs), items),
+        out_shape=jax.ShapeDtypeStruct((options["SEGMENTS"], lhs.shape[0], rhs.shape[1]), jnp.float32),
+        **options,
+        **{"ALL_TOKENS": lhs.shape[0], "TOKENS": config.tokens},
+    )
+    return jnp.sum(parts, axis=0).astype(lhs.dtype)
+
+
+def decode(launch, rhs, items, config):
+    zeros = gpu.zeros(rhs, items)
+    return launch(
+        _decode,
+        *(zeros, *gpu.gap.arrays(rhs), items),
+        out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
+        input_output_aliases={0: 0},
+        **_options(rhs, items, config),
+    )
+
+
+def _options(rhs, items, config):
+    _, out, width = rhs.shape
+    segments, row_blocks, programs = gpu.gap.launches(config, rhs.shape, items.shape[0])
+    launch = {"grid": (programs,), "num_warps": config.warps, "num_stages": 1}
+    sizes = {"WORDS": rhs.data["words"].size, "OUT": out, "WIDTH": width, "LEVELS": rhs.levels.shape[2]}
+    return launch | sizes | {"SEGMENTS": segments, "ROW_BLOCKS": row_blocks, "ROWS": config.rows}
 
 
 @triton.jit
-def multiply_few(
+def _multiply_few(
     lhs,  # [ALL_TOKENS, WIDTH]
     blocks,  # [items, WIDTH, TOKENS]
     words,  # [WORDS]
@@ -92,7 +125,7 @@ def _multiply_rows(
 
 
 @triton.jit
-def decode(
+def _decode(
     zeros,
     words,  # [WORDS]
     starts,  # [experts, OUT, SEGMENTS]

@@ -1,8 +1,8 @@
 """C++ on CPU: one custom call multiplies tokens straight from the compressed bytes of all active experts.
 
-The library is built by `pip install` from csrc/ where there is a C++ compiler. It has code for AVX-512 (with VBMI:
-Ice Lake, Zen 4 and later), for AVX2 and for any other processor, and takes the best at run time; the environment
-variable QMOE_JAX_ISA (avx512, avx2 or portable) forces one for whatever is traced afterwards.
+The library is built by `pip install` from csrc/ where there is a C++ compiler; csrc/shared/ serves all codecs. It has
+code for AVX-512 (with VBMI: Ice Lake, Zen 4 and later), for AVX2 and for any other processor, and takes the best at run
+time; the environment variable QMOE_JAX_ISA (avx512, avx2 or portable) forces one for whatever is traced afterwards.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import ctypes
 import functools
 import importlib.util
 import os
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from qmoe_jax.codecs import dictionary
 from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.kernels.compressed_ragged_dot.cpu import dictionary, gap
 from qmoe_jax.kernels.grouped import varying_as
 
 ISAS = ("avx512", "avx2", "portable")
 TARGET = "qmoe_compressed_ragged_dot"  # and _ and the codec's name
 
-# Of each codec: the library's function, and the arrays of `data` that it takes, in order.
-CODECS = {
-    "dictionary": ("QmoeDictionaryDot", ("codewords", "row_offsets")),
-    "gap": ("QmoeGapDot", ("words", "word_counts", "starts", "skips", "parameters")),
+# A codec is csrc/CODEC.cc, CODEC.py with FUNCTION, ARRAYS and prepare(library), and a line here.
+CODECS: dict[str, ModuleType] = {
+    "dictionary": dictionary,
+    "gap": gap,
 }
 
-# Sizes that csrc/compressed_ragged_dot.h has: the largest block of a token, and a record of an active expert.
+# Sizes that csrc/shared/compressed_ragged_dot.h has: the largest block of a token, and a record of an active expert.
 BLOCK, ACTIVE_BYTES, ALIGNMENT = 128, 32, 64
 
 
@@ -71,7 +71,7 @@ def _multiply(lhs, rhs, group_sizes, *, isa):
     scratch = 4 * tokens * padded + ACTIVE_BYTES * min(experts, tokens) + ALIGNMENT
     results = jax.ShapeDtypeStruct((tokens, out), lhs.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
     call = jax.ffi.ffi_call(f"{TARGET}_{rhs.codec}", results, vmap_method="sequential")
-    arrays = [rhs.data[name] for name in CODECS[rhs.codec][1]]
+    arrays = [rhs.data[name] for name in CODECS[rhs.codec].ARRAYS]
     result, _ = call(lhs, *arrays, rhs.levels, group_sizes, isa=isa)
     return varying_as(result, lhs, group_sizes)
 
@@ -86,27 +86,19 @@ def _isa() -> str:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, registered with XLA; or None and the reason."""
-    found = importlib.util.find_spec("qmoe_jax.kernels.compressed_ragged_dot._cpu")
+    found = importlib.util.find_spec(f"{__package__}._cpu")
     if found is None:
         return None, "its library was not built; install qmoe_jax where there is a C++17 compiler (g++ or clang++)"
     try:
         library = ctypes.CDLL(found.origin)
         # With the backend there, a library that does not fit it raises here and not when JAX starts.
         jax.devices()
-        for codec, (function, _) in CODECS.items():
-            capsule = jax.ffi.pycapsule(getattr(library, function))
-            jax.ffi.register_ffi_target(f"{TARGET}_{codec}", capsule, platform="cpu")
+        for name, codec in CODECS.items():
+            capsule = jax.ffi.pycapsule(getattr(library, codec.FUNCTION))
+            jax.ffi.register_ffi_target(f"{TARGET}_{name}", capsule, platform="cpu")
+            codec.prepare(library)
     except (OSError, AttributeError, RuntimeError) as e:
         return None, f"its library {found.origin} cannot be loaded ({e}); install qmoe_jax again"
     library.QmoeHasInstructionSet.argtypes = [ctypes.c_char_p]
     library.QmoeHasInstructionSet.restype = ctypes.c_bool
-    entries = _entries()
-    library.QmoeSetDictionary(entries.ctypes.data_as(ctypes.c_void_p))
     return library, None
-
-
-def _entries() -> np.ndarray:
-    """The dictionary as the library wants it, uint64 [65536]: 14 pairs of four bits, number of pairs in bits 56-63."""
-    words = dictionary.decode_table().astype(np.uint64)  # [65536, 2], seven pairs above four bits of their number
-    low, high, pairs = words[:, 0] >> np.uint64(4), words[:, 1] >> np.uint64(4), words[:, 0] & np.uint64(15)
-    return low | high << np.uint64(28) | pairs << np.uint64(56)

@@ -1,7 +1,7 @@
 // Tokens sorted by expert, times experts compressed by the dictionary codec: an XLA FFI custom call for CPU.
-// Loaded by ctypes from ../cpu.py, which also says what the arguments are.
+// Loaded by ctypes from ../__init__.py; ../dictionary.py says what the arguments are.
 
-#include "compressed_ragged_dot.h"
+#include "shared/compressed_ragged_dot.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -28,8 +28,8 @@ struct Block {
   const uint16_t* end;
 };
 
-#define QMOE_DECODE "dictionary_decode.h"
-#include "instruction_sets.h"
+#define QMOE_DECODE "../dictionary_decode.h"
+#include "shared/instruction_sets.h"
 
 struct Dictionary {
   using Block = ::Block;
@@ -78,8 +78,6 @@ ffi::Error DictionaryDot(ffi::ThreadPool pool, std::string_view isa, ffi::AnyBuf
 }  // namespace
 
 extern "C" void QmoeSetDictionary(const uint64_t* entries) { std::memcpy(table.entries, entries, sizeof(table)); }
-
-extern "C" bool QmoeHasInstructionSet(const char* name) { return FindInstructionSet(name) != nullptr; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(QmoeDictionaryDot, DictionaryDot,
                               ffi::Ffi::Bind()

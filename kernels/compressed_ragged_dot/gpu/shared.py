@@ -4,14 +4,14 @@
     many                     decodes experts to dense bfloat16, which is exact, then uses tensor cores
 
 Either way an expert without tokens costs nothing: the grid covers a list of work, made before the launch, of static
-length min(tokens, experts) plus what large groups need; programs beyond its end stop at once. How a codec is decoded
-say `gpu_dictionary.py` and `gpu_gap.py`.
+length min(tokens, experts) plus what large groups need; programs beyond its end stop at once. A codec's own file
+says how it is decoded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 
 import jax
@@ -20,19 +20,15 @@ from jax.typing import DTypeLike
 
 from qmoe_jax.codecs.experts import CompressedExperts
 
-# For each, `gpu_<codec>.py` has
-#     streams(rhs) -> int32 [experts, 2]: where each expert's stream starts, and which table is its own
-#     heuristic(tokens, shape (experts, out, in), dtype of lhs) -> Config
-CODECS = ("dictionary", "gap")
-
 # Columns of the list of work.
 EXPERT, RANK, START, SIZE, FIRST, TABLE, ITEM_COLUMNS = range(7)
 
 
-def why_not(rhs: CompressedExperts) -> str | None:
-    """Why no GPU kernel can multiply by `rhs` here; None where one might."""
-    if rhs.codec not in CODECS:
-        return f"it decodes the codecs {', '.join(map(repr, CODECS))}, not {rhs.codec!r}"
+def why_not(rhs: CompressedExperts, codecs: Collection[str]) -> str | None:
+    """Why a backend that decodes these codecs cannot multiply by `rhs` here; None where it might."""
+    if rhs.codec not in codecs:
+        which = "codecs" if len(codecs) > 1 else "codec"
+        return f"it decodes the {which} {', '.join(map(repr, codecs))}, not {rhs.codec!r}"
     if jax.default_backend() != "gpu":
         return f"it needs a GPU; JAX's devices are {jax.default_backend()!r}"
     return None
@@ -118,7 +114,7 @@ def multiply(
     """`api.compressed_ragged_dot` from three launches.
 
     Args:
-      codec: `gpu_<codec>.py`.
+      codec: of `gpu.CODECS`.
       multiply_few: (lhs, blocks [items, in, config.tokens] or None for blocks of one token, rhs, items, config)
         -> [tokens, out]; rows of no item are undefined.
       decode: (rhs, items, config) -> bfloat16 [items * out * in + 1], the experts of the items; the last element
@@ -184,6 +180,11 @@ def launches(config: Config, rows: int, items: int) -> tuple[int, int]:
     """Programs per item, and in all; one axis, as the others are limited to 65 535."""
     per_item = -(-rows // config.rows)
     return per_item, per_item * items
+
+
+def zeros(rhs: CompressedExperts, items: jax.Array) -> jax.Array:
+    """What `decode` of `multiply` writes to: bfloat16 [items * out * in + 1]."""
+    return jnp.zeros((items.shape[0] * rhs.shape[1] * rhs.shape[2] + 1,), jnp.bfloat16)
 
 
 def _power_of_two(n: int) -> int:

@@ -1,4 +1,4 @@
-// Codes of gaps to symbols, a byte each. instruction_sets.h includes this once per instruction set.
+// Codes of gaps to symbols, a byte each. shared/instruction_sets.h includes this once per instruction set.
 
 // Where a stream of rows is being decoded.
 struct Stream {

@@ -1,5 +1,5 @@
 // Code for each instruction set. A codec's source includes this once, inside its unnamed namespace, where it has
-// defined kSymbolsPerByte, Block, and the macro QMOE_DECODE: the name of the file with `Decode(block, rows)`.
+// defined kSymbolsPerByte, Block, and the macro QMOE_DECODE: the file with `Decode(block, rows)`, as seen from here.
 //
 // That file and multiply_rows.h are included inside a namespace per instruction set, which says
 //
@@ -184,13 +184,10 @@ QMOE_TARGET_END
 
 // The instruction set of that name, the best one for "auto"; null where this machine lacks it.
 inline const InstructionSet<Block>* FindInstructionSet(std::string_view name) {
+  const std::string_view chosen = ChooseInstructionSet(name);
 #if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
-  if (has_avx512 && (name == "avx512" || name == "auto")) return &avx512::kSet;
-  if (has_avx2 && (name == "avx2" || name == "auto")) return &avx2::kSet;
+  if (chosen == "avx512") return &avx512::kSet;
+  if (chosen == "avx2") return &avx2::kSet;
 #endif
-  return name == "portable" || name == "auto" ? &portable::kSet : nullptr;
+  return chosen == "portable" ? &portable::kSet : nullptr;
 }

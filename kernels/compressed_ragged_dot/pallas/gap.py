@@ -1,4 +1,4 @@
-"""Pallas kernels for the codec `gap`; `gpu_gap.py` says how they work, `gpu.multiply` what they take."""
+"""Pallas kernels for the codec `gap`; `gpu/gap.py` says how they work, `gpu.multiply` what they take."""
 
 import functools
 
@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_gap
-from qmoe_jax.kernels.compressed_ragged_dot.gpu_gap import SEGMENT
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot.gpu.gap import LOOKUPS, NONZEROS, SEGMENT, USED_MASK, WEIGHTS_SHIFT, WINDOW
 
 
 def multiply_few(launch, lhs, blocks, rhs, items, config):
-    segments, row_blocks, programs = gpu_gap.launches(config, rhs.shape, items.shape[0])
+    segments, row_blocks, programs = gpu.gap.launches(config, rhs.shape, items.shape[0])
     parts = launch(
         functools.partial(_multiply_few, segments=segments, row_blocks=row_blocks, config=config),
-        *(lhs, lhs if blocks is None else blocks, *gpu_gap.arrays(rhs), items),
+        *(lhs, lhs if blocks is None else blocks, *gpu.gap.arrays(rhs), items),
         out=jax.ShapeDtypeStruct((segments, lhs.shape[0], rhs.shape[1]), jnp.float32),
         grid=(programs,),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=1),
@@ -25,12 +25,11 @@ def multiply_few(launch, lhs, blocks, rhs, items, config):
 
 
 def decode(launch, rhs, items, config):
-    _, out, width = rhs.shape
-    segments, row_blocks, programs = gpu_gap.launches(config, rhs.shape, items.shape[0])
-    zeros = jnp.zeros((items.shape[0] * out * width + 1,), jnp.bfloat16)
+    segments, row_blocks, programs = gpu.gap.launches(config, rhs.shape, items.shape[0])
+    zeros = gpu.zeros(rhs, items)
     return launch(
-        functools.partial(_decode, width=width, segments=segments, row_blocks=row_blocks, config=config),
-        *(zeros, *gpu_gap.arrays(rhs), items),
+        functools.partial(_decode, width=rhs.shape[2], segments=segments, row_blocks=row_blocks, config=config),
+        *(zeros, *gpu.gap.arrays(rhs), items),
         out=zeros,
         input_output_aliases={0: 0},
         grid=(programs,),
@@ -119,18 +118,18 @@ def _for_nonzeros(words, starts, skips, levels, table, items, item, segment, row
         column, position, index, low, high, following, state = carried
         more = column < end
         window = (low >> position) | ((high << 1) << (position ^ 31))
-        for _ in range(gpu_gap.LOOKUPS):
-            key = (window & ((1 << gpu_gap.WINDOW) - 1)).astype(jnp.int32)
+        for _ in range(LOOKUPS):
+            key = (window & ((1 << WINDOW) - 1)).astype(jnp.int32)
             entry = plgpu.load(table.at[slot, key], mask=more, other=0)
-            for shift, mask, second, third in gpu_gap.NONZEROS:
+            for shift, mask, second, third in NONZEROS:
                 own = column + ((entry >> shift) & mask).astype(jnp.int32)
                 weights = jnp.where((entry & (1 << second)) != 0, level[1], level[0])
                 if len(level) == 3:
                     weights = jnp.where((entry & (1 << third)) != 0, level[2], weights)
                 state = visit(own, own.astype(jnp.uint32) < end.astype(jnp.uint32), weights, state)
-            used = entry & gpu_gap.USED_MASK
+            used = entry & USED_MASK
             window, position = window >> used, position + used
-            column += (entry >> gpu_gap.WEIGHTS_SHIFT).astype(jnp.int32)
+            column += (entry >> WEIGHTS_SHIFT).astype(jnp.int32)
         next_word = position > 31
         low, high = jnp.where(next_word, high, low), jnp.where(next_word, following, high)
         following = fetch(index, next_word, following)  # Nothing waits for it before the next step.

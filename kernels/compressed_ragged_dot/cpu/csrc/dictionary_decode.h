@@ -1,4 +1,4 @@
-// Codewords of the dictionary to pairs of symbols. instruction_sets.h includes this once per instruction set.
+// Codewords of the dictionary to pairs of symbols. shared/instruction_sets.h includes this once per instruction set.
 
 // Stays below the end of the rows + kSlack whatever the codewords are.
 inline void Decode(const Block& block, const Rows& rows) {

@@ -30,6 +30,7 @@
 #include <utility>
 #include <vector>
 
+#include "processor.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -204,8 +205,8 @@ void Work(Call<Codec>& call) {
   }
 }
 
-// Threads of the pool that have helped and stay awake for a moment: the next call, wo after wi, comes soon, and waking
-// a thread takes about as long as the half of a small product.
+// Threads of the pool that have helped and stay awake for a moment: the next call, by the experts' next matrix, comes
+// soon, and waking a thread takes about as long as the half of a small product.
 template <typename Codec>
 class Helpers {
  public:
@@ -323,7 +324,7 @@ ffi::Error CompressedRaggedDot(ffi::ThreadPool& pool, const InstructionSet<typen
   call->y = static_cast<char*>(result->untyped_data());
   call->multiply = is_bfloat16 ? set->multiply_bfloat16 : set->multiply_float32;
 
-  // Scratch: first the tokens, then the active experts. cpu.py allots it.
+  // Scratch: first the tokens, then the active experts. ../../__init__.py allots it.
   const int64_t most_active = std::min(experts, tokens);
   const int64_t needed = most_active * static_cast<int64_t>(sizeof(Active)) + 4 * tokens * call->x_stride + 64;
   if (static_cast<int64_t>(scratch->element_count()) < needed) {

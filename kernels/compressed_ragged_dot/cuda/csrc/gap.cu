@@ -1,8 +1,8 @@
 // Few tokens of each expert, times experts compressed by the codec `gap`: an XLA FFI custom call for CUDA.
 //
-// ../gpu_gap.py says how it works and what the table holds. A block of threads takes a segment of 1024 columns, a
+// ../../gpu/gap.py says how it works and what the table holds. A block of threads takes a segment of 1024 columns, a
 // thread a row of it. What threads gather from lies in shared memory: the table of the expert's parameter, 16 KB, and
-// the tokens' values in the segment. Built and called by ../cuda.py, which also says what the arguments are.
+// the tokens' values in the segment. Built and called by ../gap.py, which also says what the arguments are.
 //
 // What a thread does is plain C++. Compiled for the host, as tests do, the blocks and threads are loops.
 
@@ -318,7 +318,7 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::BufferR1<ffi::U32> 
       block > kTokens || items.dimensions()[1] != kItemColumns || table.dimensions()[1] != kEntries ||
       a.segments != (a.width + kSegment - 1) / kSegment || (num_levels != 2 && num_levels != 3) ||
       (!is_float && !is_bfloat16)) {
-    return ffi::Error::InvalidArgument("qmoe_gap_cuda: arguments that cuda.py does not pass");
+    return ffi::Error::InvalidArgument("qmoe_gap_cuda: arguments that cuda/gap.py does not pass");
   }
   a.num_words = static_cast<int>(num_words);
   if (blocks == 0) return ffi::Error::Success();

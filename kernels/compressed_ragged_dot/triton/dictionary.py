@@ -1,27 +1,62 @@
-"""The kernels of `triton.py` for the codec `dictionary` and for dense matrices; importing needs the package triton.
+"""Triton kernels for the codec `dictionary`; `gpu/dictionary.py` says how they work, `gpu.multiply` what they take.
 
-`gpu_dictionary.py` says how they work.
+Importing needs the package triton.
 
 Tiles have codewords along the first axis and rows along the second: where nothing else decides, Triton puts
 neighbouring lanes along the first, so that a scan over codewords stays inside a warp.
 """
 
+import jax
 import triton
 import triton.language as tl
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_dictionary
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot.triton.shared import EXPERT, FIRST, ITEM_COLUMNS, SIZE, START
 
-MAX_NONZEROS = tl.constexpr(gpu_dictionary.MAX_NONZEROS)
-FIELD_BITS = tl.constexpr(gpu_dictionary.FIELD_BITS)
-LENGTH_SHIFT = tl.constexpr(gpu_dictionary.LENGTH_SHIFT)
+MAX_NONZEROS = tl.constexpr(gpu.dictionary.MAX_NONZEROS)
+FIELD_BITS = tl.constexpr(gpu.dictionary.FIELD_BITS)
+LENGTH_SHIFT = tl.constexpr(gpu.dictionary.LENGTH_SHIFT)
 PLACE, EXISTS, MAXIMUM = (
-    tl.constexpr(bits) for bits in (gpu_dictionary.PLACE, gpu_dictionary.EXISTS, gpu_dictionary.MAXIMUM)
+    tl.constexpr(bits) for bits in (gpu.dictionary.PLACE, gpu.dictionary.EXISTS, gpu.dictionary.MAXIMUM)
 )
-EXPERT, RANK, START, SIZE, FIRST, TABLE, ITEM_COLUMNS = (tl.constexpr(i) for i in range(gpu.ITEM_COLUMNS + 1))
+
+
+def multiply_few(launch, lhs, blocks, rhs, items, config):
+    return launch(
+        _multiply_few,
+        *(lhs, lhs if blocks is None else blocks, *gpu.dictionary.arrays(rhs), items),
+        out_shape=jax.ShapeDtypeStruct((lhs.shape[0], rhs.shape[1]), lhs.dtype),
+        **_options(rhs, items, config),
+        **{"TOKENS": config.tokens},
+    )
+
+
+def decode(launch, rhs, items, config):
+    zeros = gpu.zeros(rhs, items)
+    return launch(
+        _decode,
+        *(zeros, *gpu.dictionary.arrays(rhs), items),
+        out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
+        input_output_aliases={0: 0},
+        **_options(rhs, items, config),
+    )
+
+
+def _options(rhs, items, config):
+    _, out, width = rhs.shape
+    per_item, programs = gpu.launches(config, out, items.shape[0])
+    launch = {"grid": (programs,), "num_warps": config.warps, "num_stages": 1}
+    return launch | {
+        "OUT": out,
+        "WIDTH": width,
+        "PER_ITEM": per_item,
+        "ROWS": config.rows,
+        "CODEWORDS": config.codewords,
+    }
 
 
 @triton.jit
-def multiply_few(
+def _multiply_few(
     lhs,  # [tokens, WIDTH]
     blocks,  # [items, WIDTH, TOKENS]
     codewords,
@@ -94,7 +129,7 @@ def _multiply_rows(
 
 
 @triton.jit
-def decode(
+def _decode(
     zeros,
     codewords,
     row_offsets,  # [experts, OUT + 1]
@@ -128,47 +163,6 @@ def decode(
                 tl.store(dense + columns, tl.where(is_high, high, low), mask=exists)
             position += tl.sum(length, 0)
             entry = next_entry
-
-
-@triton.jit
-def multiply_dense(
-    lhs,  # [tokens, WIDTH]
-    dense,  # [ranks, OUT, WIDTH]
-    items,  # [items, ITEM_COLUMNS]
-    before,
-    product,  # out, the same buffer as before: [tokens, OUT]
-    OUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PER_ITEM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """A tile of tokens of one expert x a tile of its rows."""
-    item = items + tl.program_id(0) // PER_ITEM * ITEM_COLUMNS
-    rows = tl.program_id(0) % PER_ITEM * ROWS + tl.arange(0, ROWS)
-    start, size = tl.load(item + START).to(tl.int64), tl.load(item + SIZE)
-    if size > 0:
-        token = tl.arange(0, TOKENS)
-        x_rows = lhs + (start + token) * WIDTH
-        W_rows = dense + (tl.load(item + RANK) * OUT + rows) * WIDTH
-        accumulator = tl.zeros((TOKENS, ROWS), tl.float32)
-        for k in range(0, WIDTH, COLUMNS):
-            columns = k + tl.arange(0, COLUMNS)
-            inside = columns < WIDTH
-            x = tl.load(x_rows[:, None] + columns, mask=(token < size)[:, None] & inside, other=0)
-            W = tl.load(W_rows + columns[:, None], mask=inside[:, None] & (rows < OUT), other=0)
-            if x.dtype == tl.bfloat16:
-                accumulator = tl.dot(x, W, accumulator)
-            else:
-                # Three times eight bits are float32's 24: the parts are exact in bfloat16.
-                for _ in tl.static_range(3):
-                    part = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
-                    accumulator = tl.dot(part.to(tl.bfloat16), W, accumulator)
-                    x -= part
-        y = product + (start + token)[:, None] * OUT + rows
-        mask = (token < size)[:, None] & (rows < OUT)
-        tl.store(y, accumulator.to(product.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 
 from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config, dense_tokens
+from qmoe_jax.kernels.compressed_ragged_dot.gpu.shared import Config, dense_tokens
 
 SEGMENT = gap.SEGMENT
 WINDOW = gap.WINDOW

@@ -1,9 +1,4 @@
-"""Pallas kernels, on its Triton backend; those that decode are in `pallas_<codec>.py`.
-
-`gpu.py` says how they work. Interpreted on the CPU they are the executable reference of the Triton kernels.
-"""
-
-from __future__ import annotations
+"""Pallas kernels for all codecs: launches, and the dense product. `gpu.multiply` says what they take."""
 
 import functools
 
@@ -12,52 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_dictionary, gpu_gap, pallas_dictionary, pallas_gap
-from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config
-
-KERNELS = {"dictionary": (gpu_dictionary, pallas_dictionary), "gap": (gpu_gap, pallas_gap)}
-
-
-def why_not(rhs: CompressedExperts) -> str | None:
-    """Why this implementation cannot multiply by `rhs` here; None where it can."""
-    return gpu.why_not(rhs)
-
-
-def compressed_ragged_dot(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
-    """See `api.compressed_ragged_dot`. Invalid streams of the codec `dictionary` are read out of bounds.
-
-    Raises:
-      NotImplementedError: no GPU, another codec, or (when lowered) another platform than CUDA.
-    """
-    if reason := why_not(rhs):
-        raise NotImplementedError(f"implementation 'pallas' cannot run here: {reason}.")
-    # Without a default, lowering for another platform raises NotImplementedError.
-    return jax.lax.platform_dependent(lhs, rhs, group_sizes, cuda=multiply)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def multiply(
-    lhs: jax.Array,
-    rhs: CompressedExperts,
-    group_sizes: jax.Array,
-    *,
-    config: Config | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """`compressed_ragged_dot` where `why_not` says None; `interpret` runs the kernels on any platform."""
-    run = functools.partial(launch, interpret=interpret)
-    codec, kernels = KERNELS[rhs.codec]
-    return gpu.multiply(
-        lhs,
-        rhs,
-        group_sizes,
-        config,
-        codec=codec,
-        multiply_few=functools.partial(kernels.multiply_few, run),
-        decode=functools.partial(kernels.decode, run),
-        multiply_dense=functools.partial(multiply_dense, run),
-    )
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
 
 
 def launch(kernel, *inputs, out, **options):
@@ -68,7 +18,9 @@ def launch(kernel, *inputs, out, **options):
     return pl.pallas_call(kernel, out_shape=out_shape, **options)(*together)
 
 
-# --- The dense product, for all codecs -------------------------------------------------------------------
+def rows_of_program(per_item, block):
+    """Rows of the matrix of a program, of `per_item` programs for an item."""
+    return pl.program_id(0) % per_item * block + jnp.arange(block)
 
 
 def multiply_dense(launch, lhs, dense, items, out, config):
@@ -86,7 +38,7 @@ def multiply_dense(launch, lhs, dense, items, out, config):
 
 def _multiply_dense(lhs, dense, items, _, product, *, per_item, config):
     """A tile of tokens of one expert x a tile of its rows."""
-    item, rows = pl.program_id(0) // per_item, _rows(per_item, config.dense_rows)
+    item, rows = pl.program_id(0) // per_item, rows_of_program(per_item, config.dense_rows)
     size = items[item, gpu.SIZE]
 
     @pl.when(size > 0)
@@ -111,10 +63,6 @@ def _multiply_dense(lhs, dense, items, _, product, *, per_item, config):
         accumulator = jax.lax.fori_loop(0, pl.cdiv(width, config.dense_columns), add, accumulator)
         mask = (token < size)[:, None] & (rows < out)
         plgpu.store(product.at[tokens[:, None], rows[None, :]], accumulator.astype(product.dtype), mask=mask)
-
-
-def _rows(per_item, block):
-    return pl.program_id(0) % per_item * block + jnp.arange(block)
 
 
 def _bfloat16_parts(x):

@@ -1,4 +1,4 @@
-"""Pallas kernels for the codec `dictionary`; `gpu_dictionary.py` says how they work, `gpu.multiply` what they take."""
+"""Pallas kernels for the codec `dictionary`; `gpu/dictionary.py` says how they work, `gpu.multiply` what they take."""
 
 import functools
 
@@ -7,15 +7,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_dictionary
-from qmoe_jax.kernels.compressed_ragged_dot.gpu_dictionary import FIELD_BITS, LENGTH_SHIFT, MAX_NONZEROS
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot.gpu.dictionary import (
+    EXISTS,
+    FIELD_BITS,
+    LENGTH_SHIFT,
+    MAX_NONZEROS,
+    MAXIMUM,
+    PLACE,
+)
+from qmoe_jax.kernels.compressed_ragged_dot.pallas.shared import rows_of_program
 
 
 def multiply_few(launch, lhs, blocks, rhs, items, config):
     per_item, programs = gpu.launches(config, rhs.shape[1], items.shape[0])
     return launch(
         functools.partial(_multiply_few, per_item=per_item, config=config),
-        *(lhs, lhs if blocks is None else blocks, *gpu_dictionary.arrays(rhs), items),
+        *(lhs, lhs if blocks is None else blocks, *gpu.dictionary.arrays(rhs), items),
         out=jax.ShapeDtypeStruct((lhs.shape[0], rhs.shape[1]), lhs.dtype),
         grid=(programs,),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=1),
@@ -26,10 +34,10 @@ def multiply_few(launch, lhs, blocks, rhs, items, config):
 def decode(launch, rhs, items, config):
     _, out, width = rhs.shape
     per_item, programs = gpu.launches(config, out, items.shape[0])
-    zeros = jnp.zeros((items.shape[0] * out * width + 1,), jnp.bfloat16)
+    zeros = gpu.zeros(rhs, items)
     return launch(
         functools.partial(_decode, width=width, per_item=per_item, config=config),
-        *(zeros, *gpu_dictionary.arrays(rhs), items),
+        *(zeros, *gpu.dictionary.arrays(rhs), items),
         out=zeros,
         input_output_aliases={0: 0},
         grid=(programs,),
@@ -40,7 +48,7 @@ def decode(launch, rhs, items, config):
 
 def _multiply_few(lhs, blocks, codewords, row_offsets, levels, table, items, product, *, per_item, config):
     """A block of rows of one expert, times the tokens of one item."""
-    item, rows = pl.program_id(0) // per_item, _rows(per_item, config.rows)
+    item, rows = pl.program_id(0) // per_item, rows_of_program(per_item, config.rows)
     start, size = items[item, gpu.START], items[item, gpu.SIZE]
 
     def multiply_by(load, tokens):
@@ -79,7 +87,7 @@ def _multiply_few(lhs, blocks, codewords, row_offsets, levels, table, items, pro
 
 def _decode(_, codewords, row_offsets, levels, table, items, dense, *, width, per_item, config):
     """A block of rows of one expert, to places that hold zeros."""
-    item, rows = pl.program_id(0) // per_item, _rows(per_item, config.rows)
+    item, rows = pl.program_id(0) // per_item, rows_of_program(per_item, config.rows)
 
     @pl.when(items[item, gpu.SIZE] > 0)
     def some_tokens():
@@ -94,10 +102,6 @@ def _decode(_, codewords, row_offsets, levels, table, items, dense, *, width, pe
             return nothing
 
         _for_nonzeros(codewords, table, begin, end, config.codewords, write, 0)
-
-
-def _rows(per_item, block):
-    return pl.program_id(0) % per_item * block + jnp.arange(block)
 
 
 def _streams(row_offsets, levels, items, item, rows):
@@ -133,8 +137,8 @@ def _for_nonzeros(codewords, table, begin, end, block, visit, state):
         starts = position + jnp.cumsum(length, axis=0) - length
         for n in range(MAX_NONZEROS):
             shift = FIELD_BITS * n
-            columns = starts + (entry >> shift & gpu_dictionary.PLACE).astype(jnp.int32)
-            exists, is_high = ((entry & (bit << shift)) != 0 for bit in (gpu_dictionary.EXISTS, gpu_dictionary.MAXIMUM))
+            columns = starts + (entry >> shift & PLACE).astype(jnp.int32)
+            exists, is_high = ((entry & (bit << shift)) != 0 for bit in (EXISTS, MAXIMUM))
             state = visit(columns, exists, is_high, state)
         return position + jnp.sum(length, axis=0), next_entry, codeword, state
 

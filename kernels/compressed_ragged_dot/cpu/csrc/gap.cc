@@ -1,7 +1,7 @@
 // Tokens sorted by expert, times experts compressed by the gap codec: an XLA FFI custom call for CPU.
-// Loaded by ctypes from ../cpu.py, which also says what the arguments are.
+// Loaded by ctypes from ../__init__.py; ../gap.py says what the arguments are.
 
-#include "compressed_ragged_dot.h"
+#include "shared/compressed_ragged_dot.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -105,8 +105,8 @@ struct Block {
   bool sparse;
 };
 
-#define QMOE_DECODE "gap_decode.h"
-#include "instruction_sets.h"
+#define QMOE_DECODE "../gap_decode.h"
+#include "shared/instruction_sets.h"
 
 struct Gap {
   using Block = ::Block;
