@@ -71,12 +71,12 @@ def sources(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return found
 
 
-def describe(checkpoint: Checkpoint, plan: conversion.Plan) -> None:
+def describe(checkpoint: Checkpoint, writer: conversion.Writer) -> None:
     """Prints what would be read and written."""
     read = [[name, count, size] for name, (count, size) in sources(checkpoint).items()]
     read.append(["all", sum(row[1] for row in read), sum(row[2] for row in read)])
     reports.say(f"{checkpoint.path} would be read:\n\n{reports.table(('read', 'files', 'bytes'), read)}\n")
-    written = [[part.name, part.nbytes] for part in plan.parts]
+    written = [[part.name, part.nbytes] for part in writer.parts]
     known = None if any(size is None for _, size in written) else sum(size for _, size in written)
     written.append(["all", known])
     reports.say(f"Written (bytes of arrays, before they are packed):\n\n{reports.table(('write', 'bytes'), written)}")
@@ -87,7 +87,7 @@ def clear(output: pathlib.Path) -> None:
 
     Raises FileExistsError for a checkpoint of another layout, or one that says nothing.
     """
-    layouts = [name for name, fits, _ in LAYOUTS if fits(output)]
+    layouts = [layout.name for layout in LAYOUTS if layout.fits(output)]
     ours = [output / name for name in conversion.written_before(output)]
     if layouts and layouts[0] != FORMAT.value or (layouts and layouts[0] != "compressed" and not ours):
         raise FileExistsError(
@@ -114,19 +114,20 @@ def main(_):
         )
     if not DRY_RUN.value:
         common.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
-    plan = TARGETS[FORMAT.value](checkpoint, output, options)
-    for what in plan.lost:
+    writer = TARGETS[FORMAT.value](checkpoint, output, options)
+    for what in writer.lost:
         reports.say(f"lost: {what}")
     if DRY_RUN.value:
-        describe(checkpoint, plan)
+        describe(checkpoint, writer)
         return
 
     stages = resources.Stages()
     if continued:
-        reports.say(f"{output}: going on after {len(progress['parts'])} of {len(plan.parts)} parts")
+        reports.say(f"{output}: going on after {len(progress['parts'])} of {len(writer.parts)} parts")
     elif OVERWRITE.value:
         clear(output)
-    files = conversion.run(plan, output, identity)
+    with reports.progress(len(writer.parts), "converting", unit="part") as bar:
+        files = conversion.run(writer, output, identity, bar.update)
 
     before, after = sizes(checkpoint), sizes(open_checkpoint(output))
     report = {
@@ -134,12 +135,12 @@ def main(_):
         "format": FORMAT.value,
         "before": before,
         "after": after,
-        "lost": plan.lost,
+        "lost": writer.lost,
         "provenance": checkpoint.provenance,
         "seconds": stages.report()["total"],
         "peak_rss_bytes": resources.peak_rss_bytes(),
     }
-    names = conversion.write_report(plan, output, report, files)
+    names = conversion.write_report(writer, output, report, files)
     rows = [
         [
             f"{s['parameters'] / 1e6:.2f}",

@@ -25,7 +25,7 @@ def summary(report: dict) -> list[list]:
     return [
         ["layout", report["layout"]],
         ["published model", report["preset"]],
-        *map(list, report["architecture"].items()),
+        *report["summary"],
         ["parameters", f"{parameters['all']:,}, of which experts {parameters['experts']:,}"],
         ["dtypes", "; ".join(f"{name}: {count:,}" for name, count in report["dtypes"].items())],
         ["on disk", f"{on_disk['bytes']:,} bytes in {on_disk['files']:,} files" if on_disk["files"] else None],

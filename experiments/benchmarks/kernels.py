@@ -34,7 +34,12 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
 import common
 
-SHAPES = flags.DEFINE_list("shapes", list(arg_specs.SHAPES), "Names of shapes, comma-separated.")
+# The experts' matrices in the published Switch Transformers.
+MATRICES = dict(
+    zip(("base wo", "base wi", "large wo", "large wi", "c2048 wo", "c2048 wi"), arg_specs.SHAPES, strict=True)
+)
+
+SHAPES = flags.DEFINE_list("shapes", list(MATRICES), "Names of shapes, comma-separated.")
 LOADS = flags.DEFINE_list("loads", [f"{t}x{e}" for t, e in arg_specs.LOADS], "Loads as tokens x experts, such as 8x1.")
 CODEC_NAMES = flags.DEFINE_list("codecs", list(codecs.CODECS), "Codecs that implementations are measured with.")
 NAMES = flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "Those that cannot run here are left out.")
@@ -135,7 +140,7 @@ def compressed_product(name: str, rhs: CompressedExperts, tokens: int, active: i
 
 def benchmark_shape(name: str, loads: list[tuple[int, int]], names: list[tuple[str, str]], peak: float) -> list[dict]:
     """A row of the report for each load and product; `names` are of implementation and codec."""
-    out, width = arg_specs.SHAPES[name]
+    out, width = MATRICES[name]
     experts = max(math.ceil(DENSE_MB.value * 2**20 / (4 * out * width)), *(active for _, active in loads))
     levels = np.stack([-np.ones((experts, out)), np.ones((experts, out))], axis=-1)
     trits = arg_specs.random_trits(experts, out, width)
@@ -233,8 +238,8 @@ def processor() -> str:
 def main(_):
     loads = [tuple(map(int, load.split("x"))) for load in LOADS.value]
     for name in SHAPES.value:
-        if name not in arg_specs.SHAPES:
-            raise ValueError(f"--shapes: found {name!r}, expected among {', '.join(arg_specs.SHAPES)}.")
+        if name not in MATRICES:
+            raise ValueError(f"--shapes: found {name!r}, expected among {', '.join(MATRICES)}.")
     names = [(name, codec) for name in NAMES.value for codec in CODEC_NAMES.value if runs_here(name, codec)]
     peak = bandwidth()
     reports.say(f"{processor()}; a copy moves {peak / 1e9:.1f} GB/s\n")

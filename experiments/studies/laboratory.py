@@ -176,7 +176,7 @@ class Laboratory:
 
 def own_texts() -> dict[str, list[str]]:
     """Paragraphs of this project's own files, by kind of text."""
-    kinds = {"Python code": "qmoe_jax/**/*.py", "C++ code": "kernels/**/csrc/*", "licence": "LICENSE"}
+    kinds = {"Python code": "qmoe_jax/**/*.py", "C++ code": "kernels/**/csrc/**/*", "licence": "LICENSE"}
     found = {}
     for name, pattern in kinds.items():
         texts = [p.read_text(encoding="utf-8") for p in sorted(ROOT.glob(pattern)) if p.is_file()]

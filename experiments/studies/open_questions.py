@@ -173,8 +173,7 @@ def experts(lab: Laboratory, models: Sequence[str], **_) -> Result:
 
 def kernels(lab: Laboratory, **_) -> Result:
     """Weights per second of a one-token product against the density of the symbols, by codec, and the gap code's m."""
-    shape = "base wo"
-    out, width = arg_specs.SHAPES[shape]
+    out, width = arg_specs.SHAPES[0]
     count, rounds = (8, 2) if lab.small else (64, 60)
     levels = np.tile(np.array([-0.1, 0.1]), (count, out, 1)).astype(jnp.bfloat16)
 
@@ -202,7 +201,7 @@ def kernels(lab: Laboratory, **_) -> Result:
         if i < chosen:
             bars[rhs.codec][f"{zeros:g}"] = rate / 1e9
     return Result(
-        title=f"Weights per second of one token's product, {shape} {out} x {width}",
+        title=f"Weights per second of one token's product, base wo {out} x {width}",
         header=("P(0)", "codec", "m", "1e9 weights/s", "bits a weight"),
         rows=rows,
         data=data,

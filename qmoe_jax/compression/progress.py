@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.checkpoint import Checkpoint
 from qmoe_jax.checkpoints.compressed import PROGRESS, VERSION
 from qmoe_jax.files import sync, write_json
 from qmoe_jax.models.family import Example

@@ -9,7 +9,9 @@ A family is one folder beside this file, and one line in `families.py`. It owns
     Task                     what an example is and how examples are batched, which tokens calibrate
     model, forward, generate the Flax module, and what people call
 
-Models know no checkpoint: parameters have '/'-joined names, and whoever has them reads them.
+    Names                    per layout of checkpoints: what parameters are called there, what is told beside them
+
+Models open no file: parameters have '/'-joined names, and whoever has them reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-Shape = tuple[int, ...]
+from qmoe_jax.models.names import Shape, Tensors
+
 Example = tuple[np.ndarray, ...]  # token ids, int32, in one or several arrays [length]
 
 
@@ -271,59 +274,28 @@ class Config(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-class Family(Protocol):
-    """A family of models: one object, listed in `families.py`.
+class Names(Protocol):
+    """A family in a layout of checkpoints: what its parameters are called, and what files tell of its models.
 
-    Attributes:
-      name: kept in manifests.
-      title: in messages, such as 'a Switch Transformer'.
-      published_as: layout of its published checkpoints.
-      Config: class of its architectures.
-      PRESETS: published ones, by name.
-      told: fields of the config that parameters tell.
-      UNTOLD: of those that they don't, what a user may give, by name; and what it is, for the help of flags.
-      task: what an example is.
-      forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
-      generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
-        max_length].
+    `described` is what they tell, such as config.json; empty where they tell nothing. Errors don't name the files.
     """
 
-    name: str
-    title: str
-    published_as: str
-    Config: type
-    PRESETS: Mapping[str, Any]
-    told: tuple[str, ...]
-    UNTOLD: Mapping[str, str]
-    task: Task
-    forward: Callable[..., jax.Array]
-    generate: Callable[..., jax.Array]
+    def parameters(self, shapes: Mapping[str, Shape], described: Mapping[str, Any]) -> dict[str, Tensors]:
+        """The parameters that stored tensors make, from the tensors' shapes by name.
 
-    def infer(self, shapes: Mapping[str, Shape], **overrides: Any) -> Any:
-        """The architecture that parameters, by '/'-joined name, belong to.
-
-        Raises CheckpointError that lists all that are missing, foreign or of wrong shape.
+        Raises CheckpointError that lists tensors of another model, or experts that are missing.
         """
         ...
 
-    def param_shapes(self, config: Any) -> dict[str, Shape]:
-        """Of all parameters, by '/'-joined name; kernels are [in, out], experts' [experts, in, out]."""
+    def tensors(self, name: str, config: Any) -> Tensors:
+        """What a parameter is written to. Raises KeyError if there is none of that name."""
         ...
 
-    def expert_parameter(self, layer: str, matrix: str) -> str:
-        """Name of the parameter [experts, in, out] that holds a matrix of a layer's experts."""
-        ...
+    def config(self, shapes: Mapping[str, Shape], described: Mapping[str, Any], **overrides: Any) -> Any:
+        """The architecture, from shapes of parameters and what is told beside them.
 
-    def expert_of(self, name: str) -> tuple[str, str] | None:
-        """Layer and matrix of a parameter that holds experts; None: it is another parameter."""
-        ...
-
-    def is_small(self, name: str) -> bool:
-        """Whether a parameter is a norm or a router, by whose values a model is told from another."""
-        ...
-
-    def describe(self, config: Any) -> dict[str, str]:
-        """An architecture in words, by what is told: layers, experts, widths and so on, a line each."""
+        Raises CheckpointError that lists what is missing, foreign or of wrong shape, or contradicts each other.
+        """
         ...
 
     def model(self, config: Any, dtype: DTypeLike, mesh: Mesh | None) -> nn.Module:

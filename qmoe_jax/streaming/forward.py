@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from qmoe_jax import reports, resources
-from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.checkpoint import Checkpoint
 from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.models.expert_parallel import place_batch, replicate
