@@ -298,6 +298,77 @@ class Names(Protocol):
         """
         ...
 
+    def describe(self, config: Any, dtypes: Mapping[str, np.dtype], step: int | None) -> dict[str, Any]:
+        """What is to be told beside parameters of these dtypes, by name, after so many training steps.
+
+        Raises CheckpointError that lists all reasons why the layout can't hold the model.
+        """
+        ...
+
+    def lost(self, config: Any) -> list[str]:
+        """What the layout doesn't tell of a model that it can hold, in words."""
+        ...
+
+
+class Family(Protocol):
+    """A family of models: one object, listed in `families.py`.
+
+    Attributes:
+      name: kept in manifests.
+      title: in messages, such as 'a Switch Transformer'.
+      published_as: layout of its published checkpoints.
+      Config: class of its architectures.
+      PRESETS: published ones, by name.
+      told: fields of the config that parameters tell.
+      UNTOLD: of those that they don't, what a user may give, by name: what it is, for the help of flags.
+      task: what an example is.
+      names: by layout of checkpoints, 't5x', 'huggingface' or 'ista': those in which its models can be kept.
+      model_types: 'model_type' in the config.json of its models.
+      forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
+      generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
+        max_length].
+    """
+
+    name: str
+    title: str
+    published_as: str
+    Config: type
+    PRESETS: Mapping[str, Any]
+    told: tuple[str, ...]
+    UNTOLD: Mapping[str, str]
+    task: Task
+    names: Mapping[str, Names]
+    model_types: tuple[str, ...]
+    forward: Callable[..., jax.Array]
+    generate: Callable[..., jax.Array]
+
+    def summary(self, config: Any) -> list[tuple[str, str]]:
+        """What an architecture is, in words: lines of a table, such as ('heads x width', '12 x 64')."""
+        ...
+
+    def infer(self, shapes: Mapping[str, Shape], **overrides: Any) -> Any:
+        """The architecture that parameters, by '/'-joined name, belong to.
+
+        Raises CheckpointError that lists all that are missing, foreign or of wrong shape.
+        """
+        ...
+
+    def param_shapes(self, config: Any) -> dict[str, Shape]:
+        """Of all parameters, by '/'-joined name; kernels are [in, out], experts' [experts, in, out]."""
+        ...
+
+    def expert_parameter(self, layer: str, matrix: str) -> str:
+        """Name of the parameter [experts, in, out] that holds a matrix of a layer's experts."""
+        ...
+
+    def expert_of(self, name: str) -> tuple[str, str] | None:
+        """Layer and matrix of a parameter that holds experts; None: it is another parameter."""
+        ...
+
+    def is_small(self, name: str) -> bool:
+        """Whether a parameter is a norm or a router, by whose values a model is told from another."""
+        ...
+
     def model(self, config: Any, dtype: DTypeLike, mesh: Mesh | None) -> nn.Module:
         """The Flax module, whose parameters have these names."""
         ...
