@@ -20,7 +20,7 @@ import pytest
 import tiny_model
 
 import qmoe_jax
-from qmoe_jax.checkpoints import CheckpointError, CompressedWriter, compressed, open_checkpoint, write_t5x
+from qmoe_jax.checkpoints import TARGETS, CheckpointError, CompressedWriter, compressed, conversion, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 
 CONFIG = tiny_model.CONFIG
@@ -544,7 +544,8 @@ def test_a_full_disk_at_a_part(part, small_disk, experts):
 
 
 def test_a_compressed_model_goes_back_to_t5x_dequantized(original, experts, tmp_path):
-    write_t5x(tmp_path, open_checkpoint(original).dense_leaves(), step=7)
+    writer = TARGETS["t5x"](open_checkpoint(original), tmp_path, conversion.Options("float32"))
+    conversion.run(writer, tmp_path, "")
     native = open_checkpoint(tmp_path)
     assert native.config == open_checkpoint(original).config
     for layer, matrices in experts.items():
