@@ -145,7 +145,7 @@ def read_chunks(config: Config, most_bytes: int, scratch: str | None) -> float:
         for region in reading.regions(shape, chunk, 0, shape[0]):
             writer.write(region, rng.standard_normal(chunk, np.float32))
         (pathlib.Path(directory) / "checkpoint").write_bytes(index_file({name: entry}, 0))
-        source = open_t5x(directory).experts(name)
+        source = open_t5x(directory).source(name)
         how = reading.Reading(BFLOAT16)
 
         def run():

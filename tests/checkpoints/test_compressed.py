@@ -160,6 +160,7 @@ def test_the_public_loader_opens_it_and_the_model_runs(copy):
 def test_the_manifest_accounts_for_bytes_and_hashes(copy, experts):
     manifest = json.loads((copy / "manifest.json").read_text())
     assert (manifest["format"], manifest["format_version"]) == ("qmoe_jax", 2)
+    assert manifest["family"] == "switch"
     assert set(manifest["layers"]) == set(LAYERS)
     for layer, part in manifest["layers"].items():
         assert part["bytes"] == sum(e.nbytes for _, _, e in experts[layer].values())
@@ -258,6 +259,17 @@ def test_version_1_is_read(copy, experts):
     ((_, _, found),) = checkpoint.experts(LAYERS[0])
     for matrix, (symbols, _, _) in experts[LAYERS[0]].items():
         np.testing.assert_array_equal(found[matrix].symbols(), symbols)
+
+
+def test_a_manifest_from_before_there_were_families_is_read(copy):
+    edit_manifest(copy, lambda m: m.pop("family"))
+    read_everything(copy)
+    assert open_checkpoint(copy).config == CONFIG
+
+
+def test_an_unknown_family_is_refused(copy):
+    edit_manifest(copy, lambda m: m.update(family="hydra"))
+    assert_refused(copy, "manifest.json", "family 'hydra'", "'switch'")
 
 
 def test_shards_that_lack_experts(copy):
@@ -503,7 +515,7 @@ def no_space(*args, **kwargs):
 def test_a_full_disk_at_the_manifest(call, tmp_path, experts, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     with monkeypatch.context() as m:
-        m.setattr(f"qmoe_jax.reports.os.{call}", no_space)
+        m.setattr(f"qmoe_jax.files.os.{call}", no_space)
         with pytest.raises(OSError, match="No space left"):
             write(tmp_path, experts)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
