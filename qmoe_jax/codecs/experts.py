@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 
 from qmoe_jax import codecs
 
-
 MOST_LEVEL = 1e4  # of stored levels; no trained weight comes near
 
 
