@@ -21,20 +21,25 @@ def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
     return nn.initializers.normal(fan_in**-0.5)
 
 
-class Kernel(nn.Module):
-    """A parameter called 'kernel' under this module's name, returned as it is stored.
+def stored(module: nn.Module, name: str, shape: tuple[int, ...], fan_in: int) -> Any:
+    """A module's parameter as it is stored. For use in a compact method.
 
     A stored value that is no array (compressed experts) is returned as well, which `self.param` would refuse.
     """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, fan_in_normal(fan_in), shape, jnp.float32)
+
+
+class Kernel(nn.Module):
+    """A parameter called 'kernel' under this module's name, see `stored`."""
 
     shape: tuple[int, ...]
     fan_in: int
 
     @nn.compact
     def __call__(self):
-        if self.has_variable("params", "kernel"):
-            return self.get_variable("params", "kernel")
-        return self.param("kernel", fan_in_normal(self.fan_in), self.shape, jnp.float32)
+        return stored(self, "kernel", self.shape, self.fan_in)
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------

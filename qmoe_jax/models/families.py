@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
-from qmoe_jax.models import switch
+from qmoe_jax.models import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe, switch
 from qmoe_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     "switch": switch.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 
