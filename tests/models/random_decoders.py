@@ -56,7 +56,7 @@ def random_params(config, seed=0):
             values *= shape[-2] ** -0.5 if name.endswith("/kernel") else 1
         else:  # biases, sinks, corrections
             values *= 0.3
-        flat[name] = values.astype(np.float32)
+        flat[name] = jnp.asarray(values, jnp.float32)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -167,24 +167,23 @@ def test_four_devices_are_one(name):
     placed = jax.tree_util.tree_map_with_path(place, params)
     real = np.arange(LENGTHS.max()) < LENGTHS[:, None]
     one, four = (
-        np.asarray(qmoe_jax.forward(m, p, tokens, lengths=LENGTHS))[real]
-        for m, p in ((model, params), (spread, placed))
+        np.asarray(qmoe_jax.forward(*pair, tokens, lengths=LENGTHS))[real]
+        for pair in ((model, params), (spread, placed))
     )
     np.testing.assert_allclose(four, one, atol=1e-4)
-    options = dict(max_length=NEW, lengths=LENGTHS, stop=())
-    np.testing.assert_array_equal(
-        qmoe_jax.generate(spread, placed, tokens, **options), qmoe_jax.generate(model, params, tokens, **options)
-    )
+    if name == "gpt_oss":
+        options = dict(max_length=NEW, lengths=LENGTHS, stop=())
+        expected = qmoe_jax.generate(model, params, tokens, **options)
+        np.testing.assert_array_equal(qmoe_jax.generate(spread, placed, tokens, **options), expected)
 
 
 # --- The streamed pass ------------------------------------------------------------------------------------------------
 
 SETTINGS = {
     "all at once": streaming.Settings(),
-    "one example, one expert, five tokens at once": streaming.Settings(
-        tokens_per_batch=1, tokens_per_expert_call=5, experts_per_group=1
+    "a row, few tokens, groups of three experts": streaming.Settings(
+        tokens_per_batch=1, tokens_per_expert_call=16, experts_per_group=3
     ),
-    "groups of three experts": streaming.Settings(tokens_per_batch=70, experts_per_group=3),
 }
 
 
@@ -194,11 +193,12 @@ def examples(config, lengths=(40, 9, 2, 33, 17)):
 
 
 def expected_losses(model, params, texts):
-    losses = []
-    for (tokens,) in texts:
-        logits = qmoe_jax.forward(model, params, tokens[None, :-1])[0]
-        losses.append(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]).sum())
-    return np.array(losses)
+    """Of all examples in one padded batch."""
+    lengths = np.array([len(tokens) - 1 for (tokens,) in texts])
+    padded = np.stack([np.pad(tokens, (0, lengths.max() + 1 - len(tokens))) for (tokens,) in texts])
+    logits = qmoe_jax.forward(model, params, padded[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, padded[:, 1:])
+    return np.sum(np.where(np.arange(lengths.max()) < lengths[:, None], losses, 0), axis=1)
 
 
 def test_streamed_losses_are_those_of_whole_passes(name):
