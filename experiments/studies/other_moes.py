@@ -19,7 +19,7 @@ import tempfile
 from absl import app, flags
 
 from qmoe_jax import files, reports, streaming
-from qmoe_jax.checkpoints import open_checkpoint, write_t5x
+from qmoe_jax.checkpoints import TARGETS, conversion, open_checkpoint
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models import families
 from qmoe_jax.quantization.methods import TERNARY
@@ -71,7 +71,9 @@ def measure(path: str, untold: dict, config) -> dict[str, dict]:
                 what=name,
             )
         compressed = open_checkpoint(os.path.join(directory, "compressed"))
-        dense = open_checkpoint(write_t5x(directory, compressed.dense_leaves(), dtype="bfloat16"), **untold)
+        folder = pathlib.Path(directory, "dense")
+        conversion.run(TARGETS["t5x"](compressed, folder, conversion.Options("bfloat16")), folder, "")
+        dense = open_checkpoint(folder, **untold)
         totals = [losses(of, memory).total for of in (compressed, dense)]
     found[SAVED]["compressed_minus_dequantized"] = float(abs(totals[0] - totals[1]).max())
     return found

@@ -66,7 +66,8 @@ def explicit(index: Index, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
 
 def box_of(index: Index, shape: tuple[int, ...]) -> tuple[tuple[range, ...], tuple[int | slice, ...]]:
     """The smallest box that holds all that `index` selects, and what is to be selected of it."""
-    box, rest = [], []
+    box: list[range] = []
+    rest: list[int | slice] = []
     for entry in explicit(index, shape):
         if isinstance(entry, int):
             box.append(range(entry, entry + 1))

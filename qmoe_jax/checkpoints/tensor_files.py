@@ -40,7 +40,8 @@ class TensorFile(Protocol):
       specs: shape and dtype by name.
     """
 
-    specs: Mapping[str, jax.ShapeDtypeStruct]
+    @property
+    def specs(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
 
     def read(self, name: str, index: Index = ()) -> np.ndarray: ...
 

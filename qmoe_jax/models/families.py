@@ -8,12 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
-from qmoe_jax.models import switch
+from qmoe_jax.models import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe, switch
 from qmoe_jax.models.family import Family
 from qmoe_jax.models.names import Shape
 
 FAMILIES: dict[str, Family] = {
     "switch": switch.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 

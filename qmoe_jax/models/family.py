@@ -92,7 +92,7 @@ class Layer(NamedTuple):
 
     Attributes:
       name: what the names of its parameters begin with; also what reports call it.
-      stream: whose activations it changes, such as 'decoder'; a model has one or several.
+      stream: whose activations it changes, by name; a model has one or several.
       attend: attend(params, shared, x, context, tokens) -> x, h, routing. It gets the layer's parameters, nested, by
         their names below the layer's; those in `shared`, by their whole names; activations x [rows, length, d_model];
         those of the streams in `context`, by name; and the batch's token arrays. A layer with experts leaves these
@@ -135,7 +135,7 @@ class Stream(NamedTuple):
     """Activations that go through consecutive layers.
 
     Attributes:
-      name: such as 'encoder'.
+      name: as layers have it.
       begins: begins(params, example) -> [length, d_model], NumPy: what the first layer gets.
       begins_with: prefixes of the parameters that it takes, nested, by their whole names.
       ends: ends(params, x) -> x, after the last layer; None: nothing is done.

@@ -27,12 +27,12 @@ class Part(NamedTuple):
     """Which outputs of a tensor are a parameter's, where several share one, such as gate and up.
 
     Attributes:
-      index: of the parameter among them.
+      number: the parameter's, among them.
       of: how many they are.
-      interleaved: output j is of parameter j % of; otherwise they lie side by side.
+      interleaved: output j is of parameter number j % of; otherwise they lie side by side.
     """
 
-    index: int
+    number: int
     of: int
     interleaved: bool = False
 
@@ -41,8 +41,8 @@ class Part(NamedTuple):
         if begin == end:
             return slice(0, 0)
         if self.interleaved:
-            return slice(self.index + begin * self.of, self.index + (end - 1) * self.of + 1, self.of)
-        return slice(self.index * size + begin, self.index * size + end)
+            return slice(self.number + begin * self.of, self.number + (end - 1) * self.of + 1, self.of)
+        return slice(self.number * size + begin, self.number * size + end)
 
 
 class Packed(NamedTuple):
@@ -144,7 +144,8 @@ class Table:
           CheckpointError: experts are missing.
         """
         names = list(names)
-        there, beside = set(names), set()
+        there = set(names)
+        beside: set[str] = set()
         found: dict[str, dict[int, tuple[int, str, Packed | None]]] = {}  # parameter -> expert -> row, tensor, ...
         foreign = []
         for name in names:

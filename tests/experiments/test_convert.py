@@ -287,8 +287,14 @@ def test_compressed_experts_become_dense_ones(run, target, tmp_path):
     assert code == 0, errors
     found = open_checkpoint(output)
     assert found.config == original.config
-    for name, read in original.dense_leaves().items():
-        np.testing.assert_array_equal(found.read(name), read())
+    expected = {name: original.read(name) for name in original.specs}
+    for layer in original.config.sparse_layers:
+        ((_, _, kernels),) = original.experts(layer)
+        for matrix, kernel in kernels.items():
+            expected[f"{layer}/mlp/expert/{matrix}/kernel"] = np.asarray(kernel.to_dense()).swapaxes(1, 2)
+    assert set(expected) == set(found.specs)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found.read(name), value)
         assert found.specs[name].dtype.name == "bfloat16"
 
 

@@ -15,7 +15,7 @@ from tiny_model import NUM_CALIBRATION, NUM_VALIDATION, bfloat16, random_params
 
 import qmoe_jax
 from qmoe_jax import streaming
-from qmoe_jax.checkpoints import Checkpoint, CheckpointError, open_checkpoint, write_t5x
+from qmoe_jax.checkpoints import TARGETS, Checkpoint, CheckpointError, conversion, open_checkpoint
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.switch import Examples, Vocabulary, load_examples
@@ -336,7 +336,8 @@ def test_where_experts_choose_it_evaluates_as_reported_in_the_same_batches(docum
     tokens = report["layers"]["encoder/layers_0"]["tokens_per_expert"]
     assert 0 < min(tokens) and max(tokens) < calibrates("encoder", documents).sum()
 
-    dense = write_t5x(tmp_path / "dense", checkpoint.dense_leaves())
+    dense = tmp_path / "dense"
+    conversion.run(TARGETS["t5x"](checkpoint, dense, conversion.Options("float32")), dense, "")
     encoder, decoder, _ = padded(documents.validation.pairs)
     models = [qmoe_jax.load(tmp_path / "out"), qmoe_jax.load(dense, **untold)]
     logits = [qmoe_jax.forward(*loaded, encoder, decoder) for loaded in models]

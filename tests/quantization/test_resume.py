@@ -180,6 +180,19 @@ def test_rows_are_written_and_read_by_whoever_has_them(tmp_path):
         progress.read_rows(tmp_path / "x", OwnRows(np.zeros((7, 3), np.float32), np.arange(98, 105), 105))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checksums_of_parts_add_up_to_that_of_the_whole(dtype):
+    import ml_dtypes
+
+    values = np.random.default_rng(0).normal(size=(100, 3)).astype(getattr(ml_dtypes, dtype, dtype))
+    whole = progress.checksum(OwnRows(values, None, 100))
+    owner = np.random.default_rng(1).integers(0, 3, 100)
+    rows = [np.flatnonzero(owner == i) for i in range(3)]
+    assert sum(progress.checksum(OwnRows(values[r], r, 100)) for r in rows) % 2**64 == whole
+    for change in (values[::-1], np.where(np.arange(3) == 1, -values, values).astype(values.dtype), 0 * values):
+        assert progress.checksum(OwnRows(change, None, 100)) != whole
+
+
 def test_layers_since_the_last_commit_are_done_again(arguments, whole, tmp_path):
     output, due = tmp_path / "out", iter([True, False])
 
@@ -315,6 +328,17 @@ def test_committed_files_that_changed_are_refused(arguments, tmp_path):
     os.truncate(activations, 100)
     with pytest.raises(OtherRunError, match="not whole"):
         compress_examples(**arguments, output=str(output))
+
+
+def test_committed_activations_that_changed_are_refused(arguments, tmp_path):
+    output = tmp_path / "out"
+    interrupt(arguments, output, commits=1)
+    (activations,) = (output / "progress").glob("x-*")
+    content = activations.read_bytes()
+    for changed in (bytes(len(content)), content[:-4] + b"\0\0\0\1", content[4:] + content[:4]):
+        activations.write_bytes(changed)
+        with pytest.raises(OtherRunError, match="has changed since it was committed"):
+            compress_examples(**arguments, output=str(output))
 
 
 def test_overwrite_starts_anew(arguments, whole, tmp_path):

@@ -1,10 +1,10 @@
 """Compressed checkpoints: a directory that is whole when, and only when, its manifest is there.
 
-    OUT/layers/encoder.layers_1/0-of-4/   one Orbax checkpoint per shard of a sparse layer: what the codec stores of
+    OUT/layers/LAYER/0-of-4/              one Orbax checkpoint per shard of a sparse layer: what the codec stores of
                                           the matrices of consecutive experts, shard i of n from i * experts // n on
     OUT/dense/                            one Orbax checkpoint for everything else, bfloat16
-    OUT/manifest.json                     format version, model, quantization, codec, bytes and SHA-256 of each part;
-                                          written last
+    OUT/manifest.json                     format version, family, model, quantization, codec, bytes and SHA-256 of each
+                                          part; written last
 
 A part is verified against its SHA-256 when it is read, so a model can be read layer by layer, and experts without the
 other shards; the manifest, against its own, when it is opened. The same contents give the same files, byte for byte.

@@ -63,7 +63,8 @@ class CompressedCheckpoint(Checkpoint):
                 f"{file} has changed since it was written (its SHA-256 is not that of its contents); copy it again."
             )
         try:
-            self.config = _family(manifest).Config.from_dict({**manifest["model"], **overrides})
+            Config: Any = _family(manifest).Config
+            self.config = Config.from_dict({**manifest["model"], **overrides})
             self.codec = manifest["codec"]["name"]
             self.provenance = manifest["provenance"]
             self.quantization = manifest["quantization"]
