@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -44,7 +44,7 @@ class DecoderFamily:
     left_out: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(names.LEFT_OUT))
 
     published_as = "huggingface"
-    UNTOLD: tuple[str, ...] = ()  # config.json tells all
+    UNTOLD: ClassVar[Mapping[str, str]] = {}  # config.json tells all
     task = NextToken()
 
     expert_parameter = staticmethod(parameters.expert_parameter)

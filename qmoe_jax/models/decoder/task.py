@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -201,6 +201,9 @@ class NextToken:
     def predicted(self, examples: Sequence[Example]) -> np.ndarray:
         return np.array([len(tokens) - 1 for (tokens,) in examples])
 
+    def targets(self, example: Example) -> np.ndarray:
+        return example[0][1:]
+
     def special(self, examples: Sequence[Example], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
         """None are: there are no sentinels here."""
         return {TEXT: np.zeros(int(self.predicted(examples).sum()), bool)}
@@ -211,3 +214,15 @@ class NextToken:
     def filled(self, rows: int, lengths: Mapping[str, int]) -> tuple[np.ndarray, ...]:
         tokens = np.ones((rows, lengths[TEXT]), np.int32)
         return tokens, tokens
+
+    def prompt(self, vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """A text to go on from. The model's own tokens stop it; what pads is no text, if EOS is known."""
+        ids = vocabulary.encode(text)
+        if not ids:
+            raise ValueError("it is empty; give a text to go on from.")
+        begin = [] if vocabulary.bos is None else [vocabulary.bos]
+        options = {} if vocabulary.eos is None else {"pad": vocabulary.eos}
+        return np.array(begin + ids, np.int32), options
+
+    def completed(self, vocabulary: Vocabulary, tokens: np.ndarray, written: np.ndarray) -> str:
+        return vocabulary.decode([*tokens, *written])
