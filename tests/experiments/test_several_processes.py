@@ -14,7 +14,8 @@ from qmoe_jax.quantization import trials
 
 # With so few experts as a process has here.
 CODE = """
-import runpy, sys
+import os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 from qmoe_jax.quantization import trials
 trials.TRIAL_WEIGHTS, trials.TRIAL_EXPERTS = 1, 2
 runpy.run_path(sys.argv[0], run_name="__main__")
