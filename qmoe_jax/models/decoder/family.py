@@ -116,10 +116,8 @@ class DecoderFamily:
     def attention_bytes(self, config: Any, longest: Mapping[str, int], tokens_per_batch: int) -> int:
         length = longest[stream.TEXT]
         rows = max(1, tokens_per_batch // length)
-        heads = config.num_heads * max(getattr(config, "head_dim", 0), getattr(config, "query_dim", 0))
-        dense = config.shared_width if config.is_sparse(config.num_layers - 1) else config.dense_width
-        widest = max(dense, config.shared_width, 0 if config.is_sparse(0) else config.dense_width)
-        wide = 4 * heads + 6 * config.d_model + 3 * widest
+        widest = max(config.shared_width, config.dense_width if config.dense_layers else 0)
+        wide = 4 * config.num_heads * config.query_dim + 6 * config.d_model + 3 * widest
         return 4 * (3 * rows * config.num_heads * length**2 + max(tokens_per_batch, length) * wide)
 
     def loss_bytes(self, config: Any, longest: Mapping[str, int]) -> int:

@@ -123,7 +123,9 @@ def load_examples(
             size, joined = window - len(begin), rest + list(itertools.chain.from_iterable(pieces))
             cut = len(joined) - len(joined) % size
             pieces, rest = [joined[i : i + size] for i in range(0, cut, size)], joined[cut:]
-        for ids in pieces[: num_documents - len(windows)]:
+        for ids in pieces:
+            if len(windows) == num_documents:
+                break
             if len(begin) + len(ids) > max_length:
                 num_too_long += 1
             elif len(ids) < _SHORTEST:
