@@ -1,5 +1,7 @@
 """Routing, positions, masks and caches of decoders by themselves."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,8 +52,8 @@ def test_products_of_rotated_vectors_depend_on_distance():
     rng = np.random.RandomState(1)
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
     for neighbours in (False, True):
-        at = lambda x, p: rotate(x, jnp.array([[p]]), Rope(100.0), neighbours=neighbours)
-        near, far = (jnp.sum(at(q, p) * at(k, p + 3)) for p in (0, 20))
+        at = functools.partial(rotate, rope=Rope(100.0), neighbours=neighbours)
+        near, far = (jnp.sum(at(q, jnp.array([[p]])) * at(k, jnp.array([[p + 3]]))) for p in (0, 20))
         np.testing.assert_allclose(near, far, rtol=1e-4)
 
 
@@ -85,5 +87,6 @@ def test_a_cache_keeps_each_row_s_last_tokens():
     cache = LayerCache.of((memory,), jnp.array([5, 2]), 3)
     assert [sorted(row) for row in cache.positions.tolist()] == [[2, 3, 4], [-1, 0, 1]]
     cache = cache.put((jnp.array([[[50.0]], [[20.0]]]),), jnp.array([[5], [2]]))
-    kept = [dict(zip(p, m, strict=True)) for p, m in zip(cache.positions.tolist(), cache.memory[0][..., 0].tolist())]
+    rows = zip(cache.positions.tolist(), cache.memory[0][..., 0].tolist(), strict=True)
+    kept = [dict(zip(positions, values, strict=True)) for positions, values in rows]
     assert kept == [{3: 3.0, 4: 4.0, 5: 50.0}, {0: 6.0, 1: 7.0, 2: 20.0}]
