@@ -16,7 +16,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(STAMP): setup.cfg pyproject.toml setup.py $(wildcard kernels/*/csrc/*)
+$(STAMP): setup.cfg pyproject.toml setup.py $(shell find kernels -type f -path '*/csrc/*')
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, found: $$($(PYTHON) --version). Try make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

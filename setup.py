@@ -10,7 +10,8 @@ import pathlib
 
 from setuptools import Extension, setup
 
-CSRC = "kernels/compressed_ragged_dot/csrc"
+# Through the link qmoe_jax/kernels, which is a folder in an sdist.
+CPU = "qmoe_jax/kernels/compressed_ragged_dot/cpu"
 
 
 def cpu_kernels() -> list[Extension]:
@@ -20,9 +21,9 @@ def cpu_kernels() -> list[Extension]:
         return []
     return [
         Extension(
-            "qmoe_jax.kernels.compressed_ragged_dot._cpu",
-            sources=[f"{CSRC}/dictionary.cc", f"{CSRC}/gap.cc"],
-            depends=sorted(glob.glob(f"{CSRC}/*.h")),
+            f"{CPU.replace('/', '.')}._cpu",
+            sources=sorted(glob.glob(f"{CPU}/csrc/**/*.cc", recursive=True)),
+            depends=sorted(glob.glob(f"{CPU}/csrc/**/*.h", recursive=True)),
             include_dirs=[str(pathlib.Path(jaxlib.submodule_search_locations[0]) / "include")],
             language="c++",
             optional=True,

@@ -10,17 +10,15 @@ OUT gets the checkpoint, convert.json and, where the checkpoint has none of its 
 SHA256SUMS`). A conversion that was stopped goes on where it was when the same command is given again.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import math
 import pathlib
 
 from absl import app, flags
 
-from qmoe_jax import codecs, experiment, reports, resources
+import common
+from qmoe_jax import codecs, reports, resources
 from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
+from qmoe_jax.models import families
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "out/compressed", "Checkpoint of any layout.")
 OUTPUT = flags.DEFINE_string("output", "out/converted", "Directory for the new checkpoint and convert.json.")
@@ -33,8 +31,10 @@ SHARD_MB = flags.DEFINE_float("shard_mb", 2048, "About how large files of severa
 NUM_SHARDS = flags.DEFINE_integer(
     "num_shards", None, "Of each layer's experts (compressed): devices or hosts that read one each. Default: by size."
 )
-TOP_K = flags.DEFINE_integer("top_k", None, "Experts per token, where the checkpoint doesn't tell (T5X): default 1.")
-EXPERTS_CHOOSE = flags.DEFINE_float("experts_choose", None, "Their capacity factor, if the encoder's experts choose.")
+UNTOLD = {
+    field: (flags.DEFINE_integer if kind is int else flags.DEFINE_float)(field, None, f"Of the model: {what}.")
+    for field, (kind, what) in families.untold().items()
+}
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what would be read and written.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
 
@@ -71,17 +71,15 @@ def sources(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return found
 
 
-def describe(checkpoint: Checkpoint, plan: conversion.Plan) -> None:
+def describe(checkpoint: Checkpoint, writer: conversion.Writer) -> None:
     """Prints what would be read and written."""
     read = [[name, count, size] for name, (count, size) in sources(checkpoint).items()]
     read.append(["all", sum(row[1] for row in read), sum(row[2] for row in read)])
     reports.say(f"{checkpoint.path} would be read:\n\n{reports.table(('read', 'files', 'bytes'), read)}\n")
-    written = [[part.name, part.nbytes] for part in plan.parts]
+    written = [[part.name, part.nbytes] for part in writer.parts]
     known = None if any(size is None for _, size in written) else sum(size for _, size in written)
     written.append(["all", known])
-    reports.say(
-        f"Written (bytes of arrays, before they are packed):\n\n{reports.table(('write', 'bytes'), written)}"
-    )
+    reports.say(f"Written (bytes of arrays, before they are packed):\n\n{reports.table(('write', 'bytes'), written)}")
 
 
 def clear(output: pathlib.Path) -> None:
@@ -89,7 +87,7 @@ def clear(output: pathlib.Path) -> None:
 
     Raises FileExistsError for a checkpoint of another layout, or one that says nothing.
     """
-    layouts = [name for name, fits, _ in LAYOUTS if fits(output)]
+    layouts = [layout.name for layout in LAYOUTS if layout.fits(output)]
     ours = [output / name for name in conversion.written_before(output)]
     if layouts and layouts[0] != FORMAT.value or (layouts and layouts[0] != "compressed" and not ours):
         raise FileExistsError(
@@ -102,8 +100,8 @@ def clear(output: pathlib.Path) -> None:
 
 def main(_):
     codecs.get(CODEC.value)
-    untold = {"top_k": TOP_K.value, "experts_choose": EXPERTS_CHOOSE.value}
-    checkpoint = open_checkpoint(CHECKPOINT.value, **{k: v for k, v in untold.items() if v is not None})
+    untold = {field: flag.value for field, flag in UNTOLD.items() if flag.value is not None}
+    checkpoint = open_checkpoint(CHECKPOINT.value, **untold)
     output = pathlib.Path(OUTPUT.value)
     options = conversion.Options(DTYPE.value, CODEC.value, int(SHARD_MB.value * 1e6), NUM_SHARDS.value)
     identity = conversion.fingerprint(checkpoint, FORMAT.value, options)
@@ -115,20 +113,21 @@ def main(_):
             "again, choose another directory, or give --overwrite."
         )
     if not DRY_RUN.value:
-        experiment.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
-    plan = TARGETS[FORMAT.value](checkpoint, output, options)
-    for what in plan.lost:
+        common.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
+    writer = TARGETS[FORMAT.value](checkpoint, output, options)
+    for what in writer.lost:
         reports.say(f"lost: {what}")
     if DRY_RUN.value:
-        describe(checkpoint, plan)
+        describe(checkpoint, writer)
         return
 
     stages = resources.Stages()
     if continued:
-        reports.say(f"{output}: going on after {len(progress['parts'])} of {len(plan.parts)} parts")
+        reports.say(f"{output}: going on after {len(progress['parts'])} of {len(writer.parts)} parts")
     elif OVERWRITE.value:
         clear(output)
-    files = conversion.run(plan, output, identity)
+    with reports.progress(len(writer.parts), "converting", unit="part") as bar:
+        files = conversion.run(writer, output, identity, bar.update)
 
     before, after = sizes(checkpoint), sizes(open_checkpoint(output))
     report = {
@@ -136,12 +135,12 @@ def main(_):
         "format": FORMAT.value,
         "before": before,
         "after": after,
-        "lost": plan.lost,
+        "lost": writer.lost,
         "provenance": checkpoint.provenance,
         "seconds": stages.report()["total"],
         "peak_rss_bytes": resources.peak_rss_bytes(),
     }
-    names = conversion.write_report(plan, output, report, files)
+    names = conversion.write_report(writer, output, report, files)
     rows = [
         [
             f"{s['parameters'] / 1e6:.2f}",
@@ -156,4 +155,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -11,7 +11,8 @@ import collections
 
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports
+import common
+from qmoe_jax import files, reports
 from qmoe_jax.checkpoints.inspection import inspect
 
 DENSITY = flags.DEFINE_bool("density", False, "Decode compressed experts to count non-zero weights.")
@@ -20,21 +21,11 @@ REPORT = flags.DEFINE_string("report", None, "JSON file for all that is found.")
 
 def summary(report: dict) -> list[list]:
     """Lines of the table: what, and what was found."""
-    model, parameters, on_disk = report["model"], report["parameters"], report["on_disk"]
-    stacks = ", ".join(
-        f"{model[f'num_{stack}_layers']} {stack} ({len(model[f'{stack}_sparse_layers'])} sparse)"
-        for stack in ("encoder", "decoder")
-    )
-    routing = f"top-{model['top_k']}" + ("" if model["experts_choose"] is None else ", in the encoder experts choose")
-    mlp = "gated gelu" if model["gated"] else "relu"
+    parameters, on_disk = report["parameters"], report["on_disk"]
     return [
         ["layout", report["layout"]],
         ["published model", report["preset"]],
-        ["layers", stacks],
-        ["experts", f"{model['num_experts']} in each sparse layer, {mlp}, {routing}"],
-        ["d_model, d_ff", f"{model['d_model']}, {model['d_ff']}"],
-        ["heads x width", f"{model['num_heads']} x {model['head_dim']}"],
-        ["vocabulary", f"{model['vocab_size']}, logits {'tied' if model['tied'] else 'untied'}"],
+        *report["summary"],
         ["parameters", f"{parameters['all']:,}, of which experts {parameters['experts']:,}"],
         ["dtypes", "; ".join(f"{name}: {count:,}" for name, count in report["dtypes"].items())],
         ["on disk", f"{on_disk['bytes']:,} bytes in {on_disk['files']:,} files" if on_disk["files"] else None],
@@ -69,4 +60,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

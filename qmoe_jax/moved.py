@@ -17,6 +17,8 @@ from typing import Any
 
 # Old module: where its names are now, searched in this order.
 MODULES: dict[str, tuple[str, ...]] = {
+    # For users' own configs: there while a script of experiments/ runs.
+    "qmoe_jax.experiment": ("common", "qmoe_jax.resources"),
     "qmoe_jax.config": ("qmoe_jax.models.switch.config", "qmoe_jax.models.families"),
     "qmoe_jax.reporting": ("qmoe_jax.reports", "qmoe_jax.files", "qmoe_jax.resources"),
     "qmoe_jax.figures": ("qmoe_jax.reports.figures",),
@@ -27,8 +29,14 @@ MODULES: dict[str, tuple[str, ...]] = {
     "qmoe_jax.models.moe": ("qmoe_jax.models.switch.routing", "qmoe_jax.models.experts"),
     "qmoe_jax.models.decoding": ("qmoe_jax.models.switch.decoding",),
     "qmoe_jax.checkpoints.architecture": ("qmoe_jax.models.switch.parameters", "qmoe_jax.models.families"),
+    "qmoe_jax.checkpoints.base": ("qmoe_jax.checkpoints.checkpoint",),
+    "qmoe_jax.checkpoints.compressed_target": ("qmoe_jax.checkpoints.compressed.target",),
     "qmoe_jax.checkpoints.errors": ("qmoe_jax.errors",),
     "qmoe_jax.checkpoints.names": ("qmoe_jax.models.switch.names",),
+    "qmoe_jax.checkpoints.native": ("qmoe_jax.checkpoints.t5x.checkpoint",),
+    "qmoe_jax.checkpoints.t5x_files": ("qmoe_jax.checkpoints.t5x.files", "qmoe_jax.checkpoints.retry"),
+    "qmoe_jax.checkpoints.t5x_index": ("qmoe_jax.checkpoints.t5x.index",),
+    "qmoe_jax.checkpoints.t5x_target": ("qmoe_jax.checkpoints.t5x.target",),
     "qmoe_jax.data": ("qmoe_jax.models.switch", "qmoe_jax.errors"),
     "qmoe_jax.data.batches": ("qmoe_jax.models.switch.batches",),
     "qmoe_jax.data.errors": ("qmoe_jax.errors",),
@@ -48,7 +56,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
 }
 # Old names whose new one is called otherwise.
-RENAMED = {("qmoe_jax.quantization.pipeline", "compress"): ("qmoe_jax.compression.compress", "compress_examples")}
+RENAMED = {
+    ("qmoe_jax.quantization.pipeline", "compress"): ("qmoe_jax.compression.compress", "compress_examples"),
+    ("qmoe_jax.checkpoints.base", "is_expert_kernel"): ("qmoe_jax.models.switch.parameters", "expert_of"),
+    ("qmoe_jax.checkpoints.names", "Tensors"): ("qmoe_jax.models.names", "Tensors"),
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

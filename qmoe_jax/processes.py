@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,26 @@ class Processes:
         """The first process's value, on every process; a JSON value."""
         return self.gather(value if self.first else None)[0]
 
+    def agree(self, what: Mapping[str, Any]) -> None:
+        """Sees to it that all processes were given the same.
+
+        Args:
+          what: JSON values by name; a long one by its hash.
+
+        Raises ValueError on every process, naming what differs and how.
+        """
+        told = self.gather(json.loads(json.dumps(what, default=str)))
+        names = sorted({name for values in told for name in values})
+        differ = [n for n in names if any(values.get(n) != told[0].get(n) for values in told)]
+        if differ:
+            said = "; ".join(
+                f"{n}: " + ", ".join(f"process {i} has {_short(values.get(n))}" for i, values in enumerate(told))
+                for n in differ
+            )
+            raise ValueError(
+                f"The processes of this run were not given the same. {said}. Give all of them one command."
+            )
+
     def wait(self) -> None:
         """Until every process has come here."""
         self.gather(None)
@@ -110,6 +130,11 @@ class Processes:
                 "Another process of this run has ended, or can't be reached; its own message says why. What was "
                 f"committed is kept: run the same command again, with as many processes as you like. ({_line(e)})"
             ) from e
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def _line(e: Exception) -> str:

@@ -19,15 +19,17 @@ import signal
 import sys
 import time
 
-os.environ |= {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
 from qmoe_jax import files, resources, streaming
 from qmoe_jax.checkpoints import compressed, open_checkpoint
+from qmoe_jax.compression import progress
+from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.switch import Vocabulary, load_examples
-from qmoe_jax.quantization import pipeline, progress
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax.quantization import trials
+from qmoe_jax.quantization.settings import QuantizationSettings
 
 MEMORY = streaming.Settings(tokens_per_batch=512, tokens_per_expert_call=64, experts_per_group=4, commit_share=1.0)
 SETTINGS = QuantizationSettings(method="rd", target_bits=1.0)
@@ -35,13 +37,13 @@ NUM_CALIBRATION, NUM_VALIDATION = 20, 7
 
 
 def run(folder: pathlib.Path, output: pathlib.Path, resume: bool = True) -> dict:
-    pipeline.TRIAL_WEIGHTS = 1
+    trials.TRIAL_WEIGHTS = 1
     vocabulary = Vocabulary.load(str(folder / "spm.model"))
     calibration = load_examples(str(folder / "calibration.jsonl"), vocabulary, NUM_CALIBRATION)
     validation = load_examples(str(folder / "validation.jsonl"), vocabulary, NUM_VALIDATION)
     checkpoint = open_checkpoint(str(folder / "model"))
     options = dict(output=str(output), num_shards=2, resume=resume, keep_progress=True)
-    report = compress(checkpoint, vocabulary, calibration, validation, SETTINGS, MEMORY, **options)
+    report = compress_examples(checkpoint, vocabulary, calibration, validation, SETTINGS, MEMORY, **options)
     report = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes")}
     files.write_json(output / "report.json", report)
     progress.remove_progress(output)

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from qmoe_jax.checkpoints import param_shapes
-from qmoe_jax.models.switch.config import PRESETS, ModelConfig, mismatches, mixed, preset
+from qmoe_jax.models.families import mismatches, preset
+from qmoe_jax.models.switch.config import PRESETS, ModelConfig, mixed
 
 
 def count(name: str) -> tuple[int, int]:

@@ -16,18 +16,22 @@ import qmoe_jax
 import qmoe_jax.kernels
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Where each importable package lies in the repository.
-FOLDERS = {"qmoe_jax": ROOT / "qmoe_jax", "qmoe_jax.kernels": ROOT / "kernels"}
 
 
-def package_files() -> dict[str, list[pathlib.Path]]:
-    """Python files of each package, by its importable name."""
-    found: dict[str, list[pathlib.Path]] = {}
-    for name, folder in FOLDERS.items():
-        for file in folder.rglob("*.py"):
-            package = ".".join([name, *file.parent.relative_to(folder).parts])
-            found.setdefault(package, []).append(file)
+def package_files() -> dict[str, set[str]]:
+    """Python files of each package, as paths in the checkout, by its importable name."""
+    found = {}
+    for folder, _, names in os.walk(ROOT / "qmoe_jax", followlinks=True):
+        folder = pathlib.Path(folder).relative_to(ROOT)
+        if files := {f"{folder.as_posix()}/{name}" for name in names if name.endswith(".py")}:
+            found[".".join(folder.parts)] = files
     return found
+
+
+def kernel_sources(suffix: str = "") -> set[str]:
+    """C++ and CUDA files of the kernels, as paths through the link."""
+    files = (ROOT / "kernels").glob(f"**/csrc/**/*{suffix}")
+    return {f"qmoe_jax/{file.relative_to(ROOT).as_posix()}" for file in files if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +41,22 @@ def setup_cfg():
     return parser
 
 
-def test_setup_cfg_lists_the_packages_that_there_are(setup_cfg):
-    listed = setup_cfg["options"]["packages"].split()
-    assert len(set(listed)) == len(listed)
-    assert sorted(listed) == sorted(package_files())
-    for package, files in package_files().items():
-        assert "__init__.py" in {file.name for file in files}, f"{package} lacks __init__.py"
+def test_setuptools_finds_the_packages_that_there_are(setup_cfg):
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    assert setup_cfg["options"]["packages"] == "find:"
+    include = setup_cfg["options.packages.find"]["include"].split()
+    code = f"import setuptools; print(*setuptools.find_packages(include={include}))"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sorted(finished.stdout.split()) == sorted(package_files())
 
 
 def test_the_version_is_said_once_and_alike(setup_cfg):
-    assert setup_cfg["metadata"]["version"] == qmoe_jax.__version__
+    assert setup_cfg["metadata"]["version"] == "attr: qmoe_jax.version.__version__"
 
 
 def test_the_kernels_folder_is_imported_as_a_subpackage():
+    assert os.readlink(ROOT / "qmoe_jax" / "kernels") == os.path.join("..", "kernels")
     assert pathlib.Path(qmoe_jax.kernels.__file__).resolve() == ROOT / "kernels" / "__init__.py"
 
 
@@ -62,7 +69,7 @@ def test_nothing_of_the_checkout_is_importable_by_its_folders_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """(sdist, wheel), the latter made from the former, as an index would have them; without the C++ part."""
+    """(checkout, sdist, wheel), each made from the one before, as an index would have them; without the C++ part."""
     if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
         pytest.skip("building a wheel without a network needs pip and setuptools")
     directory = tmp_path_factory.mktemp("distributions")
@@ -74,7 +81,6 @@ def distributions(tmp_path_factory):
     for name in ("qmoe_jax", "kernels", "experiments", "configs", "tests", "results"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, source / name, ignore=ignored, symlinks=True)
-    (source / "qmoe_jax" / "kernels").unlink(missing_ok=True)  # Where someone linked it for an editor.
     no_compiler = os.environ | {"CC": "false", "CXX": "false"}  # The C++ part is optional, and slow to build.
 
     def run(*command, cwd=None):
@@ -87,46 +93,61 @@ def distributions(tmp_path_factory):
     pip = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q")
     run(*pip, "-w", directory, sdist)
     (wheel,) = directory.glob("*.whl")
-    return sdist, wheel
+    return source, sdist, wheel
 
 
 def test_an_sdist_holds_what_a_build_needs_and_the_licence(distributions):
-    sdist, _ = distributions
+    _, sdist, _ = distributions
     with tarfile.open(sdist) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    expected = {str(f.relative_to(ROOT)) for files in package_files().values() for f in files}
-    expected |= {str(f.relative_to(ROOT)) for f in (ROOT / "kernels/compressed_ragged_dot/csrc").iterdir()}
+    expected = kernel_sources().union(*package_files().values())
     expected |= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg", "setup.py", "qmoe_jax/py.typed"}
     assert expected <= names
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders == {"kernels", "qmoe_jax", "qmoe_jax.egg-info"}
+    assert folders == {"qmoe_jax", "qmoe_jax.egg-info"}
 
 
 def test_a_wheel_holds_the_package_and_nothing_beside_it(distributions):
-    _, wheel = distributions
+    *_, wheel = distributions
     names = zipfile.ZipFile(wheel).namelist()
     dist_info = f"qmoe_jax-{qmoe_jax.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"qmoe_jax", dist_info}
-    code = [name for name in names if not name.startswith(dist_info)]
-    expected = {"/".join([*package.split("."), f.name]) for package, files in package_files().items() for f in files}
-    assert set(code) >= expected | {"qmoe_jax/py.typed"}
+    code = {name for name in names if not name.startswith(dist_info)}
+    assert code == {"qmoe_jax/py.typed"}.union(kernel_sources(".cu"), *package_files().values())
     assert "qmoe_jax/kernels/__init__.py" in code
     assert any(name.endswith("LICENSE") for name in names)
 
 
-def test_the_wheel_imports_without_the_checkout(tmp_path):
-    """As installed: the packages laid out as the wheel has them, the checkout out of sight."""
-    for package, files in package_files().items():
-        folder = tmp_path.joinpath(*package.split("."))
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copy(file, folder)
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import qmoe_jax, qmoe_jax.kernels, qmoe_jax.experiment; "
-        "print(qmoe_jax.__file__, qmoe_jax.kernels.__file__); assert 'kernels' not in sys.modules"
-    )
+PRODUCT = """
+import sys, warnings
+import numpy as np
+import qmoe_jax, qmoe_jax.experiment
+rhs = qmoe_jax.CompressedExperts.from_symbols(np.ones((1, 2, 3), np.uint8), np.tile([-1.0, 1.0], (1, 2, 1)))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = qmoe_jax.kernels.compressed_ragged_dot(np.ones((1, 3), np.float32), rhs, np.array([1], np.int32))
+assert (np.asarray(found) == -3).all(), found
+assert "kernels" not in sys.modules
+print(*(w.message for w in caught))
+print(qmoe_jax.__file__, qmoe_jax.kernels.__file__, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["elsewhere", "in the checkout's root"])
+def test_an_installed_wheel_leaves_both_importable(distributions, tmp_path, inside):
+    """Elsewhere what is installed, in the checkout's root what lies there: each works without the C++ library."""
+    checkout, _, wheel = distributions
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tmp_path / "site")}
+    folder = checkout if inside else tmp_path
     finished = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu"}
+        [sys.executable, "-c", PRODUCT], cwd=folder, capture_output=True, text=True, env=environment
     )
     assert finished.returncode == 0, finished.stderr
-    assert all(path.startswith(str(tmp_path)) for path in finished.stdout.split())
+    warned, package, kernels = finished.stdout.splitlines()
+    assert "its library was not built; install qmoe_jax where there is a C++17 compiler" in warned
+    expected = (checkout if inside else tmp_path / "site") / "qmoe_jax"
+    assert [pathlib.Path(package), pathlib.Path(kernels)] == [
+        expected / "__init__.py",
+        expected / "kernels/__init__.py",
+    ]

@@ -4,11 +4,13 @@ import pathlib
 
 import numpy as np
 import pytest
+from watch import watched
 
 from qmoe_jax import streaming
 from qmoe_jax.checkpoints import open_checkpoint
+from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.switch import Vocabulary, load_examples
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax.quantization.settings import QuantizationSettings
 
 MODEL = pathlib.Path(__file__).resolve().parents[1] / "experiments/tiny_model"
 
@@ -28,8 +30,8 @@ def validation(vocabulary):
     return load_examples(MODEL / "validation.jsonl.gz", vocabulary, 200)
 
 
-def loss(checkpoint, examples, hook=None):
-    return streaming.run(checkpoint, examples.pairs, streaming.Settings(), hook=hook).summary()["loss"]
+def loss(checkpoint, examples, look=lambda group: group.kernels):
+    return watched(checkpoint, examples, streaming.Settings(), look).summary()["loss"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,9 @@ def test_rounding_hurts_and_gptq_hurts_much_less(checkpoint, vocabulary, validat
     above = {}
     for method in ("rtn", "gptq"):
         settings = QuantizationSettings(method=method)
-        report = compress(checkpoint, vocabulary, calibration, validation, settings, streaming.Settings(), codec=None)
+        report = compress_examples(
+            checkpoint, vocabulary, calibration, validation, settings, streaming.Settings(), codec=None
+        )
         above[method] = report["loss"] - bfloat16_loss
     assert above["rtn"] > 0.05
     assert above["gptq"] < 0.3 * above["rtn"]

@@ -39,7 +39,7 @@ def test_public_functions_are_typed():
     untyped = {}
     for folder in ("qmoe_jax", "kernels"):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            if file.name.startswith(BACKENDS):
+            if file.parent.name in BACKENDS and file.name != "__init__.py":
                 continue
             for name, function in public_functions(ast.parse(file.read_text(encoding="utf-8")).body):
                 if missing := lacking(function, "." in name):
@@ -50,13 +50,7 @@ def test_public_functions_are_typed():
 def test_mypy_finds_no_fault(tmp_path):
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed")
-    # As installed: kernels/ is qmoe_jax.kernels.
-    package = tmp_path / "qmoe_jax"
-    package.mkdir()
-    for path in [*(ROOT / "qmoe_jax").iterdir(), ROOT / "kernels"]:
-        if not (package / path.name).is_symlink():
-            (package / path.name).symlink_to(path)
-    command = [sys.executable, "-m", "mypy", "--package=qmoe_jax", f"--config-file={ROOT / 'pyproject.toml'}"]
     cache = f"--cache-dir={os.environ.get('MYPY_CACHE_DIR') or tmp_path / 'cache'}"
-    finished = subprocess.run([*command, cache], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mypy", "--package=qmoe_jax", cache]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -1,5 +1,10 @@
 """Tokens sorted by expert, times compressed experts.
 
-`api.py` is the public function and chooses an implementation, `base.py` says what arguments have to be, and
-every other file is one implementation.
+`api.py` is the public function and chooses an implementation, `base.py` says what arguments have to be. `xla.py` is the
+implementation for every platform and codec. Any other backend is a folder, with a file for each codec that it decodes:
+
+    cpu/                      C++
+    triton/, pallas/, cuda/   for GPUs; gpu/ is what they share
+
+In a folder `shared` is what serves all codecs.
 """

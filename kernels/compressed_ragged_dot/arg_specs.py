@@ -1,16 +1,9 @@
-"""Named shapes and loads, shared by tests, benchmark and tuning."""
+"""Shapes and loads, shared by tests, benchmark and tuning."""
 
 import numpy as np
 
-# (out, in) of the experts' matrices in the published Switch Transformers.
-SHAPES = {
-    "base wo": (768, 3072),
-    "base wi": (3072, 768),
-    "large wo": (1024, 4096),
-    "large wi": (4096, 1024),
-    "c2048 wo": (2080, 6144),
-    "c2048 wi": (6144, 2080),
-}
+# (out, in) of the paper's matrices.
+SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080))
 
 # (tokens, experts they are spread over).
 LOADS = ((1, 1), (8, 1), (64, 1), (8, 8))

@@ -1,11 +1,12 @@
 """From one layout to another, part by part: bounded memory, continued where it was stopped, checksums at the end.
 
-A layout that can be written has a function `plan(checkpoint, output, options) -> Plan`, listed in `TARGETS`. A part's
-files are written whole or not at all. What makes them a checkpoint comes last.
+A layout that can be written has a `Writer`. A part's files are written whole or not at all; what makes them a
+checkpoint comes last.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import hashlib
@@ -16,18 +17,18 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from qmoe_jax import reports
-from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.checkpoint import BFLOAT16, Checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.errors import CheckpointError
+from qmoe_jax.files import write_json
+from qmoe_jax.models.family import Names
 
 PROGRESS = "convert.partial.json"
 CHECKSUMS = "SHA256SUMS"
 REPORT = "convert.json"
 README = "Written by experiments/convert.py of qmoe_jax. Check it with `sha256sum --check README.md`."
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,36 +64,62 @@ class Part(NamedTuple):
     Attributes:
       name: of the file or layer.
       nbytes: of its arrays; None if only writing it tells.
-      write: writes it; returns the files.
     """
 
     name: str
     nbytes: int | None
-    write: Callable[[], list[pathlib.Path]]
 
 
-class Plan(NamedTuple):
-    """How a checkpoint is written to another layout.
+class Writer(abc.ABC):
+    """Writes a checkpoint in another layout, part by part. A context manager around all of it.
+
+    Making one writes nothing: what the layout can't hold is refused then.
+
+    Args:
+      checkpoint: what is written.
+      output: directory.
+      options: how.
 
     Attributes:
       parts: in order.
-      finish: writes what makes the parts a checkpoint; returns those files.
       lost: what the layout can't hold of this checkpoint, in words.
-      renamed: the directory that `finish` renames, and its new name; where there is one.
-      context: what is around all of it.
-      state: what is to be known of the parts so far to go on after them, as JSON values; where files don't tell.
-      go_on: go_on(state, names) is called first, with the parts that an earlier run finished.
       closed: the layout's readers take no files but its own and README.md.
+
+    Raises:
+      CheckpointError: the layout can't hold the model.
     """
 
     parts: list[Part]
-    finish: Callable[[], list[pathlib.Path]]
     lost: list[str]
-    renamed: tuple[pathlib.Path, pathlib.Path] | None = None
-    context: contextlib.AbstractContextManager = contextlib.nullcontext()
-    state: Callable[[], Any] = lambda: None
-    go_on: Callable[[Any, list[str]], None] = lambda state, names: None
     closed: bool = False
+
+    def __init__(self, checkpoint: Checkpoint, output: pathlib.Path, options: Options):
+        self.checkpoint, self.output, self.options = checkpoint, output, options
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:  # noqa: B027, what most need
+        """What isn't kept of a block that raised is removed."""
+
+    @abc.abstractmethod
+    def write(self, part: str) -> list[pathlib.Path]:
+        """Writes a part, which stays from then on; returns its files."""
+
+    @abc.abstractmethod
+    def finish(self) -> list[pathlib.Path]:
+        """Writes what makes the parts a checkpoint; returns those files."""
+
+    def layers(self) -> Any:
+        """What is to be known of the parts so far to go on after them, as JSON values; where files don't tell."""
+        return None
+
+    def keep(self, parts: list[str], layers: Any) -> None:  # noqa: B027, likewise
+        """These parts, of a writer that was stopped, stay; `layers` is what it knew of them. Called first."""
+
+    def final(self, file: str) -> str:
+        """Where a part's file is after `finish`; paths are relative to `output`."""
+        return file
 
 
 @contextlib.contextmanager
@@ -109,6 +136,14 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def names_of(checkpoint: Checkpoint, layout: str) -> Names:
+    """The names of a checkpoint's family in a layout. Raises CheckpointError if it has none there."""
+    family = checkpoint.family
+    if layout not in family.names:
+        raise CheckpointError(f"{checkpoint.path} is {family.title}, which the layout {layout!r} doesn't hold.")
+    return family.names[layout]
 
 
 # --- Reading experts -------------------------------------------------------------------------------------------------
@@ -155,7 +190,7 @@ def _dense(kernel: np.ndarray | CompressedExperts, start: int, stop: int) -> np.
     return np.stack([np.asarray(kernel.expert(e)).T.astype(BFLOAT16) for e in range(start, stop)])
 
 
-# --- Running a plan --------------------------------------------------------------------------------------------------
+# --- Converting -----------------------------------------------------------------------------------------------------
 
 
 def sha256(file: pathlib.Path) -> str:
@@ -171,15 +206,23 @@ def fingerprint(checkpoint: Checkpoint, target: str, options: Options) -> str:
     digest = hashlib.sha256()
     for name, spec in sorted(checkpoint.specs.items()):
         digest.update(f"{name} {spec.shape} {spec.dtype}\n".encode())
-        if name.endswith("/scale") and not checkpoint.is_expert(name):
+        if checkpoint.family.is_small(name):
             digest.update(checkpoint.read(name).tobytes())
     how = [checkpoint.config.to_dict(), checkpoint.provenance, target, dataclasses.asdict(options)]
     digest.update(json.dumps(how, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def run(plan: Plan, output: pathlib.Path, identity: str) -> dict[str, dict[str, Any]]:
+def run(
+    writer: Writer, output: pathlib.Path, identity: str, step: Callable[[], object] = lambda: None
+) -> dict[str, dict[str, Any]]:
     """Writes all parts but those that an earlier run with the same `identity` finished, and then the rest.
+
+    Args:
+      writer: of the new checkpoint.
+      output: its directory.
+      identity: `fingerprint`.
+      step: called after each part.
 
     Returns:
       Bytes and SHA-256 of every file, by path below `output`.
@@ -188,23 +231,20 @@ def run(plan: Plan, output: pathlib.Path, identity: str) -> dict[str, dict[str, 
     done = progress["parts"] if progress and progress["identity"] == identity else {}
     done = {name: files for name, files in done.items() if _intact(output, files)}
     if progress and done:
-        plan.go_on(progress.get("state"), list(done))
+        writer.keep(list(done), progress.get("state"))
     output.mkdir(parents=True, exist_ok=True)
     finished: dict[str, dict[str, Any]] = {}
-    with plan.context, reports.progress(len(plan.parts), "converting", unit="part") as bar:
-        for part in plan.parts:
-            files = done.get(part.name)
-            if files is None:
-                files = _described(output, part.write())
-            finished[part.name] = files
-            progress = {"identity": identity, "parts": done | finished, "state": plan.state()}
-            files.write_json(output / PROGRESS, progress)
-            bar.update()
-        last = plan.finish()
-    files = {name: d for part in finished.values() for name, d in part.items()}
-    if plan.renamed:
-        old, new = (p.relative_to(output).as_posix() for p in plan.renamed)
-        files = {new + name.removeprefix(old) if name.startswith(f"{old}/") else name: d for name, d in files.items()}
+    with writer:
+        for part in writer.parts:
+            written = done.get(part.name)
+            if written is None:
+                written = _described(output, writer.write(part.name))
+            finished[part.name] = written
+            progress = {"identity": identity, "parts": done | finished, "state": writer.layers()}
+            write_json(output / PROGRESS, progress)
+            step()
+        last = writer.finish()
+    files = {writer.final(name): d for part in finished.values() for name, d in part.items()}
     files |= _described(output, last)
     (output / PROGRESS).unlink(missing_ok=True)
     return files
@@ -219,19 +259,19 @@ def read_progress(output: pathlib.Path) -> dict[str, Any] | None:
         return None
 
 
-def write_report(plan: Plan, output: pathlib.Path, report: dict[str, Any], files: dict[str, Any]) -> list[str]:
+def write_report(writer: Writer, output: pathlib.Path, report: dict[str, Any], files: dict[str, Any]) -> list[str]:
     """Writes what a conversion did, and the SHA-256 of its files in the form of `sha256sum`; returns the names."""
     sums = "".join(f"{d['sha256']}  {name}\n" for name, d in sorted(files.items()))
-    if plan.closed:
+    if writer.closed:
         text = f"{README}\n\n```\n{json.dumps(report, indent=1)}\n```\n\n```\n{sums}```\n"
         written = {"README.md": text}
     else:
         written = {CHECKSUMS: sums} if sums else {}
-        files.write_json(output / REPORT, report)
+        write_json(output / REPORT, report)
     for name, text in written.items():
         with replacing(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return list(written) if plan.closed else [REPORT, *written]
+    return list(written) if writer.closed else [REPORT, *written]
 
 
 def written_before(output: pathlib.Path) -> list[str]:

@@ -9,20 +9,13 @@ import os
 import pathlib
 from typing import Any
 
-from qmoe_jax.checkpoints import LAYOUTS, Checkpoint, NativeCheckpoint, open_checkpoint
-from qmoe_jax.checkpoints.base import is_expert_kernel
+from qmoe_jax.checkpoints import LAYOUTS, Checkpoint, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.models.families import mismatches
-from qmoe_jax.models.switch.config import PRESETS, ModelConfig
+from qmoe_jax.models.families import PRESETS, mismatches
+from qmoe_jax.models.family import Config
 
-# Files of each layout (globs), and what this project's own commands write beside them.
-_OWN = {
-    "compressed": ("manifest.json", "dense", "layers", "progress"),
-    "huggingface": ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
-    "ista": ("config.json", "noexp.pt", "exp*.pt", "sizes.pt"),
-    "t5x": ("checkpoint", "target.*", "state.*", "state", "train_ds*", "checkpoint_*", "[0-9]*"),
-}
+# What this project's own commands, and others, write beside a checkpoint (globs).
 _BESIDE = ("convert.json", "SHA256SUMS", "report.*", "README*", "LICENSE*", ".git*", "generation_config.json")
 _TOKENIZER = ("tokenizer*", "spiece.model", "spm.model", "special_tokens_map.json", "added_tokens.json")
 
@@ -36,16 +29,17 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
 
     Returns:
       layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
-      layout's); and if it can be opened: model, preset, parameters, dtypes (parameters by dtype), bytes and files on
-      disk, chunks (T5X), experts (compressed ones), provenance.
+      layout's); and if it can be opened: family, model, summary (of it, in words), preset, parameters, dtypes
+      (parameters by dtype), bytes and files on disk, chunks (where experts are in chunks), experts (compressed ones),
+      quantization, provenance.
 
     Raises:
       CheckpointError: there is no checkpoint of any layout.
     """
-    layout = next((name for name, fits, _ in LAYOUTS if fits(path)), None)
-    report: dict[str, Any] = {"path": os.fspath(path), "layout": layout, "problems": [], "foreign": []}
+    layout = next((layout for layout in LAYOUTS if layout.fits(path)), None)
+    report: dict[str, Any] = {"path": os.fspath(path), "layout": layout and layout.name, "problems": [], "foreign": []}
     if layout is not None:
-        report["foreign"] = foreign_files(pathlib.Path(path), layout)
+        report["foreign"] = foreign_files(pathlib.Path(path), layout.files)
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as e:
@@ -54,7 +48,7 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
         return report | {"problems": str(e).split("\n  ")}
 
     dense = {n: math.prod(s.shape) for n, s in checkpoint.specs.items()}
-    experts = sum(size for n, size in dense.items() if is_expert_kernel(n))
+    experts = sum(size for n, size in dense.items() if checkpoint.is_expert(n))
     compressed = sum(math.prod(m.shape) for layer in checkpoint.expert_sizes.values() for m in layer.values())
     dtypes: collections.Counter = collections.Counter()
     for name, spec in checkpoint.specs.items():
@@ -62,7 +56,9 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
     if compressed:
         dtypes[f"compressed, {checkpoint.codec}"] = compressed
     return report | {
+        "family": checkpoint.family.name,
         "model": checkpoint.config.to_dict(),
+        "summary": checkpoint.family.summary(checkpoint.config),
         "preset": preset_of(checkpoint.config),
         "parameters": {
             "all": sum(dense.values()) + compressed,
@@ -78,14 +74,14 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
     }
 
 
-def preset_of(config: ModelConfig) -> str | None:
+def preset_of(config: Config) -> str | None:
     """The published model of this architecture."""
     return next((name for name, published in PRESETS.items() if not mismatches(config, published)), None)
 
 
-def foreign_files(path: pathlib.Path, layout: str) -> list[str]:
-    """Files and folders beside a checkpoint that are not known to belong there."""
-    known = (*_OWN[layout], *_BESIDE, *_TOKENIZER)
+def foreign_files(path: pathlib.Path, files: tuple[str, ...]) -> list[str]:
+    """Files and folders beside a checkpoint, whose own are `files` (globs), that are not known to belong there."""
+    known = (*files, *_BESIDE, *_TOKENIZER)
     entries = path.iterdir() if path.is_dir() else ()
     return sorted(e.name for e in entries if not any(e.match(pattern) for pattern in known))
 
@@ -99,9 +95,7 @@ def on_disk(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def chunks(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """How T5X's experts are cut into files, by parameter: shape, chunk [experts, in, out], number."""
-    if not isinstance(checkpoint, NativeCheckpoint):
-        return {}
+    """How experts are cut into files, where they are, by parameter: shape, chunk [experts, in, out], number."""
     return {
         source.name: {
             "shape": list(source.grid.shape),

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import tensorstore as ts
 
-from qmoe_jax.checkpoints.t5x_files import reason
 from qmoe_jax.errors import CheckpointError
 
 # TensorStore's message begins with the code of its error.
@@ -106,3 +105,8 @@ def _wait(future: ts.Future, seconds: float, stop: threading.Event) -> Any:
             if left <= 0:
                 future.cancel()
                 raise
+
+
+def reason(error: Exception) -> str:
+    """TensorStore's message, without the spec that it appends."""
+    return re.split(r" \[(?:tensorstore_spec|source locations|os_error_code)=", str(error))[0].rstrip(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qmoe_jax import codecs
+
+MOST_LEVEL = 1e4  # of stored levels; no trained weight comes near
 
 
 @jax.tree_util.register_dataclass
@@ -64,11 +67,15 @@ class CompressedExperts:
     def from_stored(cls, stored: Mapping[str, np.ndarray], codec: str, shape: Sequence[int]) -> CompressedExperts:
         """Puts stored arrays together, for matrices of `shape` (experts, out, in).
 
-        Raises ValueError for an unknown codec and for malformed arrays, as `validate`.
+        Raises ValueError for an unknown codec, for malformed arrays, as `validate`, and for levels that no trained
+        model has: above `MOST_LEVEL`, products overflow without a word.
         """
         shape = tuple(map(int, shape))
         data, levels = codecs.get(codec).unpack(stored, shape)
         _check_levels(levels, shape)
+        for expert, row in np.argwhere((np.abs(np.asarray(levels, np.float32)) > MOST_LEVEL).any(-1)):
+            found = ", ".join(map(str, np.asarray(levels)[expert, row]))
+            raise ValueError(f"levels: expert {expert}, row {row} has ({found}), expected at most {MOST_LEVEL:g}.")
         return _resident(data, jnp.asarray(levels), codec, shape)
 
     def stored(self) -> dict[str, np.ndarray]:
@@ -76,11 +83,26 @@ class CompressedExperts:
         return codecs.get(self.codec).pack(self.data, self.levels, self.shape)
 
     def expert(self, index: ArrayLike) -> jax.Array:
-        """One expert's weights, float32 [out, in]; the index may be traced."""
-        return _expert(self, index)
+        """One expert's weights, float32 [out, in].
+
+        Args:
+          index: from 0; negative ones count from the last. It may be traced, and is then clamped to the experts there
+            are.
+
+        Raises IndexError for another expert, TypeError for what is no whole number.
+        """
+        if not isinstance(index, jax.core.Tracer):
+            index = _concrete(index, self.shape[0])
+        return _expert(self, jnp.clip(jnp.asarray(index), 0, self.shape[0] - 1))
 
     def take(self, start: int, stop: int) -> CompressedExperts:
-        """Experts start:stop alone. Not for use inside `jit`."""
+        """Experts start:stop alone. Not for use inside `jit`.
+
+        Raises IndexError unless 0 <= start < stop <= experts, TypeError for what are no whole numbers.
+        """
+        start, stop = operator.index(start), operator.index(stop)
+        if not 0 <= start < stop <= self.shape[0]:
+            raise IndexError(f"experts {start}:{stop}: expected a range within the {self.shape[0]} experts there are.")
         data = codecs.get(self.codec).take(self.data, start, stop)
         return _resident(data, self.levels[start:stop], self.codec, (stop - start, *self.shape[1:]))
 
@@ -154,8 +176,18 @@ def convert(experts: CompressedExperts, codec: str, experts_per_group: int = 16)
 
     Raises ValueError for an unknown codec, and for levels that it can't hold.
     """
+    if experts_per_group < 1:
+        raise ValueError(f"experts_per_group: found {experts_per_group}, expected at least 1.")
     groups = np.array_split(np.arange(experts.shape[0]), -(-experts.shape[0] // experts_per_group))
     return concatenate([CompressedExperts.from_symbols(_symbols(experts, g), experts.levels[g], codec) for g in groups])
+
+
+def _concrete(index: ArrayLike, experts: int) -> int:
+    """The number of an expert, from 0."""
+    number = operator.index(np.asarray(index).item() if np.ndim(index) == 0 else index)  # type: ignore[arg-type]
+    if not -experts <= number < experts:
+        raise IndexError(f"expert {number}: there are {experts}, 0 to {experts - 1}.")
+    return number % experts
 
 
 def _resident(data, levels, codec, shape) -> CompressedExperts:

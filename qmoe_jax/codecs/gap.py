@@ -30,8 +30,7 @@ Stored: words, word_counts and parameters as above, and
     level_words    uint32 [k]                all experts' levels as fields of bits, each expert's padded to whole words
     level_formats  uint8 [experts, 5]        base exponent, exponent bits, mantissa bits, sign bits, levels of a row
 
-A level is sign, exponent and mantissa, the mantissa in its lowest bits: the upper ones of bfloat16's 7, as many as
-the expert's levels need. Exponent 0 means that the level is zero, any other is bfloat16's - base + 1.
+How levels are packed, and level_formats, `packed_levels` says.
 """
 
 from __future__ import annotations
@@ -41,9 +40,10 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
+
+from qmoe_jax.codecs.packed_levels import level_counts, level_formats, pack_levels, place, unpack_levels
 
 PARAMETERS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64)
 BLOCK_ROWS = 32
@@ -99,16 +99,6 @@ def window_table(num_levels: int) -> np.ndarray:
         row[:] = length | weights << 4 | symbol << 11 | used << 13 | passed << 17
     table.setflags(write=False)
     return table
-
-
-def _place(codes: np.ndarray, at: np.ndarray, num_words: int) -> np.ndarray:
-    """uint32 [num_words]: codes of up to 32 bits, int64, each from bit `at` on. They must not overlap."""
-    shifted = codes.astype(np.uint64) << (at & 31).astype(np.uint64)
-    word = at >> 5
-    # A sum of distinct bits is exact: below 2^32.
-    low = np.bincount(word, (shifted & 0xFFFFFFFF).astype(np.uint32), num_words)
-    high = np.bincount(word + 1, (shifted >> 32).astype(np.uint32), num_words + 1)[:num_words]
-    return (low + high).astype(np.uint32)
 
 
 # --- Encoding -------------------------------------------------------------------------------------------------------
@@ -171,7 +161,7 @@ def _encode(
         at = bit[1:] - tail_bits[tail] + np.repeat(ones_before[:-1], np.diff(first))
         word = begin // 32
         end = int(bit[-1] + ones_before[-1])
-        words[word : -(-end // 32)] ^= _place(holes[tail], at - 32 * word, -(-end // 32) - word)
+        words[word : -(-end // 32)] ^= place(holes[tail], at - 32 * word, -(-end // 32) - word)
         # --- Which of them hold the first weights of segments.
         weight = np.add.outer(np.arange(len(chunk)) * columns, np.arange(0, columns, SEGMENT))  # [rows, segments]
         block = np.arange(len(chunk))[:, None] // BLOCK_ROWS
@@ -344,7 +334,7 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
 
 def pack(data: Mapping[str, jax.Array], levels: ArrayLike, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """What a checkpoint stores, of `data` and levels bfloat16 [experts, out, 2 or 3]."""
-    level_words, level_formats = _pack_levels(np.asarray(levels))
+    level_words, level_formats = pack_levels(np.asarray(levels))
     return {
         **{name: np.asarray(data[name]) for name in ("words", "word_counts", "parameters")},
         "block_starts": np.asarray(data["starts"][:, ::BLOCK_ROWS, 0]),
@@ -357,8 +347,8 @@ def stored_nbytes(data: Mapping[str, jax.Array], levels: jax.Array, shape: tuple
     """Bytes of all that `pack` returns."""
     experts, out, _ = shape
     as_they_are = sum(data[name].size * data[name].dtype.itemsize for name in ("words", "word_counts", "parameters"))
-    level_counts = _level_counts(_level_formats(np.asarray(levels)), out)
-    return as_they_are + 4 * experts * -(-out // BLOCK_ROWS) + 4 * int(level_counts.sum()) + 5 * experts
+    level_words = int(level_counts(level_formats(np.asarray(levels)), out).sum())
+    return as_they_are + 4 * experts * -(-out // BLOCK_ROWS) + 4 * level_words + 5 * experts
 
 
 def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -387,7 +377,7 @@ def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tup
         if a.dtype != dtype or a.shape != tuple(a.size if n is None else n for n in sizes):
             text = "[n]" if None in sizes else str(list(sizes))
             raise ValueError(f"{name}: {a.dtype} {list(a.shape)}, expected {np.dtype(dtype)} {text}.")
-    levels = _unpack_levels(stored["level_words"], stored["level_formats"], out)
+    levels = unpack_levels(stored["level_words"], stored["level_formats"], out, LEVELS)
     words, counts, parameters = (stored[name] for name in ("words", "word_counts", "parameters"))
     if words.size >= 2**31:
         raise ValueError(f"words: {words.size} of them, expected fewer than 2^31; split the experts.")
@@ -453,77 +443,3 @@ def _check_ends(words, first_word, counts, begin, end, fits) -> None:
     padding = words[index] >> (last % 32).astype(np.uint32) | words[first_word + counts - 1]
     for expert in np.flatnonzero(padding):
         raise ValueError(f"words: expert {expert} ends at bit {last[expert]}, but is not zero after it.")
-
-
-def _level_formats(levels: np.ndarray) -> np.ndarray:
-    """The least widths that hold all levels of each expert: uint8 [experts, 5] (see the module's docstring)."""
-    experts, _, num_levels = levels.shape
-    bits = levels.reshape(experts, -1).view(np.uint16)
-    zero = bits & 0x7FFF == 0
-    exponent = (bits >> 7 & 255).astype(int)
-    base = np.where(zero, 255, exponent).min(-1)
-    span = np.where(zero, 0, exponent - base[:, None] + 1).max(-1)
-    mantissas = np.bitwise_or.reduce(bits & 127, axis=-1)
-    trailing = np.array([7 if m == 0 else int(m & -m).bit_length() - 1 for m in mantissas.astype(int)])
-    return np.stack(
-        [
-            np.where(span == 0, 0, base),
-            [max(1, int(s).bit_length()) for s in span],  # Orbax refuses empty arrays.
-            7 - trailing,
-            (bits >> 15).max(-1),
-            np.full(experts, num_levels),
-        ],
-        axis=-1,
-    ).astype(np.uint8)
-
-
-def _level_counts(formats: np.ndarray, out: int) -> np.ndarray:
-    """Words that each expert's levels take, int64 [experts]."""
-    width = formats[:, 1:4].sum(-1, dtype=np.int64)
-    return -(-width * out * formats[:, 4] // 32)
-
-
-def _level_places(formats: np.ndarray, out: int, num_levels: int) -> np.ndarray:
-    """Bit at which each level begins, int64 [experts, out * levels]."""
-    counts = _level_counts(formats, out)
-    width = formats[:, 1:4].sum(-1, dtype=np.int64)
-    return 32 * (np.cumsum(counts) - counts)[:, None] + width[:, None] * np.arange(out * num_levels)
-
-
-def _pack_levels(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """levels bfloat16 [experts, out, L] -> words uint32 [k], formats uint8 [experts, 5]."""
-    experts, out, num_levels = levels.shape
-    formats = _level_formats(levels)
-    base, exponent_bits, mantissa_bits, _, _ = formats.T.astype(np.int64)[:, :, None]  # [experts, 1]
-    bits = levels.reshape(experts, -1).view(np.uint16).astype(np.int64)
-    exponent = np.where(bits & 0x7FFF == 0, 0, (bits >> 7 & 255) - base + 1)
-    mantissa = (bits & 127) >> 7 - mantissa_bits
-    codes = bits >> 15 << exponent_bits + mantissa_bits | exponent << mantissa_bits | mantissa
-    at = _level_places(formats, out, num_levels)
-    return _place(codes.reshape(-1), at.reshape(-1), int(_level_counts(formats, out).sum())), formats
-
-
-def _unpack_levels(words: np.ndarray, formats: np.ndarray, out: int) -> np.ndarray:
-    """Inverse of `_pack_levels`. Raises ValueError, naming the expert and the row, for what that doesn't return."""
-    experts = len(formats)
-    limits = np.array([254, 8, 7, 1, LEVELS[-1]])
-    for expert in np.flatnonzero((formats > limits).any(-1) | ~np.isin(formats[:, 4], LEVELS)):
-        raise ValueError(f"level_formats: expert {expert} has {formats[expert].tolist()}, expected at most {limits}.")
-    num_levels = int(formats[0, 4])
-    for expert in np.flatnonzero(formats[:, 4] != num_levels):
-        raise ValueError(f"level_formats: expert {expert} has {formats[expert, 4]} levels, expected {num_levels}.")
-    if (needed := int(_level_counts(formats, out).sum())) != words.size:
-        raise ValueError(f"level_words: found {words.size}, but level_formats count {needed}.")
-
-    base, exponent_bits, mantissa_bits, signs, _ = formats.T.astype(np.uint64)[:, :, None]  # [experts, 1]
-    at = _level_places(formats, out, num_levels)
-    padded = np.append(words, np.zeros(2, np.uint32)).astype(np.uint64)
-    codes = (padded[at >> 5] | padded[(at >> 5) + 1] << 32) >> (at & 31).astype(np.uint64)
-    mantissa = (codes & (1 << mantissa_bits) - 1) << 7 - mantissa_bits
-    exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1
-    sign = codes >> mantissa_bits + exponent_bits & signs
-    bits = sign << 15 | np.where(exponent == 0, 0, exponent + base - 1) << 7 | mantissa
-    bad = (exponent + base > 255) & (exponent > 0) | (exponent == 0) & (mantissa > 0)
-    for expert, i in np.argwhere(bad):
-        raise ValueError(f"level_words: expert {expert}, row {i // num_levels} holds a level that is not a number.")
-    return bits.astype(np.uint16).reshape(experts, out, num_levels).view(ml_dtypes.bfloat16)

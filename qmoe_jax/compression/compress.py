@@ -16,6 +16,7 @@ from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, CompressedWriter
 from qmoe_jax.compression.progress import Progress, fingerprint
 from qmoe_jax.compression.report import compression_report
+from qmoe_jax.lock import locked_by_first
 from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
 from qmoe_jax.quantization.quantizer import Quantizer
@@ -67,6 +68,7 @@ def compress_examples(
     Raises:
       ValueError: experts are to be stored that the codec doesn't hold; no calibration for a method that needs it;
         experts are compressed already; activations become NaN or Inf.
+      InUseError: another process is writing to `output`.
       OtherRunError: the interrupted run in `output` had other data or settings, or another checkpoint.
       CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind, only what was
         committed.
@@ -83,33 +85,40 @@ def compress_examples(
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     examples = [*(calibration or ()), *validation] if quantization.calibrated else list(validation)
     run = _Run(checkpoint, vocabulary, examples, len(examples) - len(validation), quantization, memory, codec, what)
+    settings = {"quantization": quantization.to_dict(), "codec": codec, "num_shards": num_shards}
+    identity = fingerprint(checkpoint, run.calibration, run.validation, settings | run.rounding_settings())
+    run.processes.agree(identity)
     if output is None:
         losses = run.through()
     else:
-        settings = {"quantization": quantization.to_dict(), "codec": codec, "num_shards": num_shards}
-        identity = fingerprint(checkpoint, run.calibration, run.validation, settings | run.rounding_settings())
-        progress = Progress(output, identity, resume, run.processes, memory.commit_share)
-        manifest = (checkpoint.config, quantization.to_dict(), codec, provenance or {}, num_shards)
-        losses = _committed(run, output, progress, manifest)
-        if not keep_progress and run.processes.first:
-            progress.remove()
+        with locked_by_first(output, run.processes):
+            progress = Progress(output, identity, resume, run.processes, memory.commit_share)
+            losses = _committed(run, output, progress, provenance or {}, num_shards)
+            if not keep_progress and run.processes.first:
+                progress.remove()
     losses = streaming.DocumentLosses(*(a[run.num_calibration :] for a in losses))
     return compression_report(
         losses, run.accounts, checkpoint, quantization, codec, run.num_calibration, run.stages.report()
     )
 
 
-def _committed(run: _Run, output: str | os.PathLike, progress: Progress, manifest: tuple) -> streaming.DocumentLosses:
+def _committed(
+    run: _Run, output: str | os.PathLike, progress: Progress, provenance: dict[str, Any], num_shards: int | None
+) -> streaming.DocumentLosses:
     """The run, written to `output` and committed on the way; what is left where it stops, and what is said of it."""
     kept, total = progress.committed["kept"] if progress.committed else None, len(run.config.sparse_layers)
     if kept and run.processes.first:
         reports.say(f"{output}: going on after {len(kept)} of {total} sparse layers")
     try:
-        with CompressedWriter(output, *manifest, layers=kept, processes=run.processes) as writer:
+        settings = run.quantization.to_dict()
+        with CompressedWriter(
+            output, run.config, settings, run.codec, provenance, num_shards, layers=kept, processes=run.processes
+        ) as writer:
             try:
                 return run.through(writer, progress)
             except BaseException:
-                writer.keep(progress.stored()["kept"] if progress.stored() else {})
+                stored = progress.stored()
+                writer.keep(stored["kept"] if stored else {})
                 raise
     except BaseException:
         stored = progress.stored()

@@ -25,9 +25,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.checkpoint import Checkpoint
 from qmoe_jax.checkpoints.compressed import PROGRESS, VERSION
 from qmoe_jax.files import sync, write_json
+from qmoe_jax.lock import LOCK
 from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
 from qmoe_jax.streaming import OwnRows
@@ -36,6 +37,7 @@ from qmoe_jax.version import __version__
 
 BLOCK = 1 << 26  # bytes that are copied at once
 EXPECTED = 1e9  # bytes a second that are committed, as long as none were
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits well mixed
 SMALL_FILE = 1 << 26  # an index file of T5X; one that holds the parameters themselves is larger
 
 
@@ -48,7 +50,7 @@ def is_unfinished(output: str | os.PathLike) -> bool:
     folder = pathlib.Path(output) / PROGRESS
     if (folder / f"{PROGRESS}.json").is_file():
         return True
-    alone = folder.is_dir() and [p.name for p in folder.parent.iterdir()] == [PROGRESS]
+    alone = folder.is_dir() and {p.name for p in folder.parent.iterdir()} - {LOCK} == {PROGRESS}
     return alone and all(p.name == f".{PROGRESS}.json.tmp" for p in folder.iterdir())
 
 
@@ -159,6 +161,7 @@ class Progress:
                     "file": name if constant else f"{name}-{number}",
                     "shape": [array.tokens, array.values.shape[1]],
                     "dtype": str(array.values.dtype),
+                    "checksum": self._checksum(array),
                 }
                 if files[name] != before.get(name):
                     write_rows(self.folder / files[name]["file"], array)
@@ -193,6 +196,12 @@ class Progress:
         if not file.is_file() or file.stat().st_size != math.prod(shape) * dtype.itemsize:
             raise OtherRunError(f"{file} is missing or not whole. Give --overwrite to start anew.")
         read_rows(file, array)
+        if self._checksum(array) != described["checksum"]:
+            raise OtherRunError(f"{file} has changed since it was committed. Give --overwrite to start anew.")
+
+    def _checksum(self, array: OwnRows) -> int:
+        """Of all processes' rows together: the same however many there are."""
+        return sum(self._processes.gather(checksum(array))) % 2**64
 
     def _remove_others(self) -> None:
         keep = {f["file"] for f in self.committed["arrays"].values()} if self.committed else set()
@@ -214,6 +223,22 @@ def remove_progress(output: str | os.PathLike) -> None:
 
 def _nbytes(arrays: Mapping[str, OwnRows]) -> int:
     return sum(a.values.nbytes for a in arrays.values())
+
+
+def checksum(array: OwnRows) -> int:
+    """Sum of all values' bits, each times an odd number that its place in the whole array gives, modulo 2^64.
+
+    Sums of parts add up, in whichever order; a value that is changed, or in another's place, changes it.
+    """
+    values = np.ascontiguousarray(array.values)
+    bits, width = values.view(f"u{values.dtype.itemsize}"), values.shape[1]
+    total, columns = np.uint64(0), np.arange(width, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for start, stop, first in _runs(array, width * 16):
+            rows = np.arange(first, first + stop - start, dtype=np.uint64)[:, None]
+            factors = (np.uint64(2) * (rows * np.uint64(width) + columns) + np.uint64(1)) * _FACTOR
+            total += np.sum(bits[start:stop].astype(np.uint64) * factors, dtype=np.uint64)
+    return int(total)
 
 
 def write_rows(path: str | os.PathLike, array: OwnRows) -> None:

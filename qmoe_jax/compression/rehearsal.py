@@ -14,7 +14,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ def read_chunks(config: Config, most_bytes: int, scratch: str | None) -> float:
         for region in reading.regions(shape, chunk, 0, shape[0]):
             writer.write(region, rng.standard_normal(chunk, np.float32))
         (pathlib.Path(directory) / "checkpoint").write_bytes(index_file({name: entry}, 0))
-        source = open_t5x(directory).experts(name)
+        source = open_t5x(directory).source(name)
         how = reading.Reading(BFLOAT16)
 
         def run():
@@ -172,7 +172,7 @@ def read_experts(
 
 def write_group(config: Config, experts: Mapping[str, CompressedExperts], scratch: str | None) -> float:
     """Seconds per byte of writing compressed experts."""
-    few = dataclasses.replace(config, num_experts=experts[config.expert.last].shape[0])
+    few: Any = dataclasses.replace(cast(Any, config), num_experts=experts[config.expert.last].shape[0])
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         writer = CompressedWriter(directory, few, {}, "gap", {})
         layers = itertools.count()
@@ -223,8 +223,8 @@ def project(
       work: documents.
       quantization: tells bits and the cap on tokens.
       measured: seconds per unit: 'reading' and 'writing' per byte, 'quantization' and 'encoding' per expert,
-        'hessians' per calibration token, 'experts' per token, 'attention encoder' and 'attention decoder' per token of
-        that stack and layer.
+        'hessians' per calibration token, 'experts' per token, 'attention STREAM' per token of a stream and
+        layer.
       groups_ahead: reading is overlapped, so that 'total' has only what it takes longer than the rest.
       stored_itemsize: bytes of a stored weight.
     """

@@ -192,3 +192,14 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
         return jax.device_put(tree)
     sharding = NamedSharding(mesh, P())
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree)
+
+
+def place_param(name: str, value: Any, mesh: Mesh | None, is_expert: bool) -> Any:
+    """A parameter: experts over the devices of the mesh, anything else on each of them.
+
+    Raises ValueError, naming it, where the devices don't divide the experts.
+    """
+    try:
+        return place_experts(value, mesh) if is_expert else replicate(value, mesh)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from e

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
 from qmoe_jax.models import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe, switch
 from qmoe_jax.models.family import Family
+from qmoe_jax.models.names import Shape
 
 FAMILIES: dict[str, Family] = {
     "switch": switch.FAMILY,
@@ -26,6 +30,42 @@ def family_of(config: Any) -> Family:
             return family
     kinds = ", ".join(family.Config.__name__ for family in FAMILIES.values())
     raise TypeError(f"{type(config).__name__}: expected an architecture, one of {kinds}.")
+
+
+def untold() -> dict[str, tuple[type, str]]:
+    """What a user may give where a checkpoint doesn't tell, of all families: type, and what it is, by field."""
+    found: dict[str, tuple[type, str]] = {}
+    for family in FAMILIES.values():
+        hints = typing.get_type_hints(family.Config)
+        for field, what in dict(family.UNTOLD).items():
+            kinds = [kind for kind in typing.get_args(hints[field]) or (hints[field],) if kind is not types.NoneType]
+            found.setdefault(field, (kinds[0], what))
+    return found
+
+
+def family_of_type(model_type: Any, layout: str) -> Family:
+    """The family of Hugging Face's 'model_type', if a layout can hold it. Raises CheckpointError with those it can."""
+    known = {kind: f for f in FAMILIES.values() if layout in f.names for kind in f.model_types}
+    if model_type not in known:
+        raise CheckpointError(f"model_type {model_type!r}, expected {', '.join(map(repr, known))}.")
+    return known[model_type]
+
+
+def family_of_parameters(shapes: Mapping[str, Shape], layout: str) -> Family:
+    """The family that parameters belong to, in a layout where nothing but they tell.
+
+    Raises CheckpointError that says of each family what doesn't fit.
+    """
+    candidates, problems = [f for f in FAMILIES.values() if layout in f.names], []
+    for family in candidates:
+        try:
+            family.infer(shapes)
+            return family
+        except CheckpointError as e:
+            problems.append(str(e))
+    if len(problems) == 1:
+        raise CheckpointError(problems[0])
+    raise CheckpointError(listed("These parameters are of no model that is known.", problems))
 
 
 # Published architectures, of all families.

@@ -9,7 +9,9 @@ A family is one folder beside this file, and one line in `families.py`. It owns
     Task                     what an example is and how examples are batched, which tokens calibrate
     model, forward, generate the Flax module, and what people call
 
-Models know no checkpoint: parameters have '/'-joined names, and whoever has them reads them.
+    Names                    per layout of checkpoints: what parameters are called there, what is told beside them
+
+Models open no file: parameters have '/'-joined names, and whoever has them reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-Shape = tuple[int, ...]
+from qmoe_jax.models.names import Shape, Tensors
+
 Example = tuple[np.ndarray, ...]  # token ids, int32, in one or several arrays [length]
 
 
@@ -89,7 +92,7 @@ class Layer(NamedTuple):
 
     Attributes:
       name: what the names of its parameters begin with; also what reports call it.
-      stream: whose activations it changes, such as 'decoder'; a model has one or several.
+      stream: whose activations it changes, by name; a model has one or several.
       attend: attend(params, shared, x, context, tokens) -> x, h, routing. It gets the layer's parameters, nested, by
         their names below the layer's; those in `shared`, by their whole names; activations x [rows, length, d_model];
         those of the streams in `context`, by name; and the batch's token arrays. A layer with experts leaves these
@@ -111,13 +114,12 @@ class Layer(NamedTuple):
 
 
 class Batch(Protocol):
-    """Padded examples.
+    """Padded examples."""
 
-    Attributes:
-      indices: int32 [rows], which example a row holds; -1: none, the row is padding.
-    """
-
-    indices: np.ndarray
+    @property
+    def indices(self) -> np.ndarray:
+        """int32 [rows], which example a row holds; -1: none, the row is padding."""
+        ...
 
     @property
     def tokens(self) -> tuple[np.ndarray, ...]:
@@ -133,7 +135,7 @@ class Stream(NamedTuple):
     """Activations that go through consecutive layers.
 
     Attributes:
-      name: such as 'encoder'.
+      name: as layers have it.
       begins: begins(params, example) -> [length, d_model], NumPy: what the first layer gets.
       begins_with: prefixes of the parameters that it takes, nested, by their whole names.
       ends: ends(params, x) -> x, after the last layer; None: nothing is done.
@@ -179,14 +181,17 @@ class Vocabulary(Protocol):
 
 
 class Task(Protocol):
-    """What an example is, and what of it counts."""
+    """What an example is, and what of it counts.
+
+    Attributes:
+      load: load(paths, vocabulary, num_documents, **options) -> the first usable documents of text files, as a sequence
+        of examples. Raises DataError.
+    """
+
+    load: Callable[..., Any]
 
     def vocabulary(self, path: Any) -> Any:
         """Reads a vocabulary file. Raises DataError."""
-        ...
-
-    def load(self, paths: Any, vocabulary: Any, num_documents: int, **options: Any) -> Any:
-        """The first usable documents of text files, as a sequence of examples (`Examples`). Raises DataError."""
         ...
 
     def check(self, examples: Sequence[Example], vocab_size: int) -> None:
@@ -205,6 +210,10 @@ class Task(Protocol):
         """int [examples], how many tokens of each are predicted."""
         ...
 
+    def targets(self, example: Example) -> np.ndarray:
+        """int32 [predicted], the tokens that are predicted, in order."""
+        ...
+
     def special(self, examples: Sequence[Example], vocabulary: Any) -> dict[str, np.ndarray]:
         """By stream, bool [all vectors, end to end]: those that the paper leaves out of Hessians (section 3.3)."""
         ...
@@ -215,6 +224,28 @@ class Task(Protocol):
 
     def filled(self, rows: int, lengths: Mapping[str, int]) -> tuple[np.ndarray, ...]:
         """Token arrays of a batch without padding, whose streams have these lengths; for rehearsals."""
+        ...
+
+    def prompt(self, vocabulary: Any, text: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """A text that the model is to go on from, or to fill in.
+
+        Returns:
+          Token ids for the family's `generate`, int32 [length], and the options that belong to them: `prefix`, `stop`,
+          `banned`.
+
+        Raises:
+          ValueError: it can't be one; in words that begin like 'it is empty', for the name of the prompt before them.
+        """
+        ...
+
+    def completed(self, vocabulary: Any, tokens: np.ndarray, written: np.ndarray) -> str:
+        """The whole text.
+
+        Args:
+          vocabulary: of the model.
+          tokens: from `prompt`.
+          written: int32 [max_length], what `generate` gave.
+        """
         ...
 
 
@@ -243,6 +274,42 @@ class Config(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+class Names(Protocol):
+    """A family in a layout of checkpoints: what its parameters are called, and what files tell of its models.
+
+    `described` is what they tell, such as config.json; empty where they tell nothing. Errors don't name the files.
+    """
+
+    def parameters(self, shapes: Mapping[str, Shape], described: Mapping[str, Any]) -> dict[str, Tensors]:
+        """The parameters that stored tensors make, from the tensors' shapes by name.
+
+        Raises CheckpointError that lists tensors of another model, or experts that are missing.
+        """
+        ...
+
+    def tensors(self, name: str, config: Any) -> Tensors:
+        """What a parameter is written to. Raises KeyError if there is none of that name."""
+        ...
+
+    def config(self, shapes: Mapping[str, Shape], described: Mapping[str, Any], **overrides: Any) -> Any:
+        """The architecture, from shapes of parameters and what is told beside them.
+
+        Raises CheckpointError that lists what is missing, foreign or of wrong shape, or contradicts each other.
+        """
+        ...
+
+    def describe(self, config: Any, dtypes: Mapping[str, np.dtype], step: int | None) -> dict[str, Any]:
+        """What is to be told beside parameters of these dtypes, by name, after so many training steps.
+
+        Raises CheckpointError that lists all reasons why the layout can't hold the model.
+        """
+        ...
+
+    def lost(self, config: Any) -> list[str]:
+        """What the layout doesn't tell of a model that it can hold, in words."""
+        ...
+
+
 class Family(Protocol):
     """A family of models: one object, listed in `families.py`.
 
@@ -253,8 +320,13 @@ class Family(Protocol):
       Config: class of its architectures.
       PRESETS: published ones, by name.
       told: fields of the config that parameters tell.
-      UNTOLD: of those that they don't, what a user may give.
+      UNTOLD: of those that they don't, what a user may give, by name: what it is, for the help of flags.
       task: what an example is.
+      names: by layout of checkpoints, 't5x', 'huggingface' or 'ista': those in which its models can be kept.
+      model_types: 'model_type' in the config.json of its models.
+      forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
+      generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
+        max_length].
     """
 
     name: str
@@ -263,8 +335,16 @@ class Family(Protocol):
     Config: type
     PRESETS: Mapping[str, Any]
     told: tuple[str, ...]
-    UNTOLD: tuple[str, ...]
+    UNTOLD: Mapping[str, str]
     task: Task
+    names: Mapping[str, Names]
+    model_types: tuple[str, ...]
+    forward: Callable[..., jax.Array]
+    generate: Callable[..., jax.Array]
+
+    def summary(self, config: Any) -> list[tuple[str, str]]:
+        """What an architecture is, in words: lines of a table, such as ('heads x width', '12 x 64')."""
+        ...
 
     def infer(self, shapes: Mapping[str, Shape], **overrides: Any) -> Any:
         """The architecture that parameters, by '/'-joined name, belong to.
@@ -291,14 +371,6 @@ class Family(Protocol):
 
     def model(self, config: Any, dtype: DTypeLike, mesh: Mesh | None) -> nn.Module:
         """The Flax module, whose parameters have these names."""
-        ...
-
-    def forward(self, model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.Array:
-        """Logits, float32 [batch, length, vocabulary]."""
-        ...
-
-    def generate(self, model: nn.Module, params: Any, tokens: Any, **options: Any) -> jax.Array:
-        """Tokens that the model writes, int32 [batch, max_length]."""
         ...
 
     def streamed(self, config: Any, dtype: DTypeLike) -> Streamed:

@@ -245,7 +245,7 @@ class RateDistortion:
         )
 
 
-METHODS: dict[str, type] = {
+METHODS: dict[str, Any] = {
     "gptq": Gptq,
     "rtn": Nearest,
     "rd": RateDistortion,

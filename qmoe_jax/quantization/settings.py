@@ -92,6 +92,8 @@ class QuantizationSettings:
         for part in ("rounding", "calibration"):
             if part in self.__dict__ and hasattr(self.__dict__[part], name):
                 return getattr(self.__dict__[part], name)
+        if any(name in _names(kind) for kind in METHODS.values()):
+            return None  # Another method's.
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def __eq__(self, other: object) -> bool:

@@ -8,7 +8,7 @@ has no group left. Rows meet their expert in the order of one process, so that a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -69,7 +69,14 @@ class Several:
       stages: where seconds are counted.
     """
 
-    def __init__(self, processes: Processes, documents: Documents, num_experts: int, sample, stages: resources.Stages):
+    def __init__(
+        self,
+        processes: Processes,
+        documents: Documents,
+        num_experts: int,
+        sample: Mapping[str, np.ndarray],
+        stages: resources.Stages,
+    ):
         self.processes, self.documents, self.num_experts = processes, documents, num_experts
         self.sample, self.stages = sample, stages
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from qmoe_jax import reports, resources
-from qmoe_jax.checkpoints.base import Checkpoint
+from qmoe_jax.checkpoints.checkpoint import Checkpoint
 from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.models.expert_parallel import place_batch, replicate
@@ -271,7 +271,8 @@ class _Pass:
                 x.put(positions, new_x)
                 x.check_finite(layer.name, positions, np.asarray(new_x))
                 if routed:
-                    for buffer, values in zip(routed, (h, *routing), strict=True):
+                    assert routing is not None
+                    for buffer, values in zip(routed, (h, routing.expert, routing.gate), strict=True):
                         buffer.put(positions, values)
             self.step()
         return RoutedRows(layer.stream, *(b.data for b in routed)) if routed else None

@@ -7,8 +7,9 @@ import pytest
 
 from qmoe_jax.checkpoints.t5x import open_t5x
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.models.families import check_preset
 from qmoe_jax.models.switch.config import PRESETS, ModelConfig
-from qmoe_jax.models.switch.parameters import check_preset, infer_config, param_shapes
+from qmoe_jax.models.switch.parameters import infer_config, param_shapes
 
 SMALL = ModelConfig(
     vocab_size=512,

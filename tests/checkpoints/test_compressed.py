@@ -20,7 +20,7 @@ import pytest
 import tiny_model
 
 import qmoe_jax
-from qmoe_jax.checkpoints import CheckpointError, CompressedWriter, compressed, open_checkpoint, write_t5x
+from qmoe_jax.checkpoints import TARGETS, CheckpointError, CompressedWriter, compressed, conversion, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 
 CONFIG = tiny_model.CONFIG
@@ -160,6 +160,7 @@ def test_the_public_loader_opens_it_and_the_model_runs(copy):
 def test_the_manifest_accounts_for_bytes_and_hashes(copy, experts):
     manifest = json.loads((copy / "manifest.json").read_text())
     assert (manifest["format"], manifest["format_version"]) == ("qmoe_jax", 2)
+    assert manifest["family"] == "switch"
     assert set(manifest["layers"]) == set(LAYERS)
     for layer, part in manifest["layers"].items():
         assert part["bytes"] == sum(e.nbytes for _, _, e in experts[layer].values())
@@ -258,6 +259,17 @@ def test_version_1_is_read(copy, experts):
     ((_, _, found),) = checkpoint.experts(LAYERS[0])
     for matrix, (symbols, _, _) in experts[LAYERS[0]].items():
         np.testing.assert_array_equal(found[matrix].symbols(), symbols)
+
+
+def test_a_manifest_from_before_there_were_families_is_read(copy):
+    edit_manifest(copy, lambda m: m.pop("family"))
+    read_everything(copy)
+    assert open_checkpoint(copy).config == CONFIG
+
+
+def test_an_unknown_family_is_refused(copy):
+    edit_manifest(copy, lambda m: m.update(family="hydra"))
+    assert_refused(copy, "manifest.json", "family 'hydra'", "'switch'")
 
 
 def test_shards_that_lack_experts(copy):
@@ -503,7 +515,7 @@ def no_space(*args, **kwargs):
 def test_a_full_disk_at_the_manifest(call, tmp_path, experts, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     with monkeypatch.context() as m:
-        m.setattr(f"qmoe_jax.reports.os.{call}", no_space)
+        m.setattr(f"qmoe_jax.files.os.{call}", no_space)
         with pytest.raises(OSError, match="No space left"):
             write(tmp_path, experts)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
@@ -544,7 +556,8 @@ def test_a_full_disk_at_a_part(part, small_disk, experts):
 
 
 def test_a_compressed_model_goes_back_to_t5x_dequantized(original, experts, tmp_path):
-    write_t5x(tmp_path, open_checkpoint(original).dense_leaves(), step=7)
+    writer = TARGETS["t5x"](open_checkpoint(original), tmp_path, conversion.Options("float32"))
+    conversion.run(writer, tmp_path, "")
     native = open_checkpoint(tmp_path)
     assert native.config == open_checkpoint(original).config
     for layer, matrices in experts.items():

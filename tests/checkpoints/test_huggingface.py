@@ -15,9 +15,10 @@ from test_torch_files import CALLS, write
 
 import qmoe_jax
 from qmoe_jax.checkpoints import TARGETS, CheckpointError, HuggingFaceCheckpoint, conversion, open_checkpoint, write_t5x
-from qmoe_jax.checkpoints.huggingface import hugging_face_config, sparse_step
 from qmoe_jax.checkpoints.torch_files import save
+from qmoe_jax.models.switch import FAMILY
 from qmoe_jax.models.switch.config import mixed
+from qmoe_jax.models.switch.huggingface import EMBEDDING, sparse_step
 
 CONFIG = tiny_model.CONFIG
 FIXTURES = ["switch_base_tiny", "switch_c_tiny", "switch_base_scan_tiny"]
@@ -26,8 +27,8 @@ FIXTURES = ["switch_base_tiny", "switch_c_tiny", "switch_base_scan_tiny"]
 def convert(checkpoint, output, target, **options):
     """The new checkpoint, opened."""
     checkpoint = open_checkpoint(checkpoint)
-    plan = TARGETS[target](checkpoint, output, conversion.Options(**options))
-    conversion.run(plan, output, "test")
+    writer = TARGETS[target](checkpoint, output, conversion.Options(**options))
+    conversion.run(writer, output, "test")
     return open_checkpoint(output)
 
 
@@ -74,15 +75,14 @@ def test_t5x_to_hugging_face_to_t5x_is_the_identity(fixture_path, name, tmp_path
 def test_orientation_and_experts(checkpoint):
     """Against the arrays that were written, with names and transposes spelled out."""
     expected, found = tiny_model.random_params(), open_checkpoint(checkpoint)
-    files = found._files
     query = expected["decoder/layers_1/encoder_decoder_attention/query/kernel"]
     name = "decoder.block.1.layer.1.EncDecAttention.q.weight"
-    np.testing.assert_array_equal(files[name].read(name), query.T)
+    np.testing.assert_array_equal(found.store.read(name), query.T)
     wo = expected["decoder/layers_1/mlp/expert/wo/kernel"]
     name = "decoder.block.1.layer.2.mlp.experts.expert_5.wo.weight"
-    np.testing.assert_array_equal(files[name].read(name), wo[5].T)
+    np.testing.assert_array_equal(found.store.read(name), wo[5].T)
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    np.testing.assert_array_equal(files[name].read(name), expected["encoder/relpos_bias/rel_embedding"].T)
+    np.testing.assert_array_equal(found.store.read(name), expected["encoder/relpos_bias/rel_embedding"].T)
     kernel = "decoder/layers_1/mlp/expert/wo/kernel"
     np.testing.assert_array_equal(found.read(kernel, (slice(2, 7, 2), slice(None), 3)), wo[2:7:2, :, 3])
     np.testing.assert_array_equal(found.read(kernel, (6,)), wo[6])
@@ -156,13 +156,19 @@ def test_dtype_is_cast(checkpoint, tmp_path):
 
 
 def tensors_of(checkpoint):
-    return {name: file.read(name) for name, file in open_checkpoint(checkpoint)._files.items()}
+    store = open_checkpoint(checkpoint).store
+    return {name: store.read(name) for name in store.specs}
+
+
+def described(**changes):
+    """config.json of the tiny model."""
+    return FAMILY.names["huggingface"].describe(CONFIG, {EMBEDDING: np.dtype(np.float32)}, None) | changes
 
 
 def write_one_file(directory, tensors, **config):
     directory.mkdir(exist_ok=True)
     save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(hugging_face_config(CONFIG, "float32") | config))
+    (directory / "config.json").write_text(json.dumps(described(**config)))
     return directory
 
 
@@ -185,7 +191,7 @@ def test_bin_files(checkpoint, files, tmp_path):
         save(tmp_path / name, {t: v for t, v in tensors.items() if where[t] == name}, ordered=True)
     if files > 1:
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(CONFIG, "float32")))
+    (tmp_path / "config.json").write_text(json.dumps(described()))
     assert_same_parameters(open_checkpoint(tmp_path), open_checkpoint(checkpoint))
     write(tmp_path / names[-1], CALLS["os.system"])
     with pytest.raises(CheckpointError, match=rf"{names[-1]}: it asks for os\.system"):
@@ -293,18 +299,17 @@ def test_half_a_conversion_is_no_checkpoint(checkpoint, tmp_path, monkeypatch):
     written = []
 
     def run(stop_after=None):
-        plan = TARGETS["huggingface"](source, tmp_path, options)
+        writer = TARGETS["huggingface"](source, tmp_path, options)
+        write = writer.write
 
         def counted(part):
-            def write():
-                if len(written) == stop_after:
-                    raise OSError("no space left")
-                written.append(part.name)
-                return part.write()
+            if len(written) == stop_after:
+                raise OSError("no space left")
+            written.append(part)
+            return write(part)
 
-            return part._replace(write=write)
-
-        return conversion.run(plan._replace(parts=list(map(counted, plan.parts))), tmp_path, "same")
+        monkeypatch.setattr(writer, "write", counted)
+        return conversion.run(writer, tmp_path, "same")
 
     with pytest.raises(OSError, match="no space"):
         run(stop_after=4)

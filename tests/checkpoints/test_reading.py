@@ -158,7 +158,7 @@ def test_scanned_chunks_of_several_layers_are_known(tmp_path):
     array = values(4, 2, 6, 10)
     name = "encoder/encoder/subblock_0/mlp/expert/wi/kernel"
     t5x = open_t5x(write_legacy(tmp_path / "checkpoint_1", {name: array}, {name: (2, 2, 3, 10)}))
-    source = t5x.experts("encoder/layers_1/mlp/expert/wi/kernel")
+    source = t5x.source("encoder/layers_1/mlp/expert/wi/kernel")
     assert source.grid == Grid((4, 6, 10), (2, 3, 10), 4, layers=2)
     (group,) = reading.stream([("layer", lambda: {"wi": source})], 4, Reading(), range(4))
     np.testing.assert_array_equal(group[3]["wi"], array[:, 1])

@@ -742,11 +742,13 @@ def test_chunks_are_those_that_t5x_chose(shape, chunks):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_expert_with_nan_or_inf_is_named(value, dtype):
     array = values(4, 6, 10, dtype=dtype)
-    check_finite(WI, array)
+    check_finite(WI, array, 0)
     array[2, 3, 9] = value
     array[3, 0, 0] = value
     with pytest.raises(CheckpointError, match=rf"'{WI}', expert 2: .*{value} at \[2, 3, 9\]"):
-        check_finite(WI, array)
+        check_finite(WI, array, 0)
+    with pytest.raises(CheckpointError, match=rf"'{WI}', expert 7: .*{value} at \[2, 3, 9\]"):
+        check_finite(WI, array, 5)
 
 
 def test_parameter_with_nan_is_named():

@@ -123,6 +123,39 @@ def test_one_expert_by_traced_index_in_a_scan():
     np.testing.assert_array_equal(found, weights[np.array(order)])
 
 
+@pytest.mark.parametrize("codec", codecs.CODECS)
+def test_experts_that_there_are_not_are_refused(codec):
+    """Concrete indices are NumPy's; traced ones can't be looked at, and are clamped."""
+    trits, levels, weights = example()
+    compressed = CompressedExperts.from_symbols(trits, levels, codec=codec)
+    experts = len(trits)
+    np.testing.assert_array_equal(compressed.expert(-1), weights[-1])
+    np.testing.assert_array_equal(compressed.expert(np.int64(1)), weights[1])
+    for index in (experts, 99, -experts - 1):
+        with pytest.raises(IndexError, match=f"expert {index}: there are {experts}"):
+            compressed.expert(index)
+    for index in (1.0, None, "1", [0, 1]):
+        with pytest.raises(TypeError):
+            compressed.expert(index)
+    for start, stop in ((-2, 4), (0, experts + 1), (2, 2), (2, 1), (-2, -1)):
+        with pytest.raises(IndexError, match="expected a range within"):
+            compressed.take(start, stop)
+    with pytest.raises(TypeError):
+        compressed.take(0.0, 2)
+    traced = jax.jit(lambda c, e: c.expert(e))
+    np.testing.assert_array_equal(traced(compressed, 99), weights[-1])
+    np.testing.assert_array_equal(traced(compressed, -5), weights[0])
+
+
+@pytest.mark.parametrize("codec", codecs.CODECS)
+def test_stored_levels_that_no_trained_model_has_are_refused(codec):
+    trits, levels, _ = example()
+    levels[1, 5, 1] = 3e38
+    stored = CompressedExperts.from_symbols(trits, levels, codec=codec).stored()
+    with pytest.raises(ValueError, match="levels: expert 1, row 5 has .*3.*e.38.*expected at most 10000"):
+        CompressedExperts.from_stored(stored, codec, trits.shape)
+
+
 def test_unknown_codec_is_refused_with_the_known_ones():
     trits, levels, _ = example()
     with pytest.raises(ValueError, match="'zip'. Known codecs: .*dictionary"):

@@ -17,9 +17,10 @@ import triton.language as tl
 from gpu_cases import CASES, RUNS, WAYS, example
 from triton.runtime.interpreter import InterpreterBuilder
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, triton, triton_gap_kernels, triton_kernels
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot.triton import dictionary, gap, shared
 
-MODULES = {"triton_kernels": triton_kernels, "triton_gap_kernels": triton_gap_kernels}
+MODULES = {"dictionary": dictionary, "gap": gap}
 
 
 class Tensor:
@@ -68,7 +69,7 @@ create_dot = InterpreterBuilder.create_dot
 InterpreterBuilder.create_dot = dot
 
 
-def launch(module, kernel, *inputs, out_shape, grid, input_output_aliases=None, num_warps, num_stages, **constants):
+def launch(kernel, *inputs, out_shape, grid, input_output_aliases=None, num_warps, num_stages, **constants):
     """Takes what `jax_triton.triton_call` takes."""
 
     def run(*inputs):
@@ -76,7 +77,7 @@ def launch(module, kernel, *inputs, out_shape, grid, input_output_aliases=None, 
         out = np.full(out_shape.shape, np.nan, out_shape.dtype)  # whoever reads what was not written sees it
         for i in input_output_aliases or {}:
             out = inputs[i]
-        getattr(MODULES[module], kernel)[grid](*map(Tensor, inputs), Tensor(out), **constants)
+        kernel[grid](*map(Tensor, inputs), Tensor(out), **constants)
         return out
 
     return jax.pure_callback(run, out_shape, *inputs)
@@ -87,10 +88,11 @@ def main(path):
     for codec, name, way, dtype in RUNS:
         tokens, group_sizes, out, width, zeros = CASES[name]
         lhs, rhs, _ = example(tokens, 3, out, width, zeros, codec=codec)
-        module, *functions = triton.KERNELS[rhs.codec]
-        few, decode, dense = (functools.partial(function, launch) for function in (*functions, triton.multiply_dense))
-        launches = {"codec": module, "multiply_few": few, "decode": decode, "multiply_dense": dense}
-        found = gpu.multiply(jnp.asarray(lhs, dtype), rhs, jnp.array(group_sizes), WAYS[way], **launches)
+        kernels = MODULES[rhs.codec]
+        functions = kernels.multiply_few, kernels.decode, shared.multiply_dense
+        launches = {f.__name__: functools.partial(f, launch) for f in functions}
+        sizes, config = jnp.array(group_sizes), WAYS[way]
+        found = gpu.multiply(jnp.asarray(lhs, dtype), rhs, sizes, config, codec=gpu.CODECS[rhs.codec], **launches)
         results[f"{codec}/{name}/{way}/{dtype}"] = np.asarray(found, np.float32)
     np.savez(path, **results)
 

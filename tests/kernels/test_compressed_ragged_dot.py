@@ -197,9 +197,8 @@ def test_more_tokens_promised_than_there_are_is_cut_off(kind, implementation):
 
 
 @pytest.mark.parametrize("codec", ["dictionary", "gap"])
-@pytest.mark.parametrize("shape", arg_specs.SHAPES)
-def test_default_at_the_published_shapes(shape, codec):
-    out, width = arg_specs.SHAPES[shape]
+@pytest.mark.parametrize("out, width", arg_specs.SHAPES)
+def test_default_at_the_published_shapes(out, width, codec):
     rng = np.random.default_rng(0)
     trits = arg_specs.random_trits(1, out, width)
     rhs = CompressedExperts.from_symbols(trits, np.tile([-1.5, 2.0], (1, out, 1)), codec)

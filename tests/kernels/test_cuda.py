@@ -23,26 +23,26 @@ from gpu_cases import (
 )
 from ptx import lower, machine_code_loops
 
-from qmoe_jax.kernels.compressed_ragged_dot import cuda, gpu, gpu_gap
+from qmoe_jax.kernels.compressed_ragged_dot import cuda, gpu
 
 GAP = [codec for codec in CODECS if codec != "dictionary"]
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    """Takes what `cuda._call` takes, and runs blocks and threads of the kernel one by one."""
+    """What `cuda.gap.multiply_few` calls, as one that runs blocks and threads of the kernel one by one."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("running the kernel's threads on the host needs g++ or clang++")
     path = tmp_path_factory.mktemp("cuda") / "host.so"
-    command = [compiler, "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", cuda.SOURCE, "-o", path]
+    command = [compiler, "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", cuda.gap.SOURCE, "-o", path]
     subprocess.run(command, check=True)
     run = ctypes.CDLL(path).QmoeGapHost
 
     def call(out, *inputs, threads, block):
         def run_on_host(lhs, words, starts, skips, levels, table, items):
             arrays = [np.array(a) for a in (lhs, words, starts, skips, levels, table, items)]
-            assert arrays[-1][:, gpu.SIZE].max(initial=0) <= block <= cuda.MAX_TOKENS
+            assert arrays[-1][:, gpu.SIZE].max(initial=0) <= block <= cuda.gap.MAX_TOKENS
             parts = np.full(out.shape, np.nan, np.float32)  # whoever reads what was not written sees it
             sizes = *lhs.shape[:1], levels.shape[1], lhs.shape[1], words.size, items.shape[0], levels.shape[2], threads
             pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*arrays, parts)]
@@ -55,10 +55,10 @@ def host(tmp_path_factory):
 
 
 def multiply(host, lhs, rhs, group_sizes, config=None):
-    config = config or cuda.heuristic(lhs.shape[0], rhs.shape, lhs.dtype)
-    kernels = {"multiply_few": functools.partial(cuda.multiply_few, host), "decode": None, "multiply_dense": None}
+    config = config or cuda.gap.heuristic(lhs.shape[0], rhs.shape, lhs.dtype)
+    kernels = {"multiply_few": functools.partial(cuda.gap.multiply_few, host), "decode": None, "multiply_dense": None}
     config = gpu.Config(**{**vars(config), "many_tokens": 1 << 30})  # these go the way of Pallas
-    return gpu.multiply(jnp.asarray(lhs), rhs, jnp.array(group_sizes), config, codec=gpu_gap, **kernels)
+    return gpu.multiply(jnp.asarray(lhs), rhs, jnp.array(group_sizes), config, codec=gpu.gap, **kernels)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,16 +96,17 @@ def test_arrays_of_any_content_end_and_stay_in_bounds(host):
 def test_lowers_without_a_gpu(tokens, shape):
     text = lower(cuda.multiply, *abstract_arguments(tokens, shape, jnp.bfloat16, "gap")).as_text()
     few = tokens < 4096
-    assert (cuda.TARGET in text) == few and ("multiply_dense" in text) != few
+    assert (cuda.gap.TARGET in text) == few and ("multiply_dense" in text) != few
 
 
 def test_compiles_for_an_h200_without_spills(tmp_path, capsys):
     try:
-        nvcc = cuda.find_nvcc()
+        nvcc = cuda.shared.find_nvcc()
     except RuntimeError as error:
         pytest.skip(str(error))
     binary = tmp_path / "gap_cuda.cubin"
-    log = cuda.compile_with(nvcc, "-O3", "-std=c++17", "-w", "-arch=sm_90", "-cubin", "-Xptxas=-v", "-o", binary)
+    flags = "-O3", "-std=c++17", "-w", "-arch=sm_90", "-cubin", "-Xptxas=-v", "-o", binary
+    log = cuda.shared.compile_with(nvcc, cuda.gap.SOURCE, *flags)
     found = re.findall(r"function '\w*MultiplyFewI([ft])Lb([01])ELi([23]).*?Used (\d+) registers", log, re.DOTALL)
     assert len(found) == 8
     loops = machine_code_loops(binary)
@@ -124,13 +125,13 @@ def test_compiles_for_an_h200_without_spills(tmp_path, capsys):
 
 def test_the_library_is_compiled_once_and_has_its_handler(tmp_path, monkeypatch):
     try:
-        cuda.find_nvcc()
+        cuda.shared.find_nvcc()
     except RuntimeError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = cuda.build()
+    [path] = cuda.build()
     written = path.stat().st_mtime_ns
-    assert cuda.build() == path and path.stat().st_mtime_ns == written
+    assert cuda.build() == [path] and path.stat().st_mtime_ns == written
     assert list((tmp_path / "qmoe_jax").iterdir()) == [path]
     assert ctypes.CDLL(path).QmoeGapCuda
 

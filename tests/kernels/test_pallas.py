@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from ptx import kernels, lower
 
 from qmoe_jax.codecs import dictionary, gap
-from qmoe_jax.kernels.compressed_ragged_dot import gpu, gpu_dictionary, gpu_gap, pallas
+from qmoe_jax.kernels.compressed_ragged_dot import gpu, pallas
 
 
 @pytest.mark.parametrize("codec, case, way, dtype", RUNS)
@@ -56,7 +56,7 @@ def test_bfloat16_is_accumulated_in_float32(codec):
 def test_any_shape_and_density_with_default_block_sizes(codec, group_sizes, unassigned, out, width, zeros, many):
     tokens = sum(group_sizes) + unassigned
     lhs, rhs, weights = example(tokens, len(group_sizes), out, width, zeros, codec=codec)
-    config = pallas.KERNELS[rhs.codec][0].heuristic(tokens, rhs.shape, lhs.dtype)
+    config = gpu.CODECS[rhs.codec].heuristic(tokens, rhs.shape, lhs.dtype)
     config = gpu.Config(**{**vars(config), "many_tokens": 0 if many else 10_000})
     found = pallas.multiply(lhs, rhs, jnp.array(group_sizes), config=config, interpret=True)
     assert_equals_reference(found, lhs, weights, group_sizes)
@@ -104,7 +104,7 @@ def stack_padded(*arrays):
 
 def test_the_table_says_what_the_dictionary_says():
     words = dictionary.decode_table()
-    table = gpu_dictionary.table()
+    table = gpu.dictionary.table()
     for codeword in np.random.default_rng(0).integers(0, dictionary.ENTRIES, 500):
         trits = [int(words[codeword, half] >> shift) & 3 for half in (0, 1) for shift in range(4, 32, 2)]
         found = [0] * len(trits)
@@ -117,14 +117,14 @@ def test_the_table_says_what_the_dictionary_says():
 
 @pytest.mark.parametrize("num_levels", gap.LEVELS)
 def test_the_table_of_gap_says_what_its_tokens_say(num_levels):
-    table = gpu_gap.table(num_levels)
+    table = gpu.gap.table(num_levels)
     for window in np.random.default_rng(0).integers(0, 1 << gap.WINDOW, 60):
         for entry, m in zip(table[:, window].tolist(), gap.PARAMETERS, strict=True):
             bits = format(window, f"0{gap.WINDOW}b")[::-1]
             weights = tokens(bits[: entry & 31], m, num_levels)
             assert weights and entry >> 25 == len(weights)
             nonzeros = [(place, symbol) for place, symbol in enumerate(weights) if symbol]
-            for shift, mask, second, third in gpu_gap.NONZEROS:
+            for shift, mask, second, third in gpu.gap.NONZEROS:
                 place = entry >> shift & mask
                 symbol = 3 if entry >> third & 1 else 2 if entry >> second & 1 else 1
                 assert (place, symbol) == nonzeros.pop(0) if nonzeros else place > 2**10 + 64

@@ -11,11 +11,10 @@ import pytest
 from random_models import SWITCH, random_params
 
 import qmoe_jax
-from qmoe_jax import codecs
+from qmoe_jax import codecs, streaming
 from qmoe_jax.checkpoints import CompressedWriter, open_checkpoint
-from qmoe_jax.checkpoints.base import is_expert_kernel
-from qmoe_jax.models import decoding, moe, streaming
-from qmoe_jax.models.switch import Vocabulary, load_examples
+from qmoe_jax.models import experts as moe
+from qmoe_jax.models.switch import Vocabulary, decoding, load_examples
 from qmoe_jax.quantization.gptq import round_to_nearest
 
 CARRIED = pathlib.Path(__file__).resolve().parents[2] / "experiments/tiny_model"
@@ -62,7 +61,7 @@ def carried(request, tmp_path_factory):
         for layer in native.config.sparse_layers:
             ((_, _, kernels),) = native.experts(layer)
             writer.write_layer(layer, {matrix: compress(k, request.param) for matrix, k in kernels.items()})
-        writer.finish({name: native.read(name) for name in native.specs if not is_expert_kernel(name)})
+        writer.finish({name: native.read(name) for name in native.specs if not native.is_expert(name)})
     return path
 
 

@@ -13,11 +13,14 @@ from random_models import SWITCH, random_pairs, random_params
 from test_compressed_experts import compress
 
 import qmoe_jax
-from qmoe_jax import codecs
+from qmoe_jax import codecs, streaming
 from qmoe_jax.checkpoints import write_t5x
 from qmoe_jax.codecs.experts import split
-from qmoe_jax.models import expert_parallel, moe, streaming
+from qmoe_jax.models import expert_parallel
 from qmoe_jax.models.expert_parallel import exchange, expert_mesh, place_experts, place_param
+from qmoe_jax.models.experts import apply_experts
+from qmoe_jax.models.switch.config import PLAIN
+from qmoe_jax.models.switch.routing import route
 
 KINDS = [None, *codecs.CODECS]
 
@@ -97,14 +100,16 @@ def test_more_devices_than_there_are():
 def test_apply_experts_is_that_of_one_device(top_k, kind):
     rng = np.random.default_rng(0)
     tokens, d_model, hidden = 61, 24, 40
-    kernels = [rng.normal(size=s).astype(np.float32) for s in ((8, d_model, hidden), (8, hidden, d_model))]
-    kernels = [compress(k, kind) for k in kernels] if kind else kernels
+    shapes = {"wi": (8, d_model, hidden), "wo": (8, hidden, d_model)}
+    kernels = {m: rng.normal(size=s).astype(np.float32) for m, s in shapes.items()}
+    kernels = {m: compress(k, kind) for m, k in kernels.items()} if kind else kernels
     x = rng.normal(size=(tokens, d_model)).astype(np.float32)
-    routing = moe.route(jax.nn.softmax(rng.normal(size=(tokens, 8)).astype(np.float32)), top_k)
+    routing = route(jax.nn.softmax(rng.normal(size=(tokens, 8)).astype(np.float32)), top_k)
     mesh = expert_mesh(8)
-    run = jax.jit(functools.partial(moe.apply_experts, mesh=mesh))
-    found = run(x, routing, [place_experts(k, mesh) for k in kernels])
-    np.testing.assert_allclose(found, jax.jit(moe.apply_experts)(x, routing, kernels), rtol=1e-5, atol=1e-5)
+    apply = functools.partial(apply_experts, PLAIN)
+    placed = {m: place_experts(k, mesh) for m, k in kernels.items()}
+    found = jax.jit(functools.partial(apply, mesh=mesh))(x, routing, placed)
+    np.testing.assert_allclose(found, jax.jit(apply)(x, routing, kernels), rtol=1e-5, atol=1e-5)
 
 
 @functools.cache
@@ -118,7 +123,7 @@ def small_model(top_k=1, codec=None):
 
 
 def on_mesh(config, flat, mesh):
-    params = {n: place_param(n, v, mesh) for n, v in flat.items()}
+    params = {n: place_param(n, v, mesh, "/mlp/expert/" in n) for n, v in flat.items()}
     return qmoe_jax.SwitchTransformer(config, mesh=mesh), traverse_util.unflatten_dict(params, sep="/")
 
 

@@ -1,6 +1,7 @@
 """Routing, capacity and experts, each by itself, against plain loops."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from numpy_switch import mlp, slots
 from random_models import SWITCH
 
 from qmoe_jax import CompressedExperts
-from qmoe_jax.models import moe
+from qmoe_jax.models import experts as moe_experts
+from qmoe_jax.models.switch import routing as moe
+from qmoe_jax.models.switch.config import GATED, PLAIN
 
 
 def test_routing_takes_the_likeliest_experts_and_their_raw_probabilities():
@@ -136,9 +139,8 @@ def test_experts_are_applied_to_the_tokens_routed_to_them(choices, gated):
     x = rng.normal(size=(len(choices), 6)).astype(np.float32)
     gate = rng.uniform(size=choices.shape).astype(np.float32)
     gate[1] = 0  # Dropped.
-    y = moe.apply_experts(
-        x, moe.Routing(jnp.asarray(choices), jnp.asarray(gate)), list(map(jnp.asarray, kernels.values()))
-    )
+    expert = GATED if gated else PLAIN
+    y = moe_experts.apply_experts(expert, x, moe.Routing(jnp.asarray(choices), jnp.asarray(gate)), kernels)
     expected = np.zeros_like(x)
     for token, experts in enumerate(choices):
         for choice, expert in enumerate(experts):
@@ -151,19 +153,19 @@ def test_experts_are_applied_to_the_tokens_routed_to_them(choices, gated):
 def test_dense_and_compressed_experts_stand_side_by_side():
     """Each matrix may be either; compressed ones are [experts, out, in], dense ones [experts, in, out]."""
     rng = np.random.default_rng(3)
-    dense, compressed = [], []
-    for kernel in expert_kernels(gated=False).values():
+    dense, compressed = {}, {}
+    for name, kernel in expert_kernels(gated=False).items():
         experts, columns, out = kernel.shape
         trits = rng.integers(0, 3, (experts, out, columns)).astype(np.uint8)
         levels = np.sort(rng.integers(-8, 8, (experts, out, 2)) / 4, -1).astype(np.float32)
-        compressed.append(CompressedExperts.from_symbols(trits, levels, codec="dictionary"))
+        compressed[name] = CompressedExperts.from_symbols(trits, levels, codec="dictionary")
         rows = np.concatenate([np.zeros((experts, out, 1)), levels], -1)  # value of trit 0, 1, 2
-        dense.append(np.take_along_axis(rows, trits.astype(int), -1).swapaxes(1, 2).astype(np.float32))
+        dense[name] = np.take_along_axis(rows, trits.astype(int), -1).swapaxes(1, 2).astype(np.float32)
     x = rng.normal(size=(9, 6)).astype(np.float32)
     routing = moe.Routing(jnp.asarray(rng.integers(0, 4, (9, 1)), jnp.int32), jnp.ones((9, 1)))
-    apply = jax.jit(moe.apply_experts)
+    apply = jax.jit(functools.partial(moe_experts.apply_experts, PLAIN))
     expected = apply(x, routing, dense)
-    for kernels in (compressed, [dense[0], compressed[1]], [compressed[0], dense[1]]):
+    for kernels in (compressed, compressed | {"wi": dense["wi"]}, compressed | {"wo": dense["wo"]}):
         np.testing.assert_allclose(apply(x, routing, kernels), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -184,15 +186,16 @@ def test_capacity_counts_padding_and_drops_to_zero():
 
 
 def test_experts_in_slots_do_the_same_for_the_choices_that_are_kept():
-    kernels = [jnp.asarray(k) for k in expert_kernels(gated=True).values()]
+    kernels = expert_kernels(gated=True)
     rng = np.random.default_rng(4)
     x = rng.normal(size=(12, 6)).astype(np.float32)
     routing = moe.route(jnp.asarray(rng.dirichlet(np.ones(4), 12), jnp.float32), 2)
     kept = moe.kept(routing, experts=4, groups=3, capacity=2, prioritized=False)
     assert 0 < np.sum(kept) < kept.size
     routing = moe.Routing(routing.expert, jnp.where(kept, routing.gate, 0.0))
-    expected = moe.apply_experts(x, routing, kernels)
-    np.testing.assert_allclose(moe.apply_experts_in_slots(x, routing, kernels, 6), expected, rtol=1e-5, atol=1e-5)
+    expected = moe_experts.apply_experts(GATED, x, routing, kernels)
+    found = moe_experts.apply_experts_in_slots(GATED, x, routing, kernels, 6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)], ids=["both", "wi only", "wo only"])
@@ -215,9 +218,11 @@ def test_compressed_experts_at_finite_capacity(which):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about XLA's CPU compiler, which widens bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bfloat16_experts_are_not_widened_all_at_once(dtype):
-    kernels = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 24, 48), (64, 48, 24))]
+    shapes = {"wi": (64, 24, 48), "wo": (64, 48, 24)}
+    kernels = {m: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for m, shape in shapes.items()}
     routing = moe.Routing(jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2, 1), jnp.float32))
-    program = jax.jit(moe.apply_experts).lower(jax.ShapeDtypeStruct((2, 24), dtype), routing, kernels).compile()
+    apply = jax.jit(functools.partial(moe_experts.apply_experts, PLAIN))
+    program = apply.lower(jax.ShapeDtypeStruct((2, 24), dtype), routing, kernels).compile()
     assert program.memory_analysis().temp_size_in_bytes < 64 * 24 * 48 * 2 / 2
 
 
@@ -233,19 +238,19 @@ def test_each_expert_takes_its_most_probable_tokens():
 
 def test_a_token_adds_up_all_experts_that_chose_it():
     x = jnp.array([[1.0], [2.0], [3.0]])
-    kernels = [jnp.array([[[1.0]], [[10.0]]]), jnp.array([[[1.0]], [[1.0]]])]  # relu(x wi) wo
-    y = moe.apply_experts_to_chosen(x, jnp.array([[0, 2], [0, 0]]), jnp.array([[0.5, 1.0], [0.25, 0.5]]), kernels)
+    kernels = {"wi": jnp.array([[[1.0]], [[10.0]]]), "wo": jnp.array([[[1.0]], [[1.0]]])}  # relu(x wi) wo
+    token, gate = jnp.array([[0, 2], [0, 0]]), jnp.array([[0.5, 1.0], [0.25, 0.5]])
+    y = moe_experts.apply_experts_to_chosen(PLAIN, x, token, gate, kernels)
     np.testing.assert_allclose(y, [[0.5 + 2.5 + 5], [0], [3]])
 
 
 def test_compressed_experts_choose_as_dense_ones_do():
     rng = np.random.default_rng(0)
-    wi, wo = (rng.choice(3, (4, *shape)).astype(np.uint8) for shape in ((6, 5), (5, 6)))
-    compressed = [
-        CompressedExperts.from_symbols(s, np.sort(rng.normal(size=(*s.shape[:2], 2)), axis=-1)) for s in (wi, wo)
-    ]
-    dense = [k.to_dense().swapaxes(1, 2) for k in compressed]
+    symbols = {m: rng.choice(3, (4, *shape)).astype(np.uint8) for m, shape in (("wi", (6, 5)), ("wo", (5, 6)))}
+    levels = lambda s: np.sort(rng.normal(size=(*s.shape[:2], 2)), axis=-1)
+    compressed = {m: CompressedExperts.from_symbols(s, levels(s)) for m, s in symbols.items()}
+    dense = {m: k.to_dense().swapaxes(1, 2) for m, k in compressed.items()}
     x = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
     chosen = (jnp.asarray(rng.integers(0, 7, (4, 3)), jnp.int32), jnp.asarray(rng.random((4, 3)), jnp.float32))
-    expected = moe.apply_experts_to_chosen(x, *chosen, dense)
-    np.testing.assert_allclose(moe.apply_experts_to_chosen(x, *chosen, compressed), expected, atol=1e-5)
+    apply = functools.partial(moe_experts.apply_experts_to_chosen, PLAIN, x, *chosen)
+    np.testing.assert_allclose(apply(compressed), apply(dense), atol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 from flax import traverse_util
 from numpy_switch import cross_entropy
 from random_models import CONFIGS, EXPERTS_CHOOSE, SWITCH, padded, random_pairs, random_params
+from watch import watched
 
 import qmoe_jax
 from qmoe_jax import streaming
@@ -100,7 +101,7 @@ def test_where_experts_choose_they_do_within_a_batch(tmp_path):
         return group.kernels
 
     settings = streaming.Settings(tokens_per_batch=70, experts_per_group=2, tokens_per_expert_call=9)
-    losses = streaming.run(checkpoint, PAIRS, settings, hook=hook)
+    losses = watched(checkpoint, PAIRS, settings, hook)
     np.testing.assert_allclose(losses.total, expected, rtol=1e-5)
     tokens = sum(len(e) for e, _ in PAIRS)
     assert max(taken["encoder/layers_0"]) < tokens and sum(taken["decoder/layers_0"]) == 2 * sum(losses.tokens)
@@ -188,8 +189,11 @@ def test_hook_sees_every_expert_once_and_every_token_top_k_times(native, expecte
     seen = {layer: [] for layer in config.sparse_layers}
 
     def hook(group):
-        assert group.stack == group.layer.split("/")[0]
-        assert group.inputs.shape == (sum(e if group.stack == "encoder" else d - 1 for e, d in LENGTHS), config.d_model)
+        assert group.stream == group.layer.split("/")[0]
+        assert group.inputs.shape == (
+            sum(e if group.stream == "encoder" else d - 1 for e, d in LENGTHS),
+            config.d_model,
+        )
         assert len(group.tokens) == group.stop - group.start
         for kernel in group.kernels.values():
             assert kernel.shape[0] == group.stop - group.start
@@ -197,7 +201,7 @@ def test_hook_sees_every_expert_once_and_every_token_top_k_times(native, expecte
         seen[group.layer].append(group)
         return group.kernels
 
-    losses = streaming.run(checkpoint, PAIRS, streaming.Settings(experts_per_group=2), hook=hook)
+    losses = watched(checkpoint, PAIRS, streaming.Settings(experts_per_group=2), hook)
     np.testing.assert_allclose(losses.total, expected(name), rtol=1e-5)
     for layer, groups in seen.items():
         assert [e for g in groups for e in range(g.start, g.stop)] == list(range(config.num_experts)), layer
@@ -215,7 +219,7 @@ def test_hook_sees_the_tokens_that_the_router_sends_to_each_expert(native):
         groups[group.layer] = group
         return group.kernels
 
-    streaming.run(checkpoint, PAIRS, streaming.Settings(), hook=hook)
+    watched(checkpoint, PAIRS, streaming.Settings(), hook)
     model, tokens = qmoe_jax.SwitchTransformer(checkpoint.config), padded(PAIRS)
     _, state = forward(model, checkpoint.load())
     for layer, real in (("encoder/layers_1", tokens[0] > 0), ("decoder/layers_0", tokens[2] > 0)):
@@ -238,7 +242,7 @@ def test_kernels_that_the_hook_returns_are_used(native):
     def hook(group):
         return group.kernels if group.start < 2 else {**group.kernels, "wo": -3 * group.kernels["wo"]}
 
-    losses = streaming.run(checkpoint, PAIRS, streaming.Settings(experts_per_group=2), hook=hook)
+    losses = watched(checkpoint, PAIRS, streaming.Settings(experts_per_group=2), hook)
     np.testing.assert_allclose(losses.total, expected, rtol=1e-5)
 
 

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import tiny_model
+from watch import watched
 
 from qmoe_jax import resources, streaming
 from qmoe_jax.checkpoints import open_checkpoint
-from qmoe_jax.quantization.pipeline import QuantizationSettings, Quantizer
+from qmoe_jax.models.switch.config import PLAIN
+from qmoe_jax.quantization.quantizer import Quantizer
+from qmoe_jax.quantization.settings import QuantizationSettings
 
 D_MODEL, D_FF, TOKENS = 20, 28, 300
 STARVED, LONELY, OVERLOADED, SILENT, NORMAL = range(5)
@@ -17,7 +20,7 @@ def quantized(settings):
     """Kernels before and after, and the layer's account, of a group with an expert of each kind."""
     rng = np.random.default_rng(0)
     kernels = {"wi": rng.normal(size=(5, D_MODEL, D_FF)), "wo": rng.normal(size=(5, D_FF, D_MODEL))}
-    kernels = {m: k.astype(np.float32) for m, k in kernels.items()}
+    kernels = {m: tiny_model.bfloat16(k) for m, k in kernels.items()}  # as they are read
     kernels["wi"][SILENT] = -np.abs(kernels["wi"][SILENT])  # The inputs are positive.
     inputs = np.abs(rng.normal(size=(TOKENS, D_MODEL))).astype(np.float32)
     everything = np.arange(TOKENS)
@@ -25,9 +28,9 @@ def quantized(settings):
     gates = [rng.uniform(0.2, 1, len(t)).astype(np.float32) for t in tokens]
     masks = {"encoder": np.ones(TOKENS, bool)}
     quantizer = Quantizer(settings, masks, {"encoder": ~masks["encoder"]}, 5, "gap", None, resources.Stages())
-    group = streaming.ExpertGroup(LAYER, "encoder", 0, 5, kernels, inputs, tokens, gates)
+    group = streaming.ExpertGroup(LAYER, "encoder", PLAIN, 0, 5, kernels, inputs, tokens, gates)
     after = {m: np.asarray(k) for m, k in quantizer(group).items()}
-    quantizer.finish_layer(LAYER)
+    quantizer.finish(LAYER)
     return kernels, after, quantizer.accounts[LAYER], inputs
 
 
@@ -79,11 +82,11 @@ def test_activations_that_are_not_finite_stop_with_layer_and_document(name, laye
     pairs = [(rng.integers(2, 150, 9).astype(np.int32), rng.integers(2, 150, 5).astype(np.int32)) for _ in range(4)]
     seen = []
 
-    def hook(group):
+    def look(group):
         seen.append(group.layer)
         assert np.isfinite(group.inputs).all()
         return group.kernels
 
     with pytest.raises(ValueError, match=rf"{layer}: activations of document \d, token \d, are NaN or Inf"):
-        streaming.run(checkpoint, pairs, streaming.Settings(), hook=hook)
+        watched(checkpoint, pairs, streaming.Settings(), look)
     assert all(before <= layer or before.startswith("encoder") for before in seen)

@@ -24,7 +24,7 @@ def test_ternary_rounds_at_half_and_ties_go_to_zero():
 def test_two_bit_has_four_equidistant_levels():
     values, symbols = quantize_row([-1.0, -0.6, -0.4, 0.0, 0.7, 1.4, 1.6, 2.0], 2)
     assert values == [-1.0, -1.0, 0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
-    assert symbols == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert symbols == [1, 1, 0, 0, 2, 2, 3, 3]  # 0 is zero; the others rise
 
 
 def test_two_bit_grid_always_has_zero():
@@ -33,21 +33,21 @@ def test_two_bit_grid_always_has_zero():
     np.testing.assert_allclose(values, [-4 / 3, 0.0, 8 / 3], rtol=1e-6)
 
 
-def test_two_bit_symbols_with_three_levels_are_the_same_weights():
-    """Rows whose zero is each of the four symbols, and one of zeros."""
+@pytest.mark.parametrize("bits", grids.BITS)
+def test_symbols_and_levels_are_the_values(bits):
+    """0 is zero, k the row's level k - 1, whatever the bits; of rows whose zero is anywhere, and one of zeros."""
     w = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
     w = np.stack([abs(w[0]), np.append(-1.4, abs(w[1, 1:])), np.append(1.4, -abs(w[2, 1:])), -abs(w[3]), 0 * w[4]])
     grid = grids.fit(jnp.asarray(w))
-    _, symbols = grids.quantize(jnp.asarray(w), Grid(grid.low[:, None], grid.high[:, None]), 2)
-    values = grids.dequantize(symbols, Grid(grid.low[:, None], grid.high[:, None]), 2)
-    relative, levels = (np.asarray(a) for a in grids.three_levels(symbols, grid))
-    assert levels.dtype == jnp.bfloat16 and levels.shape == (5, 3) and relative.dtype == np.uint8
-    assert sorted({(row < 0).sum() for row in levels[:4]}) == [0, 1, 2, 3] and not levels[4].any()
-    levels = levels.astype(np.float32)
-    assert (np.diff(levels[:4]) > 0).all()
-    np.testing.assert_array_equal(relative == 0, np.asarray(values) == 0)
-    found = np.take_along_axis(np.pad(levels, ((0, 0), (1, 0))), relative.astype(int), axis=1)
-    np.testing.assert_allclose(found, values, rtol=2**-8)
+    values, symbols = grids.quantize(jnp.asarray(w), Grid(grid.low[:, None], grid.high[:, None]), bits)
+    levels = np.asarray(grids.levels(grid, bits))
+    count = 2 if bits == 1.5 else 3
+    assert levels.shape == (5, count) and levels.dtype == np.float32 and np.asarray(symbols).dtype == np.uint8
+    assert (np.diff(levels[:4]) > 0).all() and not levels[4].any() and np.asarray(symbols).max() == count
+    np.testing.assert_array_equal(np.asarray(symbols) == 0, np.asarray(values) == 0)
+    found = np.take_along_axis(np.pad(levels, ((0, 0), (1, 0))), np.asarray(symbols, int), axis=1)
+    np.testing.assert_array_equal(found, values)
+    np.testing.assert_array_equal(grids.dequantize(symbols, jnp.asarray(levels)), values)
 
 
 @pytest.mark.parametrize("bits", grids.BITS)
@@ -75,5 +75,5 @@ def test_nearest_value_and_round_trip_on_random_rows(bits):
     choices = [low, 0 * low, high] if bits == 1.5 else [step * (k - np.round(-low / step)) for k in range(4)]
     nearest = np.min([np.abs(w - c) for c in choices], axis=0)
     np.testing.assert_allclose(np.abs(w - np.asarray(values)), nearest, atol=1e-6)
-    restored = grids.dequantize(symbols, Grid(jnp.asarray(low), jnp.asarray(high)), bits)
-    np.testing.assert_array_equal(restored, values)
+    levels = grids.levels(Grid(jnp.asarray(low[:, 0]), jnp.asarray(high[:, 0])), bits)
+    np.testing.assert_array_equal(grids.dequantize(symbols, levels), values)

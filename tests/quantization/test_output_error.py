@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from qmoe_jax.quantization import pipeline
+from qmoe_jax.models.switch.config import PLAIN
 from qmoe_jax.quantization.output_error import TOKENS_PER_EXPERT, OutputError, output_error
+from qmoe_jax.quantization.sharding import expert_sharding
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def random_kernels(rng, experts=2, d_model=6, d_ff=10):
 
 def measure(kernels, quantized, inputs, tokens, gates):
     quantized = jax.tree.map(np.float32, quantized)
-    return output_error(kernels, quantized, inputs, tokens, gates, pipeline.expert_sharding(len(tokens)))
+    return output_error(PLAIN, kernels, quantized, inputs, tokens, gates, expert_sharding(len(tokens)))
 
 
 def test_exact_experts_lose_nothing_and_silent_ones_everything(rng):

@@ -15,12 +15,13 @@ from tiny_model import NUM_CALIBRATION, NUM_VALIDATION, bfloat16, random_params
 
 import qmoe_jax
 from qmoe_jax import streaming
-from qmoe_jax.checkpoints import Checkpoint, CheckpointError, open_checkpoint, write_t5x
+from qmoe_jax.checkpoints import TARGETS, Checkpoint, CheckpointError, conversion, open_checkpoint
 from qmoe_jax.codecs import dictionary
+from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.switch import Examples, Vocabulary, load_examples
-from qmoe_jax.quantization import gptq, output_error, pipeline
+from qmoe_jax.quantization import gptq, output_error, quantizer
 from qmoe_jax.quantization.gptq import round_to_nearest
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax.quantization.settings import QuantizationSettings
 
 MEMORY = streaming.Settings(tokens_per_batch=512, tokens_per_expert_call=64, experts_per_group=4, commit_share=1.0)
 TOP_2 = dataclasses.replace(tiny_model.CONFIG, top_k=2)
@@ -51,7 +52,7 @@ def documents(tiny):
 
 def run(checkpoint, documents, settings=None, memory=MEMORY, output=None, **kwargs):
     settings = settings or QuantizationSettings()
-    return compress(
+    return compress_examples(
         checkpoint,
         documents.vocabulary,
         documents.calibration,
@@ -335,7 +336,8 @@ def test_where_experts_choose_it_evaluates_as_reported_in_the_same_batches(docum
     tokens = report["layers"]["encoder/layers_0"]["tokens_per_expert"]
     assert 0 < min(tokens) and max(tokens) < calibrates("encoder", documents).sum()
 
-    dense = write_t5x(tmp_path / "dense", checkpoint.dense_leaves())
+    dense = tmp_path / "dense"
+    conversion.run(TARGETS["t5x"](checkpoint, dense, conversion.Options("float32")), dense, "")
     encoder, decoder, _ = padded(documents.validation.pairs)
     models = [qmoe_jax.load(tmp_path / "out"), qmoe_jax.load(dense, **untold)]
     logits = [qmoe_jax.forward(*loaded, encoder, decoder) for loaded in models]
@@ -355,8 +357,10 @@ def test_checkpoints_of_other_kinds_are_compressed(name, untold, fixture_path, d
     pairs = [(row[:20], np.append(np.int32(0), row[20:])) for row in ids]
     calibration, validation = (Examples(p, len(p), 0, 0) for p in (pairs[:20], pairs[20:]))
     settings = QuantizationSettings(mask_special_tokens=False)
-    output = str(tmp_path / "out")
-    report = compress(checkpoint, documents.vocabulary, calibration, validation, settings, MEMORY, output=output)
+    output = tmp_path / "out"
+    report = compress_examples(
+        checkpoint, documents.vocabulary, calibration, validation, settings, MEMORY, output=output
+    )
     assert report["experts_total"] == len(checkpoint.config.sparse_layers) * checkpoint.config.num_experts
     loss = streaming.run(open_checkpoint(output), validation.pairs, MEMORY).summary()["loss"]
     assert loss == pytest.approx(report["loss"], abs=1e-6)
@@ -376,11 +380,11 @@ def assert_same_bytes(a, b):
 def test_eight_devices_write_the_same_bytes_as_one(tiny, documents, tmp_path, monkeypatch):
     assert len(jax.local_devices()) == 8
     memory = MEMORY._replace(experts_per_group=8)
-    assert len(pipeline.expert_sharding(8).device_set) > 1
+    assert len(quantizer.expert_sharding(8).device_set) > 1
     checkpoint = open_checkpoint(tiny.checkpoint)
     several = run(checkpoint, documents, memory=memory, output=tmp_path / "several")
     one = NamedSharding(Mesh(np.array(jax.local_devices()[:1]), ("expert",)), PartitionSpec("expert"))
-    monkeypatch.setattr(pipeline, "expert_sharding", lambda experts: one)
+    monkeypatch.setattr(quantizer, "expert_sharding", lambda experts: one)
     report = run(checkpoint, documents, memory=memory, output=tmp_path / "one")
     assert_same_bytes(tmp_path / "several", tmp_path / "one")
     assert report["loss"] == pytest.approx(several["loss"], abs=1e-6)
@@ -413,12 +417,10 @@ def test_round_to_nearest_needs_no_calibration(tiny, documents):
     [
         ("dictionary", {"bits": 2}, "Use the codec 'gap'"),
         ("dictionary", {"bits": 2, "method": "rtn"}, "Use the codec 'gap'"),
-        ("dictionary", {"group_size": 8}, "Leave group_size out"),
-        ("gap", {"bits": 2, "group_size": 8}, "Leave group_size out"),
     ],
 )
 def test_what_the_codec_does_not_hold_is_measured_but_not_stored(codec, changes, mend, tiny, documents, tmp_path):
-    settings = dataclasses.replace(QuantizationSettings(), **changes)
+    settings = QuantizationSettings(**changes)
     checkpoint = open_checkpoint(tiny.checkpoint)
     report = run(checkpoint, documents, settings, codec=codec)
     assert np.isfinite(report["loss"]) and 0 < report["zeros"] < 1 and 0 < report["entropy_per_weight"] < 2
@@ -441,7 +443,6 @@ def test_what_the_codec_does_not_hold_is_measured_but_not_stored(codec, changes,
         ("method", "magic"),
         ("bits", 3),
         ("block_size", 0),
-        ("group_size", -1),
         ("damping", -0.1),
         ("damping", float("nan")),
         ("token_cap", 0),

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from qmoe_jax import streaming
-from qmoe_jax.models.switch.config import PRESETS, preset
-from qmoe_jax.quantization import gptq, planning, rehearsal
-from qmoe_jax.quantization.pipeline import QuantizationSettings
+from qmoe_jax.compression import planning, rehearsal
+from qmoe_jax.models.families import PRESETS, preset
+from qmoe_jax.models.switch import SpanCorruption
+from qmoe_jax.quantization import gptq
+from qmoe_jax.quantization.methods import METHODS
 from qmoe_jax.quantization.rate_distortion import rate_distortion
+from qmoe_jax.quantization.settings import QuantizationSettings
 
 PAPER = QuantizationSettings()
-C2048 = preset("switch_c_2048")
-WORK = planning.greatest_workload(160_000, 128, 568)
+C2048, TASK = preset("switch_c_2048"), SpanCorruption()
+WORK = planning.greatest_workload(TASK, 160_000, 128, 568)
 
 
 def plan(config=C2048, work=WORK, quantization=PAPER, is_cpu=False, resident=0, **memory):
@@ -28,14 +31,17 @@ def plan(config=C2048, work=WORK, quantization=PAPER, is_cpu=False, resident=0, 
 
 
 def test_documents_of_568_tokens_are_512_for_the_encoder():
-    work = planning.greatest_workload(10, 2, 568)
-    assert (work.encoder_length, work.decoder_length) == (512, 114)
-    assert (work.encoder_tokens, work.encoder_calibration, work.documents) == (12 * 512, 10 * 512, 12)
+    work = planning.greatest_workload(TASK, 10, 2, 568)
+    assert work.longest == {"encoder": 512, "decoder": 114}
+    assert (work.tokens["encoder"], work.calibration["encoder"], work.documents) == (12 * 512, 10 * 512, 12)
 
 
 def test_workload_of_documents():
     pairs = [(np.ones(5), np.ones(3)), (np.ones(7), np.ones(9)), (np.ones(2), np.ones(4))]
-    assert planning.workload(pairs, 2) == planning.Workload(14, 2 + 8 + 3, 12, 10, 7, 8, 3)
+    found = planning.workload(TASK, pairs, 2)
+    tokens, calibration = {"encoder": 14, "decoder": 2 + 8 + 3}, {"encoder": 12, "decoder": 10}
+    assert found == planning.Workload(tokens, calibration, {"encoder": 7, "decoder": 8}, 3)
+    assert (found.to_json()["encoder_tokens"], found.to_json()["decoder_calibration"]) == (14, 10)
 
 
 def test_c2048_from_its_name():
@@ -93,7 +99,7 @@ def test_temporaries_are_at_least_those_of_xla(method, shape):
         lagrangian = jax.ShapeDtypeStruct((experts, rows), jnp.float32)
         step, arguments = functools.partial(rate_distortion, refits=2), (W, H, lagrangian)
     xla = jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-    of_H, of_W = planning.TEMPORARIES[method]
+    of_H, of_W, *_ = METHODS[method]().needs()
     ours = 4 * experts * columns * (of_H * columns + of_W * rows)
     assert 0.85 * xla < ours < 2.5 * xla
 
@@ -124,13 +130,13 @@ def test_every_stage_is_measured(method, tmp_path):
         preset("switch_base_8"), d_model=16, d_ff=24, num_heads=2, head_dim=8, vocab_size=64,
         num_encoder_layers=2, num_decoder_layers=2, encoder_sparse_layers=(1,), decoder_sparse_layers=(0, 1),
     )  # fmt: skip
-    work = planning.greatest_workload(20, 2, 30)
+    work = planning.greatest_workload(TASK, 20, 2, 30)
     memory = streaming.Settings(tokens_per_batch=100, scratch=str(tmp_path))
     quantization = QuantizationSettings(method)
     found = rehearsal.measure(config, work, memory, quantization, "gap", experts=2, most_tokens=32)
     assert all(math.isfinite(v) and v >= 0 for v in found.values())
     assert {n for n, v in found.items() if not v} <= {"hessians"} and bool(found["hessians"]) == (method == "gptq")
     assert rehearsal.project(config, work, quantization, found)["total"] > 0
-    token = rehearsal.generation(config, "gap", 2, jnp.float32, 16)
+    token = rehearsal.generation(config, "gap", 2, jnp.float32, work.longest)
     assert token["total"] == pytest.approx(sum(v for n, v in token.items() if n != "total"))
     assert list(tmp_path.iterdir()) == []

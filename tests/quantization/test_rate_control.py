@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmoe_jax.quantization.pipeline import (
-    DEFAULT_TARGET_BITS,
-    METHODS,
-    TRIAL_EXPERTS,
-    TRIAL_WEIGHTS,
-    QuantizationSettings,
-    entropy,
-    trial_experts,
-)
+from qmoe_jax.quantization.account import entropy
+from qmoe_jax.quantization.methods import DEFAULT_TARGET_BITS, METHODS
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.rate_distortion import rate_distortion
+from qmoe_jax.quantization.settings import QuantizationSettings
+from qmoe_jax.quantization.trials import TRIAL_EXPERTS, TRIAL_WEIGHTS, trial_experts
 
 EXPERTS, D_MODEL, D_FF, LAYERS = 4, 32, 64, 10
 
@@ -144,9 +139,10 @@ def test_experts_that_are_tried_are_enough_and_make_even_groups(experts, weights
 def test_settings_that_are_not_given_are_the_methods_own(method):
     s = QuantizationSettings(method=method)
     ours = method == "rd"
-    assert (s.activation_order, s.router_weighted, s.sequential, s.asymmetric) == (ours,) * 4
-    assert s.mask_special_tokens is not ours
-    assert s.shrinkage == 0 and s.refits == (2 if ours else 0)
+    assert (s.router_weighted, s.sequential, s.asymmetric) == (ours,) * 3
+    assert s.mask_special_tokens is not ours and s.shrinkage == 0
+    # A field of other methods only is None.
+    assert (s.activation_order, s.refits) == {"rd": (True, 2), "gptq": (False, 0), "rtn": (None, None)}[method]
     assert s.lagrangian is None and s.target_bits == (DEFAULT_TARGET_BITS if ours else None)
     assert s.calibrated is (method != "rtn")
 
@@ -177,7 +173,8 @@ def test_settings_that_are_given_are_kept():
         (dict(method="rtn", target_bits=0.7), "only method 'rd'"),
         (dict(method="rd", lagrangian=0.1, target_bits=0.7), "not both"),
         (dict(method="rd", bits=2), "makes ternary experts"),
-        (dict(method="rd", group_size=16), "without group_size"),
+        (dict(method="gptq", group_size=16), "group_size: there is no such setting"),
+        (dict(method="rtn", level_bits=4), "only method 'rd'"),
         (dict(method="rd", lagrangian=0.0), "lagrangian: found 0.0"),
         (dict(method="rd", lagrangian=float("nan")), "lagrangian: found nan"),
         (dict(method="rd", target_bits=float("inf")), "target_bits: found inf"),
@@ -187,7 +184,6 @@ def test_settings_that_are_given_are_kept():
         (dict(method="rd", refits=-1), "refits: found -1"),
         (dict(method="gptq", refits=2), "refits: found 2"),
         (dict(method="gptq", refits=1, bits=2), "only ternary levels"),
-        (dict(method="gptq", refits=1, group_size=16), "only ternary levels"),
         (dict(method="gptq", asymmetric=True), "needs quantization.sequential"),
         (dict(method="rd", sequential=False), "needs quantization.sequential"),
         (dict(method="rd", shrinkage=-1.0), "shrinkage: found -1.0"),

@@ -16,10 +16,12 @@ import pytest
 import tiny_model
 
 from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
+from qmoe_jax.compression import progress
+from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.compression.progress import OtherRunError
 from qmoe_jax.models.switch import Vocabulary, load_examples
-from qmoe_jax.quantization import pipeline, progress
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax.quantization import trials
+from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.streaming import OwnRows
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
@@ -53,7 +55,7 @@ def test_killed_runs_end_in_the_same_bytes(tmp_path, request, monkeypatch):
     assert not (tmp_path / "whole" / "progress").exists()
     # That was on one device. This process has eight, and takes all experts at once.
     monkeypatch.setattr(killed_runs, "MEMORY", killed_runs.MEMORY._replace(experts_per_group=8))
-    monkeypatch.setattr(pipeline, "TRIAL_WEIGHTS", 1)
+    monkeypatch.setattr(trials, "TRIAL_WEIGHTS", 1)
     assert len(jax.local_devices()) == 8
     killed_runs.run(tmp_path, tmp_path / "eight")
     assert_same_files(tmp_path / "eight" / "layers", tmp_path / "whole" / "layers")
@@ -82,7 +84,7 @@ def arguments(tiny):
 def whole(arguments, tmp_path_factory):
     """(directory, report) of a run that nothing happens to."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    return output, compress(**arguments, output=str(output))
+    return output, compress_examples(**arguments, output=str(output))
 
 
 class Stop(Exception):
@@ -103,7 +105,7 @@ def interrupt(arguments, output, commits, **changes):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(progress.Progress, "commit", counted)
         with pytest.raises(Stop):
-            compress(**arguments | changes, output=str(output))
+            compress_examples(**arguments | changes, output=str(output))
 
 
 def no_space(*args, **kwargs):
@@ -130,7 +132,7 @@ def test_a_full_disk_keeps_what_is_committed(step, arguments, whole, tmp_path, m
             free = {"shard": 0, "dense": 20_000}[step]  # A shard takes less, everything else more.
             m.setattr("qmoe_jax.checkpoints.compressed.shutil.disk_usage", lambda _: _Free(free))
         with pytest.raises((OSError, CheckpointError), match="No space"):
-            compress(**arguments, output=str(output))
+            compress_examples(**arguments, output=str(output))
     committed = LAYERS if step in ("dense", "manifest") else 1
     assert f"{committed} of {LAYERS} sparse layers are committed; run the same command" in capsys.readouterr().out
     state = json.loads((folder / "progress.json").read_text())["committed"]
@@ -139,7 +141,7 @@ def test_a_full_disk_keeps_what_is_committed(step, arguments, whole, tmp_path, m
     assert len(list((output / "layers").iterdir())) == committed == len(state["kept"])
     with pytest.raises(CheckpointError, match="unfinished.* Give the same command again"):
         open_checkpoint(output)
-    report = compress(**arguments, output=str(output))
+    report = compress_examples(**arguments, output=str(output))
     assert_same_files(output, whole[0])
     assert without_times(report) == without_times(whole[1])
 
@@ -154,7 +156,7 @@ def test_activations_lie_in_one_file_in_the_order_of_tokens(arguments, tmp_path)
     interrupt(arguments, output, commits=LAYERS)
     files = json.loads((output / "progress" / "progress.json").read_text())["committed"]["arrays"]
     pairs = [*arguments["calibration"].pairs, *arguments["validation"].pairs]
-    tokens = {"x": sum(len(d) - 1 for _, d in pairs), "encoded": sum(len(e) for e, _ in pairs)}
+    tokens = {"x": sum(len(d) - 1 for _, d in pairs), "encoder": sum(len(e) for e, _ in pairs)}
     for name, rows in tokens.items():
         assert files[name]["shape"] == [rows, tiny_model.CONFIG.d_model] and files[name]["dtype"] == "float32"
         size = (output / "progress" / files[name]["file"]).stat().st_size
@@ -178,6 +180,19 @@ def test_rows_are_written_and_read_by_whoever_has_them(tmp_path):
         progress.read_rows(tmp_path / "x", OwnRows(np.zeros((7, 3), np.float32), np.arange(98, 105), 105))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checksums_of_parts_add_up_to_that_of_the_whole(dtype):
+    import ml_dtypes
+
+    values = np.random.default_rng(0).normal(size=(100, 3)).astype(getattr(ml_dtypes, dtype, dtype))
+    whole = progress.checksum(OwnRows(values, None, 100))
+    owner = np.random.default_rng(1).integers(0, 3, 100)
+    rows = [np.flatnonzero(owner == i) for i in range(3)]
+    assert sum(progress.checksum(OwnRows(values[r], r, 100)) for r in rows) % 2**64 == whole
+    for change in (values[::-1], np.where(np.arange(3) == 1, -values, values).astype(values.dtype), 0 * values):
+        assert progress.checksum(OwnRows(change, None, 100)) != whole
+
+
 def test_layers_since_the_last_commit_are_done_again(arguments, whole, tmp_path):
     output, due = tmp_path / "out", iter([True, False])
 
@@ -191,10 +206,10 @@ def test_layers_since_the_last_commit_are_done_again(arguments, whole, tmp_path)
         m.setattr(progress.Progress, "due", asked)
         m.setattr("qmoe_jax.checkpoints.compressed.CompressedWriter._remove", lambda _: None)  # as if killed
         with pytest.raises(Stop):
-            compress(**arguments, output=str(output))
+            compress_examples(**arguments, output=str(output))
     state = json.loads((output / "progress" / "progress.json").read_text())["committed"]
     assert len(state["kept"]) == 1 and len(list((output / "layers").iterdir())) == 3
-    report = compress(**arguments, output=str(output))
+    report = compress_examples(**arguments, output=str(output))
     assert_same_files(output, whole[0])
     assert without_times(report) == without_times(whole[1])
 
@@ -286,10 +301,10 @@ def test_another_run_is_refused(change, named, started, arguments, tmp_path, mon
     else:
         changes = {"codec": {"codec": "dictionary"}, "num_shards": {"num_shards": 2}, "version": {}}[change]
     if change == "version":
-        monkeypatch.setattr("qmoe_jax.__version__", "0.0.0")
+        monkeypatch.setattr(progress, "__version__", "0.0.0")
     before = {p: p.stat().st_mtime_ns for p in started.rglob("*")}
     with pytest.raises(OtherRunError, match=f"unfinished compression of something else: {re.escape(named)}"):
-        compress(**arguments | changes, output=str(started))
+        compress_examples(**arguments | changes, output=str(started))
     assert {p: p.stat().st_mtime_ns for p in started.rglob("*")} == before
 
 
@@ -307,18 +322,29 @@ def test_committed_files_that_changed_are_refused(arguments, tmp_path):
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="changed since it was written"):
-        compress(**arguments, output=str(output))
+        compress_examples(**arguments, output=str(output))
     file.write_bytes(content)
     (activations,) = (output / "progress").glob("x-*")
     os.truncate(activations, 100)
     with pytest.raises(OtherRunError, match="not whole"):
-        compress(**arguments, output=str(output))
+        compress_examples(**arguments, output=str(output))
+
+
+def test_committed_activations_that_changed_are_refused(arguments, tmp_path):
+    output = tmp_path / "out"
+    interrupt(arguments, output, commits=1)
+    (activations,) = (output / "progress").glob("x-*")
+    content = activations.read_bytes()
+    for changed in (bytes(len(content)), content[:-4] + b"\0\0\0\1", content[4:] + content[:4]):
+        activations.write_bytes(changed)
+        with pytest.raises(OtherRunError, match="has changed since it was committed"):
+            compress_examples(**arguments, output=str(output))
 
 
 def test_overwrite_starts_anew(arguments, whole, tmp_path):
     output = tmp_path / "out"
     interrupt(arguments, output, commits=1, quantization=QuantizationSettings(damping=0.2))
-    compress(**arguments, output=str(output), resume=False)
+    compress_examples(**arguments, output=str(output), resume=False)
     assert_same_files(output, whole[0])
 
 
@@ -326,5 +352,5 @@ def test_groups_and_folders_of_memory_may_change(arguments, whole, tmp_path):
     output = tmp_path / "out"
     interrupt(arguments, output, commits=2)
     memory = arguments["memory"]._replace(experts_per_group=8, activations=str(tmp_path / "activations"))
-    compress(**arguments | {"memory": memory}, output=str(output))
+    compress_examples(**arguments | {"memory": memory}, output=str(output))
     assert_same_files(output, whole[0])

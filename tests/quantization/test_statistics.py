@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmoe_jax.quantization import pipeline, statistics
-from qmoe_jax.quantization.pipeline import expert_sharding
+from qmoe_jax.models.switch.config import GATED, PLAIN
+from qmoe_jax.quantization import statistics
+from qmoe_jax.quantization.sharding import expert_sharding
 from qmoe_jax.quantization.statistics import Samples
 
 D_MODEL, D_FF, TOKENS = 8, 12, 200
@@ -76,9 +77,10 @@ def test_bfloat16_inputs():
 @pytest.mark.parametrize(("experts", "gated"), CASES, ids=ids)
 def test_hidden_importance_is_what_an_error_of_a_sum_does_to_the_output(experts, gated):
     kernels, inputs, samples = problem(experts, gated)
+    expert = GATED if gated else PLAIN
     kernels["wo"][2, 4] = 0  # a unit that nothing comes of
     arrays, sharding = on_devices(kernels)
-    found = statistics.hidden_importance(arrays, inputs, samples, sharding)
+    found = statistics.hidden_importance(expert, arrays, inputs, samples, sharding)
     assert sorted(found) == sorted(m for m in kernels if m != "wo")
     for e, (rows, weight) in enumerate(samples):
         sums = sums_of(kernels, e, inputs[rows].astype(np.float64))
@@ -96,12 +98,12 @@ def test_hidden_importance_is_what_an_error_of_a_sum_does_to_the_output(experts,
 
 
 def test_hidden_importance_of_many_tokens_is_estimated():
-    kernels, _, _ = problem(2, False)
+    expert, (kernels, _, _) = PLAIN, problem(2, False)
     rng = np.random.default_rng(1)
     inputs = rng.normal(size=(20_000, D_MODEL)).astype(np.float32)
     samples = [Samples(np.arange(20_000), rng.uniform(0.1, 1, size=20_000).astype(np.float32))] * 2
     arrays, sharding = on_devices(kernels)
-    found = statistics.hidden_importance(arrays, inputs, samples, sharding)["wi"]
+    found = statistics.hidden_importance(expert, arrays, inputs, samples, sharding)["wi"]
     for e in range(2):
         active = np.average(sums_of(kernels, e, inputs)[0] > 0, axis=0, weights=samples[e].weights)
         np.testing.assert_allclose(found[e], active * (kernels["wo"][e] ** 2).sum(1), rtol=0.25)
@@ -110,11 +112,12 @@ def test_hidden_importance_of_many_tokens_is_estimated():
 @pytest.mark.parametrize(("experts", "gated"), CASES, ids=ids)
 def test_hidden_statistics(experts, gated):
     kernels, inputs, samples = problem(experts, gated)
+    expert = GATED if gated else PLAIN
     rng = np.random.default_rng(1)
     now = {m: (k + 0.3 * rng.normal(size=k.shape)).astype(np.float32) for m, k in kernels.items() if m != "wo"}
     arrays, sharding = on_devices(kernels)
     wi = {m: jax.device_put(jnp.asarray(k), sharding) for m, k in now.items()}
-    H, R = statistics.hidden_statistics(arrays, wi, inputs, samples, sharding, residuals=True)
+    H, R = statistics.hidden_statistics(expert, arrays, wi, inputs, samples, sharding, residuals=True)
     for e, (rows, weight) in enumerate(samples):
         X = inputs[rows].astype(np.float64)
         before, after = activation(sums_of(kernels, e, X)), activation(sums_of(now, e, X))
@@ -123,26 +126,30 @@ def test_hidden_statistics(experts, gated):
         np.testing.assert_allclose(R[e], weighted(lacking, after, weight), rtol=1e-3, atol=1e-3)
     for found in (H, R):
         assert found.dtype == jnp.float32 and found.sharding.is_equivalent_to(sharding, 3)
-    alone, none = statistics.hidden_statistics(arrays, wi, inputs, samples, sharding, residuals=False)
+    alone, none = statistics.hidden_statistics(expert, arrays, wi, inputs, samples, sharding, residuals=False)
     assert none is None
     np.testing.assert_array_equal(alone, H)
 
 
 def test_unchanged_kernels_lack_nothing():
-    kernels, inputs, samples = problem(3, False)
+    expert, (kernels, inputs, samples) = PLAIN, problem(3, False)
     arrays, sharding = on_devices(kernels)
-    _, R = statistics.hidden_statistics(arrays, arrays, inputs, samples, sharding, residuals=True)
+    _, R = statistics.hidden_statistics(expert, arrays, arrays, inputs, samples, sharding, residuals=True)
     np.testing.assert_array_equal(R, 0)
 
 
 def test_chunks_are_a_matter_of_memory(monkeypatch):
-    kernels, inputs, samples = problem(3, False)
+    expert, (kernels, inputs, samples) = PLAIN, problem(3, False)
     arrays, sharding = on_devices(kernels)
 
     def found():
         H = statistics.input_hessians(inputs, samples, sharding)
-        importance = statistics.hidden_importance(arrays, inputs, samples, sharding)["wi"]
-        return H, importance, *statistics.hidden_statistics(arrays, arrays, inputs, samples, sharding, residuals=True)
+        importance = statistics.hidden_importance(expert, arrays, inputs, samples, sharding)["wi"]
+        return (
+            H,
+            importance,
+            *statistics.hidden_statistics(expert, arrays, arrays, inputs, samples, sharding, residuals=True),
+        )
 
     several = found()
     monkeypatch.setattr(statistics, "TOKENS_PER_CHUNK", 512)
@@ -154,7 +161,7 @@ def test_chunks_are_a_matter_of_memory(monkeypatch):
 def test_other_experts_of_the_group_change_no_bit(devices, monkeypatch):
     """Groups of two with few tokens, or with many, on one device or on several."""
     monkeypatch.setattr(statistics, "TOKENS_PER_CHUNK", 64)
-    kernels, inputs, samples = problem(8, True)
+    expert, (kernels, inputs, samples) = GATED, problem(8, True)
     samples[2] = Samples(samples[2].rows[:1], samples[2].weights[:1])
     samples[5] = Samples(np.arange(TOKENS), np.linspace(0.1, 1, TOKENS, dtype=np.float32))
     _, sharding = on_devices(kernels)
@@ -163,25 +170,26 @@ def test_other_experts_of_the_group_change_no_bit(devices, monkeypatch):
         arrays = {m: jax.device_put(jnp.asarray(k[experts]), sharding) for m, k in kernels.items()}
         own = [samples[e] for e in experts]
         H = statistics.input_hessians(inputs, own, sharding)
-        importance = statistics.hidden_importance(arrays, inputs, own, sharding)
-        statistics_of_hidden = statistics.hidden_statistics(arrays, arrays, inputs, own, sharding, residuals=True)
-        paper = pipeline.expert_hessians(arrays, inputs, [s.rows for s in own], sharding, 64)
-        return list(map(np.asarray, (H, *importance.values(), *statistics_of_hidden, *paper.values())))
+        importance = statistics.hidden_importance(expert, arrays, inputs, own, sharding)
+        statistics_of_hidden = statistics.hidden_statistics(
+            expert, arrays, arrays, inputs, own, sharding, residuals=True
+        )
+        return list(map(np.asarray, (H, *importance.values(), *statistics_of_hidden)))
 
-    one_device = pipeline.expert_sharding(2)
-    together = found(np.arange(8), pipeline.expert_sharding(8) if devices > 1 else one_device)
+    one_device = expert_sharding(2)
+    together = found(np.arange(8), expert_sharding(8) if devices > 1 else one_device)
     for group in ([0, 1], [2, 3], [4, 5], [6, 7]):
         for a, b in zip(together, found(np.array(group), one_device), strict=True):
             np.testing.assert_array_equal(a[group], b)
 
 
 def test_nobody_has_tokens():
-    kernels, inputs, _ = problem(3, False)
+    expert, (kernels, inputs, _) = PLAIN, problem(3, False)
     arrays, sharding = on_devices(kernels)
     samples = [Samples(np.zeros(0, int), np.zeros(0, np.float32))] * 3
     np.testing.assert_array_equal(statistics.input_hessians(inputs, samples, sharding), 0)
-    np.testing.assert_array_equal(statistics.hidden_importance(arrays, inputs, samples, sharding)["wi"], 1)
-    for found in statistics.hidden_statistics(arrays, arrays, inputs, samples, sharding, residuals=True):
+    np.testing.assert_array_equal(statistics.hidden_importance(expert, arrays, inputs, samples, sharding)["wi"], 1)
+    for found in statistics.hidden_statistics(expert, arrays, arrays, inputs, samples, sharding, residuals=True):
         np.testing.assert_array_equal(found, 0)
 
 
@@ -203,6 +211,13 @@ def test_tokens_count_with_the_square_of_their_gate(router_weighted):
         (rows, weights), g = found[e], gates[e].astype(np.float64)
         np.testing.assert_array_equal(rows, tokens[e])
         np.testing.assert_allclose(weights, g**2 if router_weighted else np.ones(len(g)), 1e-6)
+
+
+def test_by_the_papers_recipe_an_expert_without_tokens_gets_none():
+    tokens, gates = routed()
+    options = dict(router_weighted=False, shrinkage=0.0, sample_starved=False)
+    found = statistics.weighted_tokens(tokens, gates, np.arange(TOKENS), **options)
+    assert [len(s.rows) for s in found] == [30, 0, 7]
 
 
 def test_an_expert_without_tokens_gets_the_layer():

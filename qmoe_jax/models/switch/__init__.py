@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from qmoe_jax.models.family import Names, Task
 from qmoe_jax.models.switch import parameters
 from qmoe_jax.models.switch.batches import Batch, make_batches, training_batches
 from qmoe_jax.models.switch.config import PRESETS, TOLD, ModelConfig
 from qmoe_jax.models.switch.decoding import generate
 from qmoe_jax.models.switch.examples import Examples, load_examples
+from qmoe_jax.models.switch.huggingface import MODEL_TYPE, HuggingFace, Published
 from qmoe_jax.models.switch.model import SwitchTransformer, as_tokens, forward
 from qmoe_jax.models.switch.span_corruption import corrupt
 from qmoe_jax.models.switch.stream import streamed
+from qmoe_jax.models.switch.t5x import T5X
 from qmoe_jax.models.switch.task import SpanCorruption
 from qmoe_jax.models.switch.vocabulary import EOS, PAD, Vocabulary
 
@@ -25,11 +29,16 @@ class Switch:
     name = "switch"
     title = "a Switch Transformer"
     published_as = "t5x"
-    Config = ModelConfig
-    PRESETS = PRESETS
-    UNTOLD = ("top_k", "experts_choose")
-    told = TOLD
-    task = SpanCorruption()
+    Config: type = ModelConfig
+    PRESETS: Mapping[str, Any] = PRESETS
+    UNTOLD: Mapping[str, str] = {
+        "top_k": "experts per token, which T5X's checkpoints don't tell: 1 unless given",
+        "experts_choose": "their capacity factor, if the encoder's experts choose, which T5X's don't tell either",
+    }
+    told: tuple[str, ...] = TOLD
+    task: Task = SpanCorruption()
+    names: Mapping[str, Names] = {"t5x": T5X(), "huggingface": HuggingFace(), "ista": Published()}
+    model_types: tuple[str, ...] = (MODEL_TYPE,)
 
     infer = staticmethod(parameters.infer_config)
     param_shapes = staticmethod(parameters.param_shapes)
@@ -43,6 +52,21 @@ class Switch:
 
     def model(self, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None) -> SwitchTransformer:
         return SwitchTransformer(config, dtype, mesh)
+
+    def summary(self, config: ModelConfig) -> list[tuple[str, str]]:
+        layers = (
+            f"{config.num_encoder_layers} encoder ({len(config.encoder_sparse_layers)} sparse), "
+            f"{config.num_decoder_layers} decoder ({len(config.decoder_sparse_layers)} sparse)"
+        )
+        routing = f"top-{config.top_k}" + ("" if config.experts_choose is None else ", in the encoder experts choose")
+        mlp = "gated gelu" if config.gated else "relu"
+        return [
+            ("layers", layers),
+            ("experts", f"{config.num_experts} in each sparse layer, {mlp}, {routing}"),
+            ("d_model, d_ff", f"{config.d_model}, {config.d_ff}"),
+            ("heads x width", f"{config.num_heads} x {config.head_dim}"),
+            ("vocabulary", f"{config.vocab_size}, logits {'tied' if config.tied else 'untied'}"),
+        ]
 
     def attention_bytes(self, config: ModelConfig, longest: Mapping[str, int], tokens_per_batch: int) -> int:
         encoder, both = longest["encoder"], longest["encoder"] + longest["decoder"]

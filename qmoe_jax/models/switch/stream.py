@@ -48,13 +48,15 @@ def streamed(config: ModelConfig, dtype: DTypeLike) -> Streamed:
 def _layer(config: ModelConfig, dtype: DTypeLike, stack: str, i: int) -> Layer:
     encoder = stack == "encoder"
     sparse = i in (config.encoder_sparse_layers if encoder else config.decoder_sparse_layers)
-    module = (EncoderLayer if encoder else DecoderLayer)(config, sparse, not encoder, dtype)
+    attend: Any = functools.partial(_attend_encoder, EncoderLayer(config, sparse, False, dtype))
+    if not encoder:
+        attend = functools.partial(_attend_decoder, DecoderLayer(config, sparse, True, dtype))
     # Where experts choose, they do among the tokens of a batch; each expert has a column.
     choices = config.num_experts if encoder and config.experts_choose is not None else config.top_k
     return Layer(
         f"{stack}/layers_{i}",
         stack,
-        functools.partial(_attend_encoder if encoder else _attend_decoder, module),
+        attend,
         context=() if encoder else ("encoder",),
         shared=() if config.relpos_per_layer else (f"{stack}/relpos_bias/",),
         expert=config.expert if sparse else None,
@@ -85,7 +87,8 @@ def _shared_bias(module: EncoderLayer | DecoderLayer, stack: str, shared, length
         return None
     bias = RelativePositionBias(module.config, stack == "encoder", module.dtype)
     positions = jnp.arange(length)
-    return bias.apply({"params": shared[stack]["relpos_bias"]}, positions, positions)
+    found: Any = bias.apply({"params": shared[stack]["relpos_bias"]}, positions, positions)
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,7 +102,8 @@ def _encoder_layer(layer: EncoderLayer, params, x, tokens, shared_bias):
 @functools.partial(jax.jit, static_argnums=0)
 def _decoder_layer(layer: DecoderLayer, params, x, encoded, tokens, shared_bias):
     params = {"params": params}
-    masks = decoder_masks(*tokens, layer.dtype)
+    encoder_tokens, inputs, targets = tokens
+    masks = decoder_masks(encoder_tokens, inputs, targets, layer.dtype)
     x = layer.apply(params, x, encoded, masks, shared_bias, method="attend")
     return _mlp_or_route(layer, params, x, masks.token)
 

@@ -1,0 +1,111 @@
+"""Loss against stored bits: rounding, the paper's recipe, and rate-distortion quantization at a sweep of target bits.
+
+    python experiments/studies/frontier.py --config=configs/tiny.py --output=results/frontier
+
+All compress --checkpoint with the same documents. OUT gets frontier.json, frontier.md and frontier.png.
+"""
+
+import math
+import pathlib
+import sys
+
+import numpy as np
+from absl import app, flags
+
+from qmoe_jax import files, reports
+from qmoe_jax.reports.figures import plot_frontier
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
+from studies.laboratory import Laboratory
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
+OUTPUT = flags.DEFINE_string("output", "out/frontier", "Directory for the report and the figure.")
+TARGETS = flags.DEFINE_list("targets", ["0.25", "0.35", "0.5", "0.7", "1.0", "1.3", "1.5"], "Stored bits per weight.")
+
+PAPER, GAP = "paper's recipe, its codec", "paper's recipe, gap codec"
+ROUNDING, OURS = "round to nearest, gap codec", "rate-distortion, gap codec"
+
+
+def main(_):
+    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
+    lab = Laboratory(CONFIG.value, CHECKPOINT.value)
+    bfloat16 = lab.bfloat16["loss"]
+
+    points = []
+
+    def measure(name: str, codec: str, method: str, target_bits: float | None = None) -> dict:
+        report = lab.compress(method, codec=codec, target_bits=target_bits, what=name)
+        point = dict(
+            name=name,
+            codec=codec,
+            target_bits=target_bits,
+            bits_per_weight=report["bits_per_weight"],
+            entropy_per_weight=report["entropy_per_weight"],
+            zeros=report["zeros"],
+            loss=report["loss"],
+            above_bfloat16=report["loss"] - bfloat16,
+            seconds=report["seconds"],
+        )
+        points.append(point)
+        reports.say(f"{name}: {point['bits_per_weight']:.3f} bits, {point['above_bfloat16']:+.4f} nats")
+        return point
+
+    paper = measure(PAPER, "dictionary", "gptq")
+    measure(GAP, "gap", "gptq")
+    measure(ROUNDING, "gap", "rtn")
+    ours = [measure(OURS, "gap", "rd", float(t)) for t in TARGETS.value]
+    within = [p for p in ours if p["bits_per_weight"] <= paper["bits_per_weight"]]
+    best = min(within, key=lambda p: p["above_bfloat16"], default=None)
+
+    comparison = dict(
+        paper_bits=paper["bits_per_weight"],
+        paper_above_bfloat16=paper["above_bfloat16"],
+        loss_ratio_within_paper_bits=None if best is None else best["above_bfloat16"] / paper["above_bfloat16"],
+        bits_at_paper_loss=bits_at(paper["above_bfloat16"], ours),
+    )
+    if comparison["bits_at_paper_loss"] is not None:
+        comparison["bits_ratio_at_paper_loss"] = comparison["bits_at_paper_loss"] / paper["bits_per_weight"]
+    table = reports.table(
+        ("method", "target", "bits/weight", "entropy", "zeros", "loss", "above bfloat16"),
+        [
+            (
+                p["name"],
+                "" if p["target_bits"] is None else f"{p['target_bits']:g}",
+                f"{p['bits_per_weight']:.3f}",
+                f"{p['entropy_per_weight']:.3f}",
+                f"{p['zeros']:.3f}",
+                f"{p['loss']:.4f}",
+                f"{p['above_bfloat16']:+.4f}",
+            )
+            for p in points
+        ],
+    )
+    report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=common.without_folders(lab.config))
+    files.write_json(output / "frontier.json", report)
+    files.write_text(output / "frontier.md", table + "\n")
+    plot_frontier(report, output / "frontier.png")
+    reports.say(f"\n{table}\n\nbfloat16: {bfloat16:.4f} nats per token.")
+    if best is not None:
+        reports.say(
+            f"Within the paper's {paper['bits_per_weight']:.3f} bits, at {best['bits_per_weight']:.3f}: "
+            f"{comparison['loss_ratio_within_paper_bits']:.0%} of its loss above bfloat16."
+        )
+    if (ratio := comparison.get("bits_ratio_at_paper_loss")) is not None:
+        reports.say(f"At the paper's loss: {ratio:.0%} of its bits (between the two points next to it).")
+
+
+def bits_at(above: float, points: list[dict]) -> float | None:
+    """Stored bits at which the loss above bfloat16 is as given, by interpolating its logarithm; None: outside."""
+    points = sorted((p for p in points if p["above_bfloat16"] > 0), key=lambda p: -p["bits_per_weight"])
+    for right, left in zip(points, points[1:], strict=False):  # from many bits to few
+        low, high = math.log(right["above_bfloat16"]), math.log(left["above_bfloat16"])
+        if low <= math.log(above) <= high:
+            return float(np.interp(math.log(above), [low, high], [right["bits_per_weight"], left["bits_per_weight"]]))
+    return None
+
+
+if __name__ == "__main__":
+    app.run(common.without_traceback(main))

@@ -1,0 +1,5 @@
+// Loaded by ctypes from ../../__init__.py.
+
+#include "processor.h"
+
+extern "C" bool QmoeHasInstructionSet(const char* name) { return !ChooseInstructionSet(name).empty(); }

@@ -1,0 +1,50 @@
+"""What the GPU backends share: `shared.py` whatever the codec, and a file for each codec."""
+
+from types import ModuleType
+
+from qmoe_jax.kernels.compressed_ragged_dot.gpu import dictionary, gap
+from qmoe_jax.kernels.compressed_ragged_dot.gpu.shared import (
+    EXPERT,
+    FIRST,
+    ITEM_COLUMNS,
+    RANK,
+    SIZE,
+    START,
+    TABLE,
+    Config,
+    launches,
+    multiply,
+    vary_together,
+    why_not,
+    work,
+    zeros,
+)
+
+__all__ = [
+    "CODECS",
+    "EXPERT",
+    "FIRST",
+    "ITEM_COLUMNS",
+    "RANK",
+    "SIZE",
+    "START",
+    "TABLE",
+    "Config",
+    "dictionary",
+    "gap",
+    "launches",
+    "multiply",
+    "vary_together",
+    "why_not",
+    "work",
+    "zeros",
+]
+
+# Each has
+#     streams(rhs) -> int32 [experts, 2]: where each expert's stream starts, and which table is its own
+#     arrays(rhs): the arrays that kernels take
+#     heuristic(tokens, shape (experts, out, in), dtype of lhs) -> Config
+CODECS: dict[str, ModuleType] = {
+    "dictionary": dictionary,
+    "gap": gap,
+}

@@ -1,0 +1,63 @@
+"""Pallas kernels, on its Triton backend.
+
+`gpu/` says how they work. Interpreted on the CPU they are the executable reference of the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import jax
+
+from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
+from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config
+from qmoe_jax.kernels.compressed_ragged_dot.pallas import dictionary, gap, shared
+
+# Each has `multiply_few` and `decode`, as `gpu.multiply` takes them after a launch.
+CODECS: dict[str, ModuleType] = {
+    "dictionary": dictionary,
+    "gap": gap,
+}
+
+
+def why_not(rhs: CompressedExperts) -> str | None:
+    """Why this implementation cannot multiply by `rhs` here; None where it can."""
+    return gpu.why_not(rhs, CODECS)
+
+
+def compressed_ragged_dot(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
+    """See `api.compressed_ragged_dot`. Invalid streams of the codec `dictionary` are read out of bounds.
+
+    Raises:
+      NotImplementedError: no GPU, another codec, or (when lowered) another platform than CUDA.
+    """
+    if reason := why_not(rhs):
+        raise NotImplementedError(f"implementation 'pallas' cannot run here: {reason}.")
+    # Without a default, lowering for another platform raises NotImplementedError.
+    return jax.lax.platform_dependent(lhs, rhs, group_sizes, cuda=multiply)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def multiply(
+    lhs: jax.Array,
+    rhs: CompressedExperts,
+    group_sizes: jax.Array,
+    *,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`compressed_ragged_dot` where `why_not` says None; `interpret` runs the kernels on any platform."""
+    launch = functools.partial(shared.launch, interpret=interpret)
+    kernels = CODECS[rhs.codec]
+    return gpu.multiply(
+        lhs,
+        rhs,
+        group_sizes,
+        config,
+        codec=gpu.CODECS[rhs.codec],
+        multiply_few=functools.partial(kernels.multiply_few, launch),
+        decode=functools.partial(kernels.decode, launch),
+        multiply_dense=functools.partial(shared.multiply_dense, launch),
+    )

@@ -1,0 +1,204 @@
+"""Native T5X checkpoints: any slice of any parameter is read on demand, without T5X.
+
+TensorStore does all reading, so a path may be local or a URL such as gs://. The layouts: legacy T5X (an index
+file in msgpack and one zarr directory per parameter), the same as a single msgpack file, and Orbax-based T5X
+(zarr directories or one OCDBT store); `index` describes the index file. Written is the legacy layout (`writing`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from qmoe_jax.checkpoints import reading, retry
+from qmoe_jax.checkpoints.store import Index, explicit
+from qmoe_jax.checkpoints.t5x import files
+from qmoe_jax.checkpoints.t5x.index import Stored, parse, unscanned
+from qmoe_jax.errors import CheckpointError, listed
+
+_CODECS = (None, "blosc", "bz2", "gzip", "zlib", "zstd")  # what TensorStore's zarr driver decodes
+
+
+class T5XStore:
+    """A T5X checkpoint as a `Store`, opened by `open_t5x`; nothing but names and shapes is in memory.
+
+    Attributes:
+      path: where its index file is.
+      step: training step, None if the checkpoint doesn't tell.
+      specs: shape and stored dtype of each parameter, by '/'-joined name without 'target'. Scanned layers appear one
+        by one, under the unscanned names.
+      described: nothing.
+    """
+
+    path: str
+    step: int | None
+    specs: Mapping[str, jax.ShapeDtypeStruct]
+    described: Mapping[str, Any] = types.MappingProxyType({})
+
+    def __init__(self, path: str, step: int | None, directory: files.Location, leaves: dict[str, Any]):
+        self.path = path
+        self.step = step
+        self._directory = directory
+        self._leaves = leaves
+        self._arrays: dict[str, ts.TensorStore] = {}
+
+        # Orbax's placeholders carry no shape: those arrays are opened now, all at once.
+        shapeless = [
+            name
+            for name, leaf in leaves.items()
+            if isinstance(leaf, Stored) and (leaf.shape is None or leaf.dtype is None)
+        ]
+        futures = {name: self._start_opening(name) for name in shapeless}
+        problems = []
+        for name, future in futures.items():
+            try:
+                self._arrays[name] = self._opened(name, future)
+            except CheckpointError as e:
+                problems.append(str(e))
+        if problems:
+            raise CheckpointError(listed(f"{path}: {len(problems)} parameters cannot be opened.", problems))
+
+        stored = {name: self._arrays.get(name, leaf) for name, leaf in leaves.items()}
+        shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+        dtypes = {name: _dtype(leaf) for name, leaf in stored.items()}
+        odd = [f"{n}: {d}" for n, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
+        if odd:
+            raise CheckpointError(
+                listed(f"{path}: parameters must be floating-point (bfloat16 as uint16 is version 2).", odd)
+            )
+        self._names = unscanned(shapes)
+        self.specs = {}
+        for name, (source, block) in self._names.items():
+            shape = shapes[source] if block is None else shapes[source][:1] + shapes[source][2:]
+            self.specs[name] = jax.ShapeDtypeStruct(shape, dtypes[source])
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """Reads a parameter, or a slice of it: just the chunk files that the slice touches.
+
+        Chunks usually span many experts: reading a matrix expert by expert decodes each chunk many times.
+
+        Args:
+          name: a key of `specs`.
+          index: NumPy's basic indexing (integers, slices, Ellipsis). () is all.
+
+        Returns:
+          The values, in the stored dtype.
+
+        Raises:
+          CheckpointError: no such parameter; a chunk that is missing, truncated or corrupt; an unknown codec.
+          IndexError: the index is out of bounds.
+        """
+        array = self._array(name)
+        part = array[explicit(index, array.shape)]
+        return np.asarray(retry.result(part.read, f"{self.path}: cannot read parameter {name!r}"))
+
+    def source(self, name: str) -> reading.Source:
+        """A matrix of all experts of a layer, opened, with the grid of its chunks."""
+        array = self._array(name)
+        source, block = self._names[name]
+        stored = self._arrays[source]
+        # An array within the index file is in memory already.
+        inlined = isinstance(self._leaves[source], np.ndarray)
+        layout: Any = stored.chunk_layout.read_chunk
+        chunks = (1, *stored.shape[1:]) if inlined else tuple(layout.shape)
+        layers = 1
+        if block is not None:
+            layers, chunks = chunks[1], (chunks[0], *chunks[2:])
+        itemsize = array.dtype.numpy_dtype.itemsize
+        return reading.Source(name, array, reading.Grid(tuple(array.shape), chunks, itemsize, layers), self.path)
+
+    def _array(self, name: str) -> ts.TensorStore:
+        if name not in self._names:
+            raise CheckpointError(f"{self.path}: no parameter {name!r}; it has {len(self.specs)} others.")
+        source, block = self._names[name]
+        if source not in self._arrays:
+            leaf = self._leaves[source]
+            if isinstance(leaf, np.ndarray):
+                self._arrays[source] = ts.array(leaf)
+            else:
+                self._arrays[source] = self._opened(source, self._start_opening(source))
+        array = self._arrays[source]
+        return array if block is None else array[ts.d[1][block]]
+
+    def _start_opening(self, name: str) -> ts.Future:
+        kvstore = files.child(self._directory, self._leaves[name].array + "/")
+        # T5X writes every chunk (fill_value null), so that a missing one is a loss, not zeros.
+        return ts.open({"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}, read=True)
+
+    def _opened(self, name: str, future: ts.Future) -> ts.TensorStore:
+        leaf = self._leaves[name]
+        try:
+            array = future.result()
+        except ValueError as e:
+            metadata = files.child(self._directory, f"{leaf.array}/.zarray")
+            what = _explain_metadata(files.read_file(metadata)) or retry.reason(e)
+            raise CheckpointError(f"{self.path}: cannot open parameter {name!r} ({leaf.array}/.zarray): {what}.") from e
+        for what, found, expected in (
+            ("shape", tuple(array.shape), leaf.shape),
+            ("dtype", array.dtype.numpy_dtype, leaf.dtype),
+        ):
+            if expected is not None and found != expected:
+                raise CheckpointError(
+                    f"{self.path}: parameter {name!r}: {leaf.array}/.zarray has {what} {found}, "
+                    f"but the checkpoint's index file says {expected}."
+                )
+        return array
+
+
+def open_t5x(path: str | os.PathLike) -> T5XStore:
+    """Opens a T5X checkpoint. Cheap: no parameter is read.
+
+    Args:
+      path: a step directory (checkpoint_1000), its parent (the newest complete step is taken), or a single
+        msgpack file with all arrays. Local, or a URL that TensorStore understands (gs://bucket/...). A parent
+        on gs:// is searched by listing all its objects: better name the step directory of a large model.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is incomplete, damaged, or of an unsupported version.
+    """
+    found = files.find(path)
+    if found is None:
+        raise CheckpointError(files.nothing_at(path))
+    file, data = found
+    where = files.show(file)
+    index = parse(data, where)
+    directory = {**file, "path": file["path"].rpartition("/")[0] + "/"}
+    if files.read_file(files.child(directory, "manifest.ocdbt")) is not None:
+        directory = {"driver": "ocdbt", "base": directory, "path": ""}
+    step = files.step_of(file)
+    return T5XStore(where, index.step if step is None else step, directory, index.leaves)
+
+
+def is_t5x(path: str | os.PathLike) -> bool:
+    """Whether `open_t5x` would find a T5X checkpoint at the path (not whether it is intact)."""
+    found = files.find(path)
+    # It begins with a msgpack map whose first key is one of T5X's.
+    keys = rb"[\x80-\x8f\xde\xdf].{1,6}?(version|_?optimizer|target|state|flax_mutables|params_axes)"
+    return found is not None and re.match(keys, found[1], re.DOTALL) is not None
+
+
+def _dtype(array: np.ndarray | Stored | ts.TensorStore) -> np.dtype:
+    return array.dtype.numpy_dtype if isinstance(array, ts.TensorStore) else array.dtype
+
+
+def _explain_metadata(content: bytes | None) -> str | None:
+    """What is wrong with a `.zarray`; None if only TensorStore knows."""
+    if content is None:
+        return "the file is missing"
+    try:
+        compressor = json.loads(content)["compressor"]
+        codec = compressor and compressor["id"]
+    except (ValueError, TypeError, KeyError) as e:
+        return f"not zarr metadata, so truncated or corrupt ({type(e).__name__}: {e})"
+    if codec not in _CODECS:
+        return f"unknown codec {codec!r}, expected one of {', '.join(c for c in _CODECS if c)}"
+    return None
