@@ -181,7 +181,7 @@ def test_published(preset):
     described, billions = PUBLISHED[preset]
     config = PRESETS[preset]
     family = family_of(config)
-    assert mismatches(family.from_described(COMMON | described), config) == []
+    assert mismatches(family.huggingface.from_described(COMMON | described), config) == []
     weights = sum(math.prod(shape) for shape in family.param_shapes(config).values())
     assert weights / 1e9 == pytest.approx(billions, rel=2e-3)
 
@@ -191,13 +191,15 @@ def test_a_config_survives_json(name):
     config = CONFIGS[name]
     assert type(config).from_dict(config.to_dict()) == config
     family = family_of(config)
-    assert mismatches(family.from_described(family.to_described(config, "float32")), config) == []
+    assert (
+        mismatches(family.huggingface.from_described(family.huggingface.to_described(config, "float32")), config) == []
+    )
 
 
 def refused(preset, **changes):
     described = {**COMMON, **PUBLISHED[preset][0], **changes}
     with pytest.raises(CheckpointError) as e:
-        family_of(PRESETS[preset]).from_described(described)
+        family_of(PRESETS[preset]).huggingface.from_described(described)
     return str(e.value)
 
 
@@ -234,13 +236,13 @@ def test_all_problems_are_named_at_once():
 
 def test_overrides():
     family = FAMILIES["olmoe"]
-    assert family.from_described(COMMON | PUBLISHED["olmoe_1b_7b"][0], top_k=4).top_k == 4
+    assert family.huggingface.from_described(COMMON | PUBLISHED["olmoe_1b_7b"][0], top_k=4).top_k == 4
 
 
 def test_parameters_that_do_not_fit_are_named():
     config = CONFIGS["qwen3_moe"]
     family = family_of(config)
-    shapes, described = family.param_shapes(config), family.to_described(config, "float32")
+    shapes, described = family.param_shapes(config), family.huggingface.to_described(config, "float32")
     del shapes["model/norm/scale"]
     shapes["model/layers_0/mlp/router/kernel"] = (3, 3)
     shapes["model/layers_9/x"] = (1,)
@@ -257,28 +259,67 @@ def test_parameters_that_do_not_fit_are_named():
 
 
 def test_what_is_left_out_is_said():
-    family, config = FAMILIES["deepseek_v3"], PRESETS["deepseek_v3"]
-    assert family.why_left_out(config, "model.layers.61.mlp.experts.0.up_proj.weight") == "multi-token head"
-    assert family.why_left_out(config, "model.layers.62.mlp.experts.0.up_proj.weight") is None
-    assert family.why_left_out(config, "model.layers.60.mlp.experts.0.up_proj.weight") is None
+    names, config = FAMILIES["deepseek_v3"].huggingface, PRESETS["deepseek_v3"]
+    assert names.why_left_out(config, "model.layers.61.mlp.experts.0.up_proj.weight") == "multi-token head"
+    assert names.why_left_out(config, "model.layers.62.mlp.experts.0.up_proj.weight") is None
+    assert names.why_left_out(config, "model.layers.60.mlp.experts.0.up_proj.weight") is None
     none = dataclasses.replace(config, num_nextn_predict_layers=0)
-    assert family.why_left_out(none, "model.layers.61.norm.weight") is None
-    assert "config.json" in FAMILIES["mixtral"].why_left_out(
-        PRESETS["mixtral_8x7b"], "model.layers.3.self_attn.rotary_emb.inv_freq"
-    )
+    assert names.why_left_out(none, "model.layers.61.norm.weight") is None
+    assert "config.json" in names.why_left_out(config, "model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert names.why_left_out(config, "lm_head.weight") is None
+    assert "embedding" in names.why_left_out(dataclasses.replace(config, tied=True), "lm_head.weight")
+
+
+def stored(config):
+    """Names of all tensors that a model is written to, and nothing for their shapes."""
+    names = family_of(config).huggingface
+    return {t: () for n in family_of(config).param_shapes(config) for t in names.tensors(n, config).names}
+
+
+def test_tensors_are_accounted_for():
+    config = dataclasses.replace(CONFIGS["deepseek_v3"], num_nextn_predict_layers=1)
+    names = family_of(config).huggingface
+    described = names.to_described(config, "float32") | {"num_nextn_predict_layers": 1}
+    head = {"model.layers.3.embed_tokens.weight": (), "model.layers.3.mlp.experts.7.up_proj.weight": ()}
+    found = names.parameters({**stored(config), **head}, described)
+    assert set(found) == set(family_of(config).param_shapes(config))
+    with pytest.raises(CheckpointError, match=r"1 tensors are not of a DeepSeek-V3:\n  model.layers.4.other"):
+        names.parameters({**stored(config), "model.layers.4.other": ()}, described)
+    without = {t: s for t, s in stored(config).items() if t != "model.layers.2.mlp.experts.5.up_proj.weight"}
+    with pytest.raises(CheckpointError, match="model/layers_2/mlp/experts/up_proj/kernel: 5"):
+        names.parameters(without, described)
+
+
+@pytest.mark.parametrize(
+    "quantization, named",
+    [
+        ({"quant_method": "compressed-tensors"}, "'compressed-tensors' isn't read"),
+        ({"quant_method": "gptq", "bits": 4}, "'gptq' isn't read"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size None"),
+    ],
+)
+def test_formats_that_are_not_read(quantization, named):
+    config = CONFIGS["qwen3_moe"]
+    names = family_of(config).huggingface
+    described = names.to_described(config, "float32") | {"quantization_config": quantization}
+    with pytest.raises(CheckpointError, match=named):
+        names.parameters(stored(config), described)
 
 
 def test_names_of_experts():
-    family, config = FAMILIES["gpt_oss"], PRESETS["gpt_oss_20b"]
-    plain, packed = family.ways_stored(config, "model/layers_3/mlp/experts/up_proj/kernel")
-    assert plain.names == ("model.layers.3.mlp.experts.gate_up_proj",) and not plain.transposed
-    assert packed.names == ("model.layers.3.mlp.experts.gate_up_proj_blocks",) and packed.transposed
-    assert packed.beside == ("model.layers.3.mlp.experts.gate_up_proj_scales",) and packed.packed == "mxfp4"
-    assert plain.part.of_outputs(8) == slice(1, 8, 2)
-    stored = FAMILIES["mixtral"].stored(PRESETS["mixtral_8x7b"], "model/layers_0/mlp/experts/up_proj/kernel")
-    assert stored.names[7] == "model.layers.0.block_sparse_moe.experts.7.w3.weight" and len(stored.names) == 8
+    names, config = FAMILIES["gpt_oss"].huggingface, PRESETS["gpt_oss_20b"]
+    up = "model/layers_3/mlp/experts/up_proj/kernel"
+    written = names.tensors(up, config)
+    assert written.names == ("model.layers.3.mlp.experts.gate_up_proj",) and not written.transposed
+    assert written.part.outputs(0, 4, 4) == slice(1, 8, 2)
+    blocks, scales = (f"model.layers.3.mlp.experts.gate_up_proj_{kind}" for kind in ("blocks", "scales"))
+    found, foreign = names.table.parameters([blocks, scales])
+    assert not foreign and found[up].transposed and found[up].packed[0].beside == (scales,)
+    assert found[up].shape({blocks: (32, 5760, 90, 16)}) == (32, 2880, 2880)
+    w3 = FAMILIES["mixtral"].huggingface.tensors("model/layers_0/mlp/experts/up_proj/kernel", PRESETS["mixtral_8x7b"])
+    assert w3.names[7] == "model.layers.0.block_sparse_moe.experts.7.w3.weight" and len(w3.names) == 8
     with pytest.raises(KeyError):
-        family.stored(config, "model/layers_3/mlp/experts/other/kernel")
+        names.tensors("model/layers_3/mlp/experts/other/kernel", config)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -160,8 +160,11 @@ def test_logits(case, tmp_path):
     ours = np.asarray(qmoe_jax.forward(model, params, tokens(), lengths=LENGTHS))[real()]
     np.testing.assert_allclose(ours, logits_of(theirs), atol=2e-4, rtol=0)
     older = older_style(hugging_face.described(tmp_path))
-    assert family.from_described(older) == config
-    assert mismatches(family.from_described(family.to_described(config, jnp.float32)), config) == []
+    assert family.huggingface.from_described(older) == config
+    assert (
+        mismatches(family.huggingface.from_described(family.huggingface.to_described(config, jnp.float32)), config)
+        == []
+    )
 
 
 @pytest.mark.parametrize("kind, settings", [CASES[k] for k in sorted(FAMILIES) if k in CASES])
@@ -181,15 +184,15 @@ def tensors_of(family, config, params):
     """Tensors as the family's table has them, from parameters."""
     tensors = {}
     for name, value in traverse_util.flatten_dict(params, sep="/").items():
-        stored, value = family.stored(config, name), np.asarray(value)
-        value = value.swapaxes(-1, -2) if stored.transposed else value
-        for tensor, array in zip(stored.names, value if stored.stacked else [value], strict=True):
-            if stored.part is None:
+        found, value = family.huggingface.tensors(name, config), np.asarray(value)
+        value = value.swapaxes(-1, -2) if found.transposed else value
+        for tensor, array in zip(found.names, value if found.stacked else [value], strict=True):
+            if found.part is None:
                 tensors[tensor] = np.ascontiguousarray(array)
             else:
-                size = array.shape[-1] * stored.part.of
-                whole = tensors.setdefault(tensor, np.zeros((*array.shape[:-1], size), array.dtype))
-                whole[..., stored.part.of_outputs(size)] = array
+                size = array.shape[-1]
+                empty = np.zeros((*array.shape[:-1], size * found.part.of), array.dtype)
+                tensors.setdefault(tensor, empty)[..., found.part.outputs(0, size, size)] = array
     return tensors
 
 
@@ -199,7 +202,7 @@ def test_they_load_what_is_written(name, tmp_path):
 
     config = CONFIGS[name]
     family, params = family_of(config), random_params(config)
-    (tmp_path / "config.json").write_text(json.dumps(family.to_described(config, np.float32)))
+    (tmp_path / "config.json").write_text(json.dumps(family.huggingface.to_described(config, np.float32)))
     save_file(tensors_of(family, config, params), tmp_path / "model.safetensors", {"format": "pt"})
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, **EAGER, output_loading_info=True

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qmoe_jax.checkpoints.quantized_formats import dequantize_float8, dequantize_mxfp4, float8_blocks
+from qmoe_jax.models.quantized_formats import dequantize_float8, dequantize_mxfp4, float8_blocks
 
 RNG = np.random.RandomState(0)
 FLOAT8 = RNG.standard_normal((11, 9)).astype(ml_dtypes.float8_e4m3fn)
