@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qmoe_jax.checkpoints.checkpoint import Checkpoint, Layout, StoredCheckpoint
+from qmoe_jax.checkpoints.checkpoint import Checkpoint, StoredCheckpoint
 from qmoe_jax.checkpoints.conversion import ExpertReader, Options, Part, Writer, expert_dtype, names_of, replacing
+from qmoe_jax.checkpoints.layout import Layout
 from qmoe_jax.checkpoints.store import read_json
 from qmoe_jax.checkpoints.tensor_files import FLOATS, INDEX, TENSORS, SafetensorsFile, open_tensor_files
 from qmoe_jax.errors import CheckpointError, listed

@@ -1,6 +1,6 @@
 """Compressed checkpoints: a directory that is whole when, and only when, its manifest is there.
 
-    OUT/layers/encoder.layers_1/0-of-4/   one Orbax checkpoint per shard of a sparse layer: what the codec stores of
+    OUT/layers/LAYER/0-of-4/              one Orbax checkpoint per shard of a sparse layer: what the codec stores of
                                           the matrices of consecutive experts, shard i of n from i * experts // n on
     OUT/dense/                            one Orbax checkpoint for everything else, bfloat16
     OUT/manifest.json                     format version, family, model, quantization, codec, bytes and SHA-256 of each
