@@ -7,11 +7,11 @@ FOLDER holds spm.model, train.jsonl.gz and val.jsonl.gz. Its documents are joine
 
 import pathlib
 
-from qmoe_jax import experiment
+import common
 
 
 def get_config(folder: str = "."):
-    config = experiment.default_config()
+    config = common.default_config()
     config.data.vocabulary = str(pathlib.Path(folder) / "spm.model")
     config.data.calibration = str(pathlib.Path(folder) / "train.jsonl.gz")
     config.data.validation = str(pathlib.Path(folder) / "val.jsonl.gz")

@@ -9,13 +9,13 @@ Half a minute to a minute on two CPU cores. The default of all three; the carrie
 
 import pathlib
 
-from qmoe_jax import experiment
+import common
 
 MODEL = pathlib.Path(__file__).resolve().parents[1] / "experiments/tiny_model"
 
 
 def get_config():
-    config = experiment.default_config()
+    config = common.default_config()
     config.data.vocabulary = str(MODEL / "spm.model")
     config.data.calibration = str(MODEL / "train.jsonl.gz")
     config.data.validation = str(MODEL / "validation.jsonl.gz")

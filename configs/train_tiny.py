@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=configs/train_tiny.py --workdir=out/train_tiny
 
-5.6 M parameters: 3 + 3 layers, every MLP sparse with 8 experts. The text is made by experiments/make_text.py.
+5.6 M parameters: 3 + 3 layers, every MLP sparse with 8 experts. The text is made by experiments/tools/make_text.py.
 A quarter of an hour on two busy CPU cores.
 
 Every layer is sparse, the router starts wide, the experts' outputs start large and the balance loss is small: with the

@@ -1,26 +1,23 @@
-"""Compresses the experts of a Switch Transformer to ternary or 2 bits, and reports loss and size.
+"""Compresses the experts of a mixture-of-experts model to ternary or 2 bits, and reports loss and size.
 
     python experiments/compress.py --config=configs/tiny.py --checkpoint=DIR --output=OUT
 
     python experiments/compress.py --config=configs/paper/c2048.py --plan
 
-DIR is a native T5X checkpoint (step directory or its parent, local or gs://). OUT gets the compressed checkpoint,
-report.json, report.html, report.png and TensorBoard events. Every field of the config can be set, e.g.
---config.quantization.method=rtn.
+DIR is a checkpoint of any uncompressed layout; T5X's is a step directory or its parent, local or gs://. OUT gets the
+compressed checkpoint, report.json, report.html, report.png and TensorBoard events. Every field of the config can be
+set, e.g. --config.quantization.method=rtn.
 
 A run that was interrupted (killed, out of space, the host lost) goes on after the last layer that it committed when the
 same command is given again, and gives the same bytes. OUT/progress/ is there as long as it isn't through.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import pathlib
 
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports, resources, streaming
+import common
+from qmoe_jax import files, reports, resources, streaming
 from qmoe_jax.checkpoints.compressed import is_compressed
 from qmoe_jax.compression import planning
 from qmoe_jax.compression.compress import compress_examples
@@ -31,9 +28,9 @@ from qmoe_jax.reports.figures import plot_compression
 from qmoe_jax.reports.html import html_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
-experiment.define_process_flags()
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Uncompressed checkpoint.")
+common.define_process_flags()
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output, finished or not.")
 
@@ -46,12 +43,12 @@ PLAN_JSON = flags.DEFINE_string("plan_json", None, "File for what --plan tells, 
 def plan_only(config, quantization, memory, codec: str | None) -> None:
     """Prints the plan of a compression, and how long it will take where there is a checkpoint to try it on."""
     if config.model.preset and not flags.FLAGS["checkpoint"].present:
-        plan = experiment.plan_of_preset(config, quantization, memory, codec)
+        plan = common.plan_of_preset(config, quantization, memory, codec)
     else:
-        checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-        streamed, num_calibration = experiment.streamed_examples(config, quantization, checkpoint, vocabulary)
-        plan = experiment.plan(checkpoint, streamed, num_calibration, quantization, memory, codec)
-        plan["expected_seconds"] = experiment.expected_seconds(
+        checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+        streamed, num_calibration = common.streamed_examples(config, quantization, checkpoint, vocabulary)
+        plan = common.plan(checkpoint, streamed, num_calibration, quantization, memory, codec)
+        plan["expected_seconds"] = common.expected_seconds(
             checkpoint, streamed, num_calibration, quantization, memory, codec
         )
     if PLAN_JSON.value:
@@ -60,11 +57,11 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
 
 
 def main(_):
-    processes = experiment.start_processes()
-    experiment.give_freed_memory_back()
+    processes = common.start_processes()
+    resources.give_freed_memory_back()
     config = CONFIG.value
-    quantization = experiment.quantization_settings(config)
-    memory = experiment.memory_settings(config)
+    quantization = common.quantization_settings(config)
+    memory = common.memory_settings(config)
     problem = why_not_stored(quantization, config.codec.name)  # Refuses an unknown codec now, not after hours.
     save = problem is None if config.save is None else config.save
     if save and problem:
@@ -75,17 +72,17 @@ def main(_):
         return
 
     # --- Input -------------------------------------------------------------------------------------------------------
-    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
+    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
     shards, experts = config.codec.num_shards, checkpoint.config.num_experts
     if shards is not None and not 1 <= shards <= experts:
         raise ValueError(f"config.codec.num_shards: found {shards}, expected 1 to {experts}, the number of experts.")
     unfinished = save and is_unfinished(OUTPUT.value)
-    output = experiment.prepare_output(OUTPUT.value, OVERWRITE.value or unfinished, CHECKPOINT.value)
+    output = common.prepare_output(OUTPUT.value, OVERWRITE.value or unfinished, CHECKPOINT.value)
     memory = memory._replace(scratch=memory.scratch or str(output.parent))
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
     which = ("calibration", "validation") if quantization.calibrated else ("validation",)
-    documents = {name: experiment.examples(config, name, checkpoint, vocabulary) for name in which}
+    documents = {name: common.examples(config, name, checkpoint, vocabulary) for name in which}
     reports.say(
         f"{checkpoint.path}: {len(checkpoint.config.sparse_layers)} sparse layers of "
         f"{checkpoint.config.num_experts} experts"
@@ -99,10 +96,8 @@ def main(_):
 
     streamed = [*(calibration or ()), *validation]
     num_calibration = len(streamed) - len(validation)
-    plan = experiment.plan(
-        checkpoint, streamed, num_calibration, quantization, memory, config.codec.name if save else None
-    )
-    experiment.check_room(plan, memory, output)
+    plan = common.plan(checkpoint, streamed, num_calibration, quantization, memory, config.codec.name if save else None)
+    common.check_room(plan, memory, output)
 
     processes.wait()  # Until all have seen that the output may be written to.
     for name in ("report.json", "report.html", "report.png"):  # An earlier run's, with --overwrite.
@@ -143,7 +138,7 @@ def main(_):
         return
     report["checkpoint"] = checkpoint.provenance
     report["config"] = config.to_dict()
-    report["environment"] = experiment.environment()
+    report["environment"] = common.environment()
     files.write_json(output / "report.json", report)
     files.write_text(output / "report.html", html_report(report))
     plot_compression(report, output / "report.png")
@@ -175,4 +170,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

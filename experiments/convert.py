@@ -10,17 +10,15 @@ OUT gets the checkpoint, convert.json and, where the checkpoint has none of its 
 SHA256SUMS`). A conversion that was stopped goes on where it was when the same command is given again.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import math
 import pathlib
 
 from absl import app, flags
 
-from qmoe_jax import codecs, experiment, reports, resources
+import common
+from qmoe_jax import codecs, reports, resources
 from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
+from qmoe_jax.models import families
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "out/compressed", "Checkpoint of any layout.")
 OUTPUT = flags.DEFINE_string("output", "out/converted", "Directory for the new checkpoint and convert.json.")
@@ -33,8 +31,10 @@ SHARD_MB = flags.DEFINE_float("shard_mb", 2048, "About how large files of severa
 NUM_SHARDS = flags.DEFINE_integer(
     "num_shards", None, "Of each layer's experts (compressed): devices or hosts that read one each. Default: by size."
 )
-TOP_K = flags.DEFINE_integer("top_k", None, "Experts per token, where the checkpoint doesn't tell (T5X): default 1.")
-EXPERTS_CHOOSE = flags.DEFINE_float("experts_choose", None, "Their capacity factor, if the encoder's experts choose.")
+UNTOLD = {
+    field: (flags.DEFINE_integer if kind is int else flags.DEFINE_float)(field, None, f"Of the model: {what}.")
+    for field, (kind, what) in families.untold().items()
+}
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what would be read and written.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
 
@@ -100,8 +100,8 @@ def clear(output: pathlib.Path) -> None:
 
 def main(_):
     codecs.get(CODEC.value)
-    untold = {"top_k": TOP_K.value, "experts_choose": EXPERTS_CHOOSE.value}
-    checkpoint = open_checkpoint(CHECKPOINT.value, **{k: v for k, v in untold.items() if v is not None})
+    untold = {field: flag.value for field, flag in UNTOLD.items() if flag.value is not None}
+    checkpoint = open_checkpoint(CHECKPOINT.value, **untold)
     output = pathlib.Path(OUTPUT.value)
     options = conversion.Options(DTYPE.value, CODEC.value, int(SHARD_MB.value * 1e6), NUM_SHARDS.value)
     identity = conversion.fingerprint(checkpoint, FORMAT.value, options)
@@ -113,7 +113,7 @@ def main(_):
             "again, choose another directory, or give --overwrite."
         )
     if not DRY_RUN.value:
-        experiment.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
+        common.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
     writer = TARGETS[FORMAT.value](checkpoint, output, options)
     for what in writer.lost:
         reports.say(f"lost: {what}")
@@ -155,4 +155,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

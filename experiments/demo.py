@@ -6,22 +6,21 @@ last.
 OUT gets the compressed checkpoint, demo.json, demo.md and demo.png.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import pathlib
 
 from absl import app, flags
-from generate import PROMPT, write
 
+import common
 import qmoe_jax
-from qmoe_jax import experiment, files, resources, streaming
-from qmoe_jax.quantization.pipeline import TERNARY, QuantizationSettings, compress
+from generate import PROMPT, write
+from qmoe_jax import files, reports, resources, streaming
+from qmoe_jax.compression.compress import compress_examples
+from qmoe_jax.quantization.methods import TERNARY
+from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.reports.figures import plot_losses
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("demo_config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = common.define_config("demo_config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 OUTPUT = flags.DEFINE_string("output", "out/demo", "Where everything goes; an earlier demo there is replaced.")
 
 # Ternary rows of the paper's methods are stored by the paper's codec.
@@ -37,38 +36,35 @@ ROWS = {
 
 def main(_):
     config = CONFIG.value
-    checkpoint, vocabulary = experiment.open_model(str(ROOT / "experiments/tiny_model"), config)
-    output = experiment.prepare_output(OUTPUT.value, overwrite=True)
-    calibration = experiment.examples(config, "calibration", vocabulary)
-    validation = experiment.examples(config, "validation", vocabulary)
-    memory = experiment.memory_settings(config)
+    checkpoint, vocabulary = common.open_model(str(ROOT / "experiments/tiny_model"), config)
+    output = common.prepare_output(OUTPUT.value, overwrite=True)
+    calibration = common.examples(config, "calibration", checkpoint, vocabulary)
+    validation = common.examples(config, "validation", checkpoint, vocabulary)
+    memory = common.memory_settings(config)
     stages = resources.Stages()
 
+    rounded = memory._replace(round_weights=True)
     with stages("bfloat16"):
-        reports = {
-            "bfloat16": streaming.run(
-                checkpoint, validation.pairs, memory._replace(round_weights=True), what="bfloat16"
-            ).summary()
-        }
+        found = {"bfloat16": streaming.run(checkpoint, validation, rounded, what="bfloat16").summary()}
     for name, (method, bits, codec) in ROWS.items():
         with stages(name):
-            reports[name] = compress(
+            found[name] = compress_examples(
                 checkpoint,
                 vocabulary,
                 calibration,
                 validation,
-                QuantizationSettings(method, bits),
+                QuantizationSettings(method, bits=bits),
                 memory,
                 codec=codec,
-                output=str(output) if name == SAVED else None,
+                output=output if name == SAVED else None,
                 provenance=checkpoint.provenance,
                 what=name,
             )
-    reports["bfloat16"]["bytes_model"] = reports[SAVED]["bytes_bfloat16"]
-    table = reports.table(reports.COMPRESSION_HEADER, [reports.compression_row(name, r) for name, r in reports.items()])
-    files.write_json(output / "demo.json", {"reports": reports, "seconds": stages.report()})
-    (output / "demo.md").write_text(table + "\n", encoding="utf-8")
-    plot_losses(reports, output / "demo.png")
+    found["bfloat16"]["bytes_model"] = found[SAVED]["bytes_bfloat16"]
+    table = reports.table(reports.COMPRESSION_HEADER, [reports.compression_row(name, r) for name, r in found.items()])
+    files.write_json(output / "demo.json", {"reports": found, "seconds": stages.report()})
+    files.write_text(output / "demo.md", table + "\n")
+    plot_losses(found, output / "demo.png")
     reports.say(f"\n{table}\n\nLosses are nats per predicted token; rates are against bfloat16; MB is the whole model.")
 
     model, params = qmoe_jax.load(output)
@@ -80,4 +76,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,47 +1,45 @@
-"""Loss of a checkpoint, native T5X or compressed, on held-out documents; one layer in memory at a time.
+"""Loss of a checkpoint of any layout on held-out documents; one layer in memory at a time.
 
 python experiments/evaluate.py --config=configs/tiny.py --checkpoint=DIR --report=FILE
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports, resources, streaming
-from qmoe_jax.models.switch import Examples
+import common
+from qmoe_jax import files, reports, resources, streaming
+from qmoe_jax.models.family import Example, Task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "T5X or compressed checkpoint.")
-experiment.define_process_flags()
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Checkpoint of any layout.")
+common.define_process_flags()
 REPORT = flags.DEFINE_string("report", None, "JSON file for the report; none is written by default.")
 
 
-def unigram_entropy(examples: Examples) -> float:
+def unigram_entropy(task: Task, examples: Sequence[Example]) -> float:
     """Loss in nats of the best guess that sees no context: entropy of the predicted tokens' own frequencies."""
-    counts = np.bincount(np.concatenate([decoder[1:] for _, decoder in examples.pairs]))
+    counts = np.bincount(np.concatenate([task.targets(example) for example in examples]))
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def main(_):
-    processes = experiment.start_processes()
+    processes = common.start_processes()
     config = CONFIG.value
-    memory = experiment.memory_settings(config)
-    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    memory = memory._replace(mesh=experiment.mesh(config, checkpoint, jax.local_devices()))
-    validation = experiment.examples(config, "validation", vocabulary)
+    memory = common.memory_settings(config)
+    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    memory = memory._replace(mesh=common.mesh(config, checkpoint, jax.local_devices()))
+    validation = common.examples(config, "validation", checkpoint, vocabulary)
     stages = resources.Stages()
-    losses = streaming.run(checkpoint, validation.pairs, memory, stages=stages)
+    losses = streaming.run(checkpoint, validation, memory, stages=stages)
     report = {
         **losses.summary(),
-        "unigram_entropy": unigram_entropy(validation),
+        "unigram_entropy": unigram_entropy(checkpoint.family.task, validation),
         "checkpoint": checkpoint.provenance,
         "seconds": stages.report(),
         "peak_rss_bytes": resources.peak_rss_bytes(),
@@ -54,4 +52,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

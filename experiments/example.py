@@ -5,10 +5,6 @@
 Seconds on two CPU cores. Read it from top to bottom; compress.py does the same to all layers, and stores them.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import pathlib
 
 import flax
@@ -17,16 +13,53 @@ import numpy as np
 import optax
 from absl import app, flags
 
+import common
 import qmoe_jax
-from qmoe_jax import experiment, reports, streaming
+from qmoe_jax import reports, streaming
 from qmoe_jax.models.switch import Vocabulary, load_examples, make_batches
 from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.output_error import output_error
-from qmoe_jax.quantization.pipeline import expert_hessians, expert_sharding
+from qmoe_jax.quantization.sharding import expert_sharding
+from qmoe_jax.quantization.statistics import Samples, hidden_statistics, input_hessians
 
 MODEL = pathlib.Path(__file__).resolve().parent / "tiny_model"
 LAYER = flags.DEFINE_string("layer", "encoder/layers_1", "Sparse layer to compress.")
 CODEC = flags.DEFINE_enum("codec", "gap", list(qmoe_jax.codecs.CODECS), "How symbols become bytes.")
+
+
+class OneLayer:
+    """Compresses the experts of one layer, and leaves the others as they are. See `streaming.Quantizer`."""
+
+    def __init__(self, config: qmoe_jax.ModelConfig):
+        self.own = range(config.num_experts)  # Of several processes, each has a part.
+        self.sample = {"encoder": np.zeros(0, int), "decoder": np.zeros(0, int)}  # No tokens beside the experts' own.
+        self.compressed: dict[str, qmoe_jax.CompressedExperts] = {}  # by matrix: wi, wo
+        self.errors: list[float | None] = []
+
+    def __call__(self, group: streaming.ExpertGroup) -> dict:
+        if group.layer != LAYER.value:
+            return group.kernels
+        sharding = expert_sharding(len(self.own))
+        kernels = {m: jax.numpy.asarray(k, "float32") for m, k in group.kernels.items()}  # [experts, in, out]
+        samples = [Samples(tokens, np.ones(len(tokens), np.float32)) for tokens in group.tokens]
+        given = (group.inputs, samples, sharding)
+        # 2/n X'X of each matrix's inputs; those of the last one are what the others make.
+        hidden, _ = hidden_statistics(group.expert, kernels, kernels, *given, residuals=False)
+        hessians = {"wi": input_hessians(*given), "wo": hidden}
+        dense = {}
+        for matrix, kernel in kernels.items():
+            W = kernel.swapaxes(1, 2)  # [experts, out, in]: rows are outputs, here as in the paper.
+            quantized = gptq(W, hessians[matrix], bits=1.5)
+            symbols, levels = np.asarray(quantized.symbols), np.asarray(quantized.levels)
+            self.compressed[matrix] = qmoe_jax.CompressedExperts.from_symbols(symbols, levels, CODEC.value)
+            dense[matrix] = self.compressed[matrix].to_dense().swapaxes(1, 2)
+        # |y - ŷ|² / |y|² of each expert, on a few of its tokens. (compress.py measures on tokens not calibrated on.)
+        measured = (group.inputs, group.tokens, group.gates, sharding)
+        self.errors = output_error(group.expert, kernels, dense, *measured).relative()
+        return dense
+
+    def finish(self, layer: str) -> None:
+        """Nothing is left to be done after a layer."""
 
 
 def main(_):
@@ -46,31 +79,12 @@ def main(_):
     print(f"  {', '.join(config.sparse_layers)}")
 
     # --- Compress one layer ------------------------------------------------------------------------------------------
-    # `streaming.run` takes documents through the model layer by layer. A hook sees each group of experts with the
+    # `streaming.run` takes documents through the model layer by layer. A quantizer sees each group of experts with the
     # tokens that the router sent them, and returns the matrices to go on with.
-    compressed: dict[str, qmoe_jax.CompressedExperts] = {}  # by matrix: wi, wo
-    errors = None
-
-    def quantize_one_layer(group: streaming.ExpertGroup):
-        nonlocal errors
-        if group.layer != LAYER.value:
-            return group.kernels
-        sharding = expert_sharding(config.num_experts)
-        kernels = {m: jax.numpy.asarray(k, "float32") for m, k in group.kernels.items()}  # [experts, in, out]
-        hessians = expert_hessians(kernels, group.inputs, group.tokens, sharding)  # 2/n X'X of each matrix's inputs
-        dense = {}
-        for matrix, kernel in kernels.items():
-            W = kernel.swapaxes(1, 2)  # [experts, out, in]: rows are outputs, here as in the paper.
-            quantized = gptq(W, hessians["wo" if matrix == "wo" else "wi"], bits=1.5)
-            symbols, levels = np.asarray(quantized.symbols), np.asarray(quantized.levels)
-            compressed[matrix] = qmoe_jax.CompressedExperts.from_symbols(symbols, levels, CODEC.value)
-            dense[matrix] = compressed[matrix].to_dense().swapaxes(1, 2)
-        # |y - ŷ|² / |y|² of each expert, on a few of its tokens. (compress.py measures on tokens not calibrated on.)
-        errors = output_error(kernels, dense, group.inputs, group.tokens, group.gates, sharding).relative()
-        return dense
-
+    quantizer = OneLayer(config)
     memory = streaming.Settings(experts_per_group=config.num_experts)
-    streaming.run(checkpoint, calibration, memory, hook=quantize_one_layer, what="compressing one layer")
+    streaming.run(checkpoint, calibration, memory, quantizer=quantizer, what="compressing one layer")
+    compressed = quantizer.compressed
 
     # --- Look inside -------------------------------------------------------------------------------------------------
     rows = []
@@ -87,7 +101,8 @@ def main(_):
     for row in experts.symbols()[0, :4, :64]:
         print("  " + "".join(".-+"[s] for s in row))
     print(f"levels of the first row: {low:.4f} and {high:.4f}")
-    print("\nshare of each expert's output that is lost:", *("-" if e is None else f"{e:.1%}" for e in errors))
+    lost = ("-" if e is None else f"{e:.1%}" for e in quantizer.errors)
+    print("\nshare of each expert's output that is lost:", *lost)
 
     # --- Run compressed against dense --------------------------------------------------------------------------------
     # `CompressedExperts` take the place of kernels in the parameter tree, and go through `jax.jit` as bytes.
@@ -106,4 +121,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

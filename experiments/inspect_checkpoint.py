@@ -11,7 +11,8 @@ import collections
 
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports
+import common
+from qmoe_jax import files, reports
 from qmoe_jax.checkpoints.inspection import inspect
 
 DENSITY = flags.DEFINE_bool("density", False, "Decode compressed experts to count non-zero weights.")
@@ -59,4 +60,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

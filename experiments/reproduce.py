@@ -7,31 +7,28 @@
     python experiments/reproduce.py --study=entropy_limit
 
 Tables: 1 expert groups, 2 special-token masking, 3 natural sparsity, 4 losses, 5 other data sets, 6 rates and sizes,
-7 time against calibration. Studies: entropy_limit, calibration, experts, kernels (see studies.py). OUT gets NAME.json,
-NAME.md and NAME.png.
+7 time against calibration. Studies: entropy_limit, calibration, experts, kernels (see studies/open_questions.py).
+OUT gets NAME.json, NAME.md and NAME.png.
 """
-
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
 import pathlib
 import subprocess
 import sys
 
-import studies
 from absl import app, flags
-from laboratory import Laboratory, Result
 
-from qmoe_jax import experiment, reports
+import common
+from qmoe_jax import reports
+from studies import open_questions
+from studies.laboratory import Laboratory, Result
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/reproduce", "Directory for JSON, Markdown and PNG.")
 TABLE = flags.DEFINE_enum("table", None, [str(i) for i in range(1, 8)], "Table of the paper.")
 FIGURE = flags.DEFINE_enum("figure", None, ["5"], "Figure of the paper.")
-STUDY = flags.DEFINE_enum("study", None, sorted(studies.STUDIES), "Study that the paper leaves open.")
+STUDY = flags.DEFINE_enum("study", None, sorted(open_questions.STUDIES), "Study that the paper leaves open.")
 DATASETS = flags.DEFINE_multi_string(
     "dataset", [], "NAME=FILES of another kind of text, for table 5 and the study 'calibration'; may be repeated."
 )
@@ -222,13 +219,13 @@ def table_6(lab: Laboratory) -> Result:
         "large128": (18.34, 13.32, 52.7e9, 3.96e9),
         "c2048": (20.07, 19.81, 3142e9, 158.6e9),
     }
-    reports = {
+    found = {
         "ours: QMoE, its dictionary": lab.compress("gptq", codec="dictionary"),
         "ours: QMoE, gap code": lab.compress("gptq", codec="gap"),
         "ours: rate-distortion, gap code": lab.compress("rd", codec="gap"),
     }
     rows, bars = [], {"experts": {}, "model": {}}
-    for name, r in reports.items():
+    for name, r in found.items():
         bits = r["bits_per_weight"]
         rows.append(
             (
@@ -260,7 +257,7 @@ def table_6(lab: Laboratory) -> Result:
         rows=rows,
         data={
             name: {k: v for k, v in r.items() if k.startswith(("bytes", "bits", "compression", "entropy", "zeros"))}
-            for name, r in reports.items()
+            for name, r in found.items()
         },
         bars=bars,
         ylabel="times smaller than bfloat16",
@@ -308,7 +305,7 @@ TABLES = {"1": table_1, "2": table_2, "3": table_3, "4": table_4, "5": table_5, 
 
 
 def figure_5(output: pathlib.Path) -> None:
-    """Kernels (left) and generation (right): benchmark_kernels.py and benchmark_generation.py, one after the other."""
+    """Kernels (left) and generation (right): benchmarks/kernels.py and generation.py, one after the other."""
     kernels = [f"--output={output}/figure_5_kernels.json"]
     generation = [f"--output={output}/figure_5_generation.json"]
     if MODELS.get(CONFIG.value.model.preset):
@@ -318,7 +315,7 @@ def figure_5(output: pathlib.Path) -> None:
     if SMALL.value:
         kernels += ["--shapes=base wo,base wi", "--loads=1x1", "--rounds=2", "--dense_megabytes=32"]
         generation += ["--new_tokens=8", "--rounds=1", "--batches=1", "--dtypes=float32"]
-    for script, arguments in (("benchmark_kernels", kernels), ("benchmark_generation", generation)):
+    for script, arguments in (("benchmarks/kernels", kernels), ("benchmarks/generation", generation)):
         reports.say(f"\n{script}.py {' '.join(arguments)}")
         subprocess.run([sys.executable, str(ROOT / f"experiments/{script}.py"), *arguments], check=True)
     reports.say(
@@ -331,8 +328,9 @@ def figure_5(output: pathlib.Path) -> None:
 def main(_):
     asked = [flag for flag in (TABLE, FIGURE, STUDY) if flag.value is not None]
     if len(asked) != 1:
-        raise ValueError("Give one of --table=1 to 7, --figure=5, --study=" + "|".join(sorted(studies.STUDIES)) + ".")
-    output = experiment.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
+        known = "|".join(sorted(open_questions.STUDIES))
+        raise ValueError(f"Give one of --table=1 to 7, --figure=5, --study={known}.")
+    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
     output.mkdir(parents=True, exist_ok=True)
     if FIGURE.value:
         figure_5(output)
@@ -342,10 +340,10 @@ def main(_):
         name, result = f"table_{TABLE.value}", TABLES[TABLE.value](lab)
     else:
         named = {"datasets": DATASETS.value, "models": CHECKPOINTS.value}
-        name, result = STUDY.value, studies.STUDIES[STUDY.value](lab, **named)
+        name, result = STUDY.value, open_questions.STUDIES[STUDY.value](lab, **named)
     reports.say("\n" + result.write(output, name, lab))
     reports.say(f"\n{output}: {name}.json, {name}.md, {name}.png")
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -5,10 +5,6 @@
 DIR gets checkpoint_N/ (legacy T5X layout, bfloat16), report.json, training.png and TensorBoard events.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import pathlib
 
 import jax
@@ -17,7 +13,8 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports, resources
+import common
+from qmoe_jax import files, reports, resources
 from qmoe_jax.checkpoints.t5x import write_t5x
 from qmoe_jax.data import read_documents
 from qmoe_jax.models.switch import EOS, Vocabulary, training_batches
@@ -26,7 +23,7 @@ from qmoe_jax.models.switch.model import SwitchTransformer
 from qmoe_jax.reports.events import events
 from qmoe_jax.reports.figures import plot_training
 
-CONFIG = experiment.define_config(
+CONFIG = common.define_config(
     "config", str(pathlib.Path(__file__).parents[1] / "configs/train_tiny.py"), "What to train and how."
 )
 WORKDIR = flags.DEFINE_string("workdir", "out/train_tiny", "Where checkpoint, report and figure go.")
@@ -137,4 +134,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -3,7 +3,7 @@
 qmoe_jax.compress("checkpoint", "compressed", vocabulary="spm.model", calibration="train.jsonl", validation="val.jsonl")
 
 model, params = qmoe_jax.load("compressed")     # of any layout
-logits = qmoe_jax.forward(model, params, encoder_input_tokens, decoder_input_tokens)
+logits = qmoe_jax.forward(model, params, *tokens)
 """
 
 from qmoe_jax import codecs, kernels, moved, quantization

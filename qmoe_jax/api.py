@@ -53,9 +53,9 @@ def forward(model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.
     Args:
       model: from `load`.
       params: from `load`.
-      *tokens: int32 [batch, length] each, as the family has them. A Switch Transformer takes encoder_input_tokens,
-        decoder_input_tokens and, to make its masks as T5X does, decoder_target_tokens; 0 is padding.
-      **options: the family's. A Switch Transformer has capacity_factor: T5X's at evaluation; None: no token is dropped.
+      *tokens: int32 [batch, length] each, as the family's own `forward` describes them (`models.switch.model` for
+        Switch Transformers); by position or by name.
+      **options: likewise.
 
     Raises:
       ValueError: token arrays don't fit each other, or hold ids that the model doesn't have.
@@ -69,7 +69,7 @@ def generate(model: nn.Module, params: Any, tokens: Any, *, max_length: int, **o
     Args:
       model: from `load`.
       params: from `load`; experts may be compressed.
-      tokens: int32 [batch, length]; of a Switch Transformer the encoder's.
+      tokens: int32 [batch, length], the prompt.
       max_length: most tokens written.
       **options: `prefix`, `stop`, `banned`, `temperature`, `top_p`, `key`; see the family's `generate`.
 

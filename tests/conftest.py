@@ -1,9 +1,4 @@
-"""Set-up shared by all tests: threads, eight virtual CPU devices, fixtures."""
-
-import os
-
-# LAPACK on CPU is OpenBLAS, whose threads fight XLA's: set before jax is imported.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
+"""Set-up shared by all tests: eight virtual CPU devices, fixtures."""
 
 import pathlib
 import tarfile

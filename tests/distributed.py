@@ -21,7 +21,6 @@ def environment(devices: int, **more: str) -> dict[str, str]:
     return {
         **kept,
         "PYTHONPATH": ":".join(map(str, path)),
-        "OPENBLAS_NUM_THREADS": "1",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
         **more,

@@ -14,11 +14,11 @@ writes and holds in memory, and its time. Tables: `experiments/reproduce.py --ta
 this project: neither the checkpoint nor C4 could be reached.
 """
 
-from qmoe_jax import experiment
+import common
 
 
 def get_config():
-    config = experiment.default_config()
+    config = common.default_config()
     config.model.preset = "switch_c_2048"
     config.model.dtype = "bfloat16"
     config.data.num_calibration = 160_000

@@ -11,11 +11,11 @@ writes and holds in memory, and its time. Tables: `experiments/reproduce.py --ta
 this project: neither the checkpoint nor C4 could be reached.
 """
 
-from qmoe_jax import experiment
+import common
 
 
 def get_config():
-    config = experiment.default_config()
+    config = common.default_config()
     config.model.preset = "switch_large_128"
     config.model.dtype = "bfloat16"
     config.codec.name = "dictionary"

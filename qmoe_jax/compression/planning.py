@@ -42,7 +42,7 @@ class Workload(NamedTuple):
     documents: int
 
     def to_json(self) -> dict[str, int]:
-        """Such as 'encoder_tokens'."""
+        """By names such as STREAM_tokens."""
         parts = (("tokens", self.tokens), ("calibration", self.calibration), ("length", self.longest))
         return {f"{stream}_{what}": n for what, of in parts for stream, n in of.items()} | {"documents": self.documents}
 

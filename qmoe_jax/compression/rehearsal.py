@@ -223,8 +223,8 @@ def project(
       work: documents.
       quantization: tells bits and the cap on tokens.
       measured: seconds per unit: 'reading' and 'writing' per byte, 'quantization' and 'encoding' per expert,
-        'hessians' per calibration token, 'experts' per token, 'attention encoder' and 'attention decoder' per token of
-        that stack and layer.
+        'hessians' per calibration token, 'experts' per token, 'attention STREAM' per token of a stream and
+        layer.
       groups_ahead: reading is overlapped, so that 'total' has only what it takes longer than the rest.
       stored_itemsize: bytes of a stored weight.
     """

@@ -39,7 +39,7 @@ def grouped(group_sizes: jax.Array) -> Callable:
         if bias is None:
             return y
         whose = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(rows)), side="right")
-        return y + bias.astype(y.dtype).at[whose].get(mode="fill", fill_value=0)
+        return y + jnp.asarray(bias, y.dtype).at[whose].get(mode="fill", fill_value=0)
 
     return dot
 

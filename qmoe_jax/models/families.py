@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
-from qmoe_jax.models import switch
+from qmoe_jax.models import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe, switch
 from qmoe_jax.models.family import Family
 from qmoe_jax.models.names import Shape
 
 FAMILIES: dict[str, Family] = {
     "switch": switch.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 
@@ -23,6 +30,17 @@ def family_of(config: Any) -> Family:
             return family
     kinds = ", ".join(family.Config.__name__ for family in FAMILIES.values())
     raise TypeError(f"{type(config).__name__}: expected an architecture, one of {kinds}.")
+
+
+def untold() -> dict[str, tuple[type, str]]:
+    """What a user may give where a checkpoint doesn't tell, of all families: type, and what it is, by field."""
+    found: dict[str, tuple[type, str]] = {}
+    for family in FAMILIES.values():
+        hints = typing.get_type_hints(family.Config)
+        for field, what in dict(family.UNTOLD).items():
+            kinds = [kind for kind in typing.get_args(hints[field]) or (hints[field],) if kind is not types.NoneType]
+            found.setdefault(field, (kinds[0], what))
+    return found
 
 
 def family_of_type(model_type: Any, layout: str) -> Family:

@@ -92,7 +92,7 @@ class Layer(NamedTuple):
 
     Attributes:
       name: what the names of its parameters begin with; also what reports call it.
-      stream: whose activations it changes, such as 'decoder'; a model has one or several.
+      stream: whose activations it changes, by name; a model has one or several.
       attend: attend(params, shared, x, context, tokens) -> x, h, routing. It gets the layer's parameters, nested, by
         their names below the layer's; those in `shared`, by their whole names; activations x [rows, length, d_model];
         those of the streams in `context`, by name; and the batch's token arrays. A layer with experts leaves these
@@ -135,7 +135,7 @@ class Stream(NamedTuple):
     """Activations that go through consecutive layers.
 
     Attributes:
-      name: such as 'encoder'.
+      name: as layers have it.
       begins: begins(params, example) -> [length, d_model], NumPy: what the first layer gets.
       begins_with: prefixes of the parameters that it takes, nested, by their whole names.
       ends: ends(params, x) -> x, after the last layer; None: nothing is done.
@@ -210,6 +210,10 @@ class Task(Protocol):
         """int [examples], how many tokens of each are predicted."""
         ...
 
+    def targets(self, example: Example) -> np.ndarray:
+        """int32 [predicted], the tokens that are predicted, in order."""
+        ...
+
     def special(self, examples: Sequence[Example], vocabulary: Any) -> dict[str, np.ndarray]:
         """By stream, bool [all vectors, end to end]: those that the paper leaves out of Hessians (section 3.3)."""
         ...
@@ -220,6 +224,28 @@ class Task(Protocol):
 
     def filled(self, rows: int, lengths: Mapping[str, int]) -> tuple[np.ndarray, ...]:
         """Token arrays of a batch without padding, whose streams have these lengths; for rehearsals."""
+        ...
+
+    def prompt(self, vocabulary: Any, text: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """A text that the model is to go on from, or to fill in.
+
+        Returns:
+          Token ids for the family's `generate`, int32 [length], and the options that belong to them: `prefix`, `stop`,
+          `banned`.
+
+        Raises:
+          ValueError: it can't be one; in words that begin like 'it is empty', for the name of the prompt before them.
+        """
+        ...
+
+    def completed(self, vocabulary: Any, tokens: np.ndarray, written: np.ndarray) -> str:
+        """The whole text.
+
+        Args:
+          vocabulary: of the model.
+          tokens: from `prompt`.
+          written: int32 [max_length], what `generate` gave.
+        """
         ...
 
 
@@ -294,7 +320,7 @@ class Family(Protocol):
       Config: class of its architectures.
       PRESETS: published ones, by name.
       told: fields of the config that parameters tell.
-      UNTOLD: of those that they don't, what a user may give.
+      UNTOLD: of those that they don't, what a user may give, by name: what it is, for the help of flags.
       task: what an example is.
       names: by layout of checkpoints, 't5x', 'huggingface' or 'ista': those in which its models can be kept.
       model_types: 'model_type' in the config.json of its models.
@@ -309,7 +335,7 @@ class Family(Protocol):
     Config: type
     PRESETS: Mapping[str, Any]
     told: tuple[str, ...]
-    UNTOLD: tuple[str, ...]
+    UNTOLD: Mapping[str, str]
     task: Task
     names: Mapping[str, Names]
     model_types: tuple[str, ...]

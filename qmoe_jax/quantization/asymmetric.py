@@ -1,7 +1,8 @@
 """Weights for inputs that are not what they were: asymmetric calibration (as in GPTAQ, Li et al. 2025, and QEP).
 
-Once wi is quantized, wo's inputs a become â. What wo should give is still y = W a; the weights that come closest to it
-on the inputs it now gets are, in least squares and kept close to W by H's damping,
+Once an expert's inner matrices are quantized, the inputs a of its last one, W, become â. What W should give is still
+y = W a; the weights that come closest to it on the inputs it now gets are, in least squares and kept close to W by H's
+damping,
 
     argmin_V  mean (y - V â)^2 + damping / 2 (V - W)^2  =  W + R (H + damping)^-1,   H = 2/n Ââ',  R = 2/n (Y - W Â) Â'
 """

@@ -43,7 +43,7 @@ class RateControl:
 
     Args:
       target_bits: per weight, as stored, over all matrices.
-      weights: by matrix name (wi, wo, ...), how many weights of the model are in matrices of that name.
+      weights: by matrix name, how many weights of the model are in matrices of that name.
     """
 
     def __init__(self, target_bits: float, weights: dict[str, int]):

@@ -48,7 +48,7 @@ MODEL_SCALARS = ("loss", "loss_paper", "bits_per_weight", "compression_experts",
 
 
 def write_compression(report: Mapping[str, Any], directory: str | os.PathLike) -> None:
-    """A compression report: `layer/...` with the sparse layers as steps, from the encoder's first; `model/...`."""
+    """A compression report: `layer/...` with the sparse layers as steps, in order; `model/...`."""
     with events(directory) as write:
         for step, layer in enumerate(report["layers"].values()):
             scalars = {name: layer[name] for name in LAYER_SCALARS}

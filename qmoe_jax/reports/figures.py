@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -102,8 +102,16 @@ def _mark(layers) -> dict[str, Any]:
     return dict(markersize=min(20, 220 / len(layers)), markeredgewidth=2.5, color=RED)
 
 
+def _short_names(layers: Sequence[str]) -> list[str]:
+    """What tells layers apart: their numbers, and where these aren't enough two letters of what is before them."""
+    split = [re.fullmatch(r"(.*?)(\d*)", name) for name in layers]
+    parts = [(m[1], m[2]) for m in split if m]
+    alone = len({before for before, _ in parts}) == 1
+    return [number if alone else before[:2] + number for before, number in parts]
+
+
 def _name_layers(ax, layers) -> None:
-    names = [name.replace("coder/layers_", "") for name in layers]  # en0, de0
+    names = _short_names(list(layers))
     ax.set_xticks(np.arange(len(names)), names, rotation=90 if len(names) > 12 else 0)
     ax.set_xlabel("sparse layer")
     if ax.get_legend_handles_labels()[0]:  # Above the axes, where no point can be.

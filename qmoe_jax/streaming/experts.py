@@ -41,7 +41,7 @@ class ExpertGroup(NamedTuple):
     """Experts start:stop of a layer, and what arrives at them.
 
     Attributes:
-      layer: such as 'encoder/layers_1'.
+      layer: its name.
       stream: whose activations arrive.
       expert: what the experts are.
       start: first expert.

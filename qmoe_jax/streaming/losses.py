@@ -16,7 +16,7 @@ class DocumentLosses(NamedTuple):
     def summary(self) -> dict[str, Any]:
         """`loss`, the mean per predicted token, and `loss_paper`.
 
-        The paper weights each document's mean over its L - 1 predicted tokens by its decoder length L.
+        The paper weights each document's mean over its L - 1 predicted tokens by its length L.
         """
         weight = self.tokens + 1
         return {

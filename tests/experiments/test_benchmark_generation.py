@@ -1,4 +1,4 @@
-"""experiments/benchmark_generation.py on models of kilobytes: what it reports, and what it refuses."""
+"""experiments/benchmarks/generation.py on models of kilobytes: what it reports, and what it refuses."""
 
 import dataclasses
 import json
@@ -12,9 +12,10 @@ import pytest
 import tiny_model
 from absl import app, flags
 
-from qmoe_jax import codecs, config
+from qmoe_jax import codecs
+from qmoe_jax.models import families
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "experiments/benchmark_generation.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "experiments/benchmarks/generation.py"
 
 # One layer per stack.
 CONFIG = dataclasses.replace(
@@ -30,7 +31,7 @@ app.define_help_flags()  # Otherwise the first script would, and only once.
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """run(*flags) -> (exit code, what was printed), as `python experiments/benchmark_generation.py ...`."""
+    """run(*flags) -> (exit code, what was printed), as `python experiments/benchmarks/generation.py ...`."""
 
     def run_here(*args):
         known = set(flags.FLAGS)
@@ -96,7 +97,7 @@ def test_a_checkpoint_compressed_and_dense(run, tmp_path):
 
 
 def test_a_random_model_in_three_sizes(run, monkeypatch, tmp_path):
-    monkeypatch.setitem(config.PRESETS, "tiny", CONFIG)
+    monkeypatch.setitem(families.PRESETS, "tiny", CONFIG)
     output = tmp_path / "report.json"
     flags = ("--new_tokens=3", "--prompt_tokens=4", "--rounds=1", "--batches=1,2", "--codecs=dictionary")
     code, out = run("--preset=tiny", "--experts=4", "--dtypes=float32", *flags, f"--output={output}")
@@ -114,7 +115,7 @@ def test_a_random_model_in_three_sizes(run, monkeypatch, tmp_path):
 
 
 def test_random_weights_keep_activations_of_order_one():
-    script = runpy.run_path(str(SCRIPT), run_name="benchmark_generation")
+    script = runpy.run_path(str(SCRIPT), run_name="generation")
     try:
         params = script["random_params"](CONFIG, "dictionary")
         tree = script["prepare"](dict(params), "dense", np.float32)
@@ -123,7 +124,7 @@ def test_random_weights_keep_activations_of_order_one():
         wo = np.asarray(tree["encoder"]["layers_0"]["mlp"]["expert"]["wo"]["kernel"])  # [experts, in, out]
         assert np.std(x @ wo) == pytest.approx(1, abs=0.3)
     finally:
-        for flag in list(flags.FLAGS.flags_by_module_dict().get("benchmark_generation", [])):
+        for flag in list(flags.FLAGS.flags_by_module_dict().get("generation", [])):
             delattr(flags.FLAGS, flag.name)
 
 

@@ -509,7 +509,7 @@ def test_ctrl_c_ends_in_one_line(compress, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qmoe_jax.experiment.check_room", interrupt)
+    monkeypatch.setattr("common.check_room", interrupt)
     assert_fails(compress(), "interrupted")
     assert not (tmp_path / "out").exists()
 

@@ -1,7 +1,6 @@
 """Experiments that compare methods, on the carried model with few documents: what must hold between their numbers."""
 
 import json
-import pathlib
 
 import pytest
 from test_convert import run  # noqa: F401, a fixture
@@ -10,9 +9,7 @@ FEW = ("--config.data.num_calibration=60", "--config.data.num_validation=30")
 
 
 @pytest.fixture
-def measure(run, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
-
+def measure(run, tmp_path):  # noqa: F811
     def measure(experiment, *args):
         code, out, errors = run(experiment, *FEW, f"--output={tmp_path}", *args)
         assert code == 0, errors
@@ -22,7 +19,7 @@ def measure(run, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_frontier(measure, tmp_path):
-    out = measure("frontier", "--targets=0.4,1.2")
+    out = measure("studies/frontier", "--targets=0.4,1.2")
     report = json.loads((tmp_path / "frontier.json").read_text())
     by_name = {(p["name"].split(",")[0], p["codec"], p["target_bits"]): p for p in report["points"]}
     paper, gap = by_name["paper's recipe", "dictionary", None], by_name["paper's recipe", "gap", None]
@@ -39,7 +36,7 @@ def test_frontier(measure, tmp_path):
 
 
 def test_seconds_of_a_compression(measure, tmp_path):
-    measure("benchmark_compression", "--rounds=2")
+    measure("benchmarks/compression_time", "--rounds=2")
     report = json.loads((tmp_path / "compression_time.json").read_text())
     assert report["calibration_documents"] == 60 and report["validation_documents"] == 30
     last = {name: runs[-1] for name, runs in report["seconds"].items()}  # of two rounds, the one that counts

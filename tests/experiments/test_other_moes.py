@@ -1,4 +1,4 @@
-"""Settings of the other kinds of mixtures, and what experiments/other_moes.py refuses."""
+"""Settings of the other kinds of mixtures, and what experiments/studies/other_moes.py refuses."""
 
 import importlib.util
 import pathlib
@@ -32,5 +32,5 @@ def test_each_kind_is_a_model_of_its_own(train_config):
 
 def test_models_are_given_by_kind(run, tmp_path):  # noqa: F811
     for model in ("dense=somewhere", "gated", ""):
-        assert_fails(run("other_moes", f"--model={model}", f"--output={tmp_path / 'out'}"), "expected KIND=DIR")
-    assert_fails(run("other_moes", f"--model=gated={tmp_path}", f"--output={tmp_path / 'out'}"), tmp_path)
+        assert_fails(run("studies/other_moes", f"--model={model}", f"--output={tmp_path / 'out'}"), "expected KIND=DIR")
+    assert_fails(run("studies/other_moes", f"--model=gated={tmp_path}", f"--output={tmp_path / 'out'}"), tmp_path)

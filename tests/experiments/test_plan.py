@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from experiments.test_experiments import CONFIG, assert_fails, environment, run  # noqa: F401
 
-from qmoe_jax import experiment, streaming
-from qmoe_jax.checkpoints import open_checkpoint, param_shapes
+import common
+from qmoe_jax import streaming
+from qmoe_jax.checkpoints import open_checkpoint
+from qmoe_jax.models.switch.parameters import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = [
@@ -50,22 +52,22 @@ def test_a_bound_that_nothing_fits_into_is_refused_before_anything_is_read(run, 
 def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     memory = streaming.Settings(scratch=str(tmp_path / "not" / "yet"), activations=str(tmp_path))
     plan = {"scratch_bytes": 3e9, "activation_file_bytes": 4e9, "write_bytes": 1e9, "progress_file_bytes": 2e9}
-    monkeypatch.setattr(experiment.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
     free = 9e9
     with pytest.raises(ValueError, match=rf"{tmp_path} has 9 GB free, 10 GB .*--output \(3 GB\), .*scratch \(3 GB\)"):
-        experiment.check_room(plan, memory, tmp_path / "out")
-    experiment.check_room(plan | {"scratch_bytes": 0}, memory, tmp_path / "out")
+        common.check_room(plan, memory, tmp_path / "out")
+    common.check_room(plan | {"scratch_bytes": 0}, memory, tmp_path / "out")
     free = 10e9
-    experiment.check_room(plan, memory, tmp_path / "out")
+    common.check_room(plan, memory, tmp_path / "out")
     # What an interrupted run has written needs no room again.
     (tmp_path / "out" / "layers").mkdir(parents=True)
     (tmp_path / "out" / "layers" / "shard").write_bytes(bytes(2_000_000))
     free = 9_998_500_000
-    experiment.check_room(plan, memory, tmp_path / "out")
+    common.check_room(plan, memory, tmp_path / "out")
 
 
 def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  # noqa: F811
-    result = run("make_checkpoint", f"--output={tmp_path}/model", *MODEL)
+    result = run("tools/make_checkpoint", f"--output={tmp_path}/model", *MODEL)
     assert result.code == 0, result.err
     checkpoint = open_checkpoint(tmp_path / "model")
     assert checkpoint.config.num_experts == 16
@@ -95,14 +97,14 @@ def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  #
 
 
 def test_synthetic_checkpoints_refuse_what_they_dont_know(run, tmp_path):  # noqa: F811
-    assert_fails(run("make_checkpoint", f"--output={tmp_path}", "--set=depth=3"), "depth", "num_experts")
-    assert_fails(run("make_checkpoint", f"--output={tmp_path}", "--preset=switch_base_9"), "switch_base_8")
+    assert_fails(run("tools/make_checkpoint", f"--output={tmp_path}", "--set=depth=3"), "depth", "num_experts")
+    assert_fails(run("tools/make_checkpoint", f"--output={tmp_path}", "--preset=switch_base_9"), "switch_base_8")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rehearsal_of_a_published_size(run, tmp_path):  # noqa: F811
     options = ("--models=switch_base_8", "--experts=1", "--tokens=16", "--method=rtn", "--nogeneration")
-    result = run("rehearse", f"--output={tmp_path}/out", *options)
+    result = run("tools/rehearse", f"--output={tmp_path}/out", *options)
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "out" / "rehearsal.json").read_text())
     model = report["models"]["switch_base_8"]

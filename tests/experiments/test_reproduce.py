@@ -18,7 +18,6 @@ app.define_help_flags()  # Otherwise the first script would, and only once.
 def reproduce(monkeypatch, tmp_path):
     """reproduce('--table=1', ...) -> (data, rows by their first cell)."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
 
     def run(what, *args):
         known = set(flags.FLAGS)
@@ -143,7 +142,6 @@ def test_kernels_go_over_densities(reproduce):
 
 def test_one_thing_at_a_time(monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     known = set(flags.FLAGS)
     monkeypatch.setattr(sys, "argv", ["experiments/reproduce.py", "--table=1", "--figure=5"])
     with pytest.raises(SystemExit) as e:

@@ -10,13 +10,13 @@ import pytest
 from absl import flags
 from test_experiments import CONFIG, ROOT, files_below, read_json
 
-from qmoe_jax.quantization import pipeline
+from qmoe_jax.quantization import trials
 
 # With so few experts as a process has here.
 CODE = """
 import runpy, sys
-from qmoe_jax.quantization import pipeline
-pipeline.TRIAL_WEIGHTS, pipeline.TRIAL_EXPERTS = 1, 2
+from qmoe_jax.quantization import trials
+trials.TRIAL_WEIGHTS, trials.TRIAL_EXPERTS = 1, 2
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 PARTS = ("manifest.json", "layers", "dense")
@@ -45,8 +45,8 @@ def alone(arguments, monkeypatch):
     def run(output):
         known = set(flags.FLAGS)
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(pipeline, "TRIAL_WEIGHTS", 1)
-        monkeypatch.setattr(pipeline, "TRIAL_EXPERTS", 2)
+        monkeypatch.setattr(trials, "TRIAL_WEIGHTS", 1)
+        monkeypatch.setattr(trials, "TRIAL_EXPERTS", 2)
         monkeypatch.setattr(sys, "argv", ["experiments/compress.py", *map(str, arguments(output))])
         try:
             runpy.run_path("experiments/compress.py", run_name="__main__")

@@ -31,7 +31,10 @@ class Switch:
     published_as = "t5x"
     Config: type = ModelConfig
     PRESETS: Mapping[str, Any] = PRESETS
-    UNTOLD: tuple[str, ...] = ("top_k", "experts_choose")
+    UNTOLD: Mapping[str, str] = {
+        "top_k": "experts per token, which T5X's checkpoints don't tell: 1 unless given",
+        "experts_choose": "their capacity factor, if the encoder's experts choose, which T5X's don't tell either",
+    }
     told: tuple[str, ...] = TOLD
     task: Task = SpanCorruption()
     names: Mapping[str, Names] = {"t5x": T5X(), "huggingface": HuggingFace(), "ista": Published()}

@@ -10,29 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qmoe_jax.models.switch.layers import MASKED
-from qmoe_jax.models.switch.model import SwitchTransformer, as_tokens
-
-
-def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """One token per row of logits [batch, vocabulary]: int32 [batch].
-
-    Args:
-      logits: float32.
-      key: PRNG key; unused when greedy.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: draw from the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
-    """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
-    if top_p < 1:
-        falling = jnp.sort(logits, axis=-1)[:, ::-1]
-        p = jax.nn.softmax(falling)
-        inside = jnp.cumsum(p, axis=-1) - p < top_p  # The likeliest token always is.
-        least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, MASKED)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+from qmoe_jax.models.common import MASKED, as_tokens, check_ids, check_sampling, sample
+from qmoe_jax.models.switch.model import SwitchTransformer
 
 
 def generate(
@@ -58,23 +37,18 @@ def generate(
       prefix: tokens that every row has to begin with.
       stop: a row ends with the first of these that it writes after the prefix.
       banned: tokens that are never written.
-      temperature: see `sample`.
-      top_p: see `sample`.
+      temperature: see `common.sample`.
+      top_p: see `common.sample`.
       key: PRNG key, needed when temperature > 0.
 
     Raises:
       ValueError: settings or token ids out of range, or no key to sample with.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1.")
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature {temperature} samples, which needs a PRNG key.")
+    check_sampling(temperature, top_p, key)
     if max_length <= len(prefix):
         raise ValueError(f"max_length {max_length} leaves no room for {len(prefix)} prefix tokens and one more.")
     vocab_size = model.config.vocab_size
-    for name, ids in (("prefix", prefix), ("stop", stop), ("banned", banned)):
-        if any(not 0 <= i < vocab_size for i in ids):
-            raise ValueError(f"{name} {tuple(ids)}: expected token ids from 0 to {vocab_size - 1}.")
+    check_ids(vocab_size, prefix=prefix, stop=stop, banned=banned)
     key = jax.random.key(0) if key is None else key
     tokens = as_tokens("encoder_input_tokens", encoder_input_tokens, vocab_size)
     settings = (max_length, tuple(prefix), tuple(stop), tuple(banned), float(temperature), float(top_p))

@@ -15,30 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qmoe_jax.models.common import MASKED, Kernel, fan_in_normal
 from qmoe_jax.models.switch.config import ModelConfig
-
-MASKED = -1e10  # Finite: a query whose keys are all masked attends uniformly, as in T5X.
-
-
-def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
-    """Normal initialiser with variance 1 / fan_in."""
-    return nn.initializers.normal(fan_in**-0.5)
-
-
-class Kernel(nn.Module):
-    """A parameter called 'kernel' under this module's name, returned as it is stored.
-
-    A stored value that is no array (compressed experts) is returned as well, which `self.param` would refuse.
-    """
-
-    shape: tuple[int, ...]
-    fan_in: int
-
-    @nn.compact
-    def __call__(self):
-        if self.has_variable("params", "kernel"):
-            return self.get_variable("params", "kernel")
-        return self.param("kernel", fan_in_normal(self.fan_in), self.shape, jnp.float32)
 
 
 class RMSNorm(nn.Module):

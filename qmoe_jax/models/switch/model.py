@@ -15,29 +15,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from qmoe_jax.models.common import Kernel, as_tokens
 from qmoe_jax.models.expert_parallel import shard_batch
 from qmoe_jax.models.switch.config import ModelConfig
-from qmoe_jax.models.switch.layers import Attention, DenseMlp, Kernel, RelativePositionBias, RMSNorm, mask_bias
+from qmoe_jax.models.switch.layers import Attention, DenseMlp, RelativePositionBias, RMSNorm, mask_bias
 from qmoe_jax.models.switch.routing import MoeMlp, Routing
-
-
-def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
-    """Token ids as int32 [batch, length].
-
-    Raises ValueError for other shapes, other kinds of numbers and, outside `jit`, ids that the embedding doesn't have:
-    JAX would read another row for them.
-    """
-    traced = isinstance(tokens, jax.core.Tracer)
-    tokens = tokens if traced else np.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"{name}: {tokens.dtype} {list(tokens.shape)}, expected token ids, int32 [batch, length].")
-    if not traced and tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-        raise ValueError(f"{name}: found ids from {tokens.min()} to {tokens.max()}, expected 0 to {vocab_size - 1}.")
-    return jnp.asarray(tokens, jnp.int32)
 
 
 class DecoderMasks(NamedTuple):

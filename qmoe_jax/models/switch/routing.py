@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.models.common import Kernel
 from qmoe_jax.models.experts import apply_experts, apply_experts_in_slots, apply_experts_to_chosen
 from qmoe_jax.models.family import Routing
 from qmoe_jax.models.switch.config import ModelConfig
-from qmoe_jax.models.switch.layers import Kernel, MlpKernels
+from qmoe_jax.models.switch.layers import MlpKernels
 
 
 def route(probabilities: jax.Array, top_k: int) -> Routing:

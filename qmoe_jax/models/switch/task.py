@@ -2,11 +2,15 @@
 
 decoder[:-1] is fed, decoder[1:] is predicted. Special are sentinels in the encoder and, in the decoder, tokens whose
 successor, the target, is one (paper, section 3.3).
+
+A prompt has sentinels where words are missing, and the decoder writes each sentinel and what it stands for. A prompt
+without any is continued: a sentinel is put at its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +18,7 @@ from qmoe_jax.models.family import Example
 from qmoe_jax.models.switch.batches import Batch, make_batches
 from qmoe_jax.models.switch.examples import load_examples
 from qmoe_jax.models.switch.span_corruption import noise_counts
-from qmoe_jax.models.switch.vocabulary import Vocabulary
+from qmoe_jax.models.switch.vocabulary import EOS, PAD, Vocabulary
 
 
 class SpanCorruption:
@@ -51,6 +55,9 @@ class SpanCorruption:
     def predicted(self, examples: Sequence[Example]) -> np.ndarray:
         return self.lengths(examples)["decoder"]
 
+    def targets(self, example: Example) -> np.ndarray:
+        return example[1][1:]
+
     def special(self, examples: Sequence[Example], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
         return {
             "encoder": vocabulary.is_sentinel(np.concatenate([encoder for encoder, _ in examples])),
@@ -65,3 +72,28 @@ class SpanCorruption:
     def filled(self, rows: int, lengths: Mapping[str, int]) -> tuple[np.ndarray, ...]:
         encoder, decoder = (np.ones((rows, lengths[stack]), np.int32) for stack in ("encoder", "decoder"))
         return encoder, decoder, decoder
+
+    def prompt(self, vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, dict[str, Any]]:
+        ids = vocabulary.encode(text)
+        if not ids:
+            raise ValueError("it is empty; give a text, with <extra_id_0> where it should be filled in.")
+        asked = [i for i in ids if vocabulary.is_sentinel(i)]
+        if len(set(asked)) < len(asked):
+            raise ValueError("a sentinel occurs twice; number them <extra_id_0>, <extra_id_1>, ...")
+        if not asked:
+            asked = [vocabulary.sentinel(0)]
+            ids = [*ids, *asked]
+        stop = (EOS, vocabulary.sentinel(len(asked)))
+        return np.array([*ids, EOS], np.int32), dict(prefix=tuple(asked[:1]), stop=stop, banned=(PAD,))
+
+    def completed(self, vocabulary: Vocabulary, tokens: np.ndarray, written: np.ndarray) -> str:
+        fills: dict[int, list[int]] = {}
+        current = None
+        for token in map(int, written):
+            if vocabulary.is_sentinel(token):
+                current = token if token not in fills else None  # A sentinel that comes again is noise.
+                if current is not None:
+                    fills[current] = []
+            elif current is not None and token not in (PAD, EOS):
+                fills[current].append(token)
+        return vocabulary.decode([t for i in map(int, tokens) for t in fills.get(i, [i]) if t != EOS])

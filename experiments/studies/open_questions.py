@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from laboratory import Laboratory, Result
 
-from qmoe_jax import experiment
+import common
 from qmoe_jax.checkpoints import open_checkpoint
 from qmoe_jax.codecs import dictionary, gap
 from qmoe_jax.codecs.experts import CompressedExperts, convert
 from qmoe_jax.kernels import compressed_ragged_dot
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
-from qmoe_jax.quantization.pipeline import entropy
+from qmoe_jax.quantization.account import entropy
+from studies.laboratory import Laboratory, Result
 
 
 def entropy_limit(lab: Laboratory, **_) -> Result:
@@ -112,7 +112,7 @@ def experts(lab: Laboratory, models: Sequence[str], **_) -> Result:
         named = [m.partition("=") for m in models]
         if not all(path for _, _, path in named):
             raise ValueError(f"--model={', '.join(models)}: expected NAME=DIR.")
-        checkpoints = {name: open_checkpoint(path, **experiment.untold(lab.config)) for name, _, path in named}
+        checkpoints = {name: open_checkpoint(path, **common.untold(lab.config)) for name, _, path in named}
     for name, checkpoint in checkpoints.items():
         lab.vocabulary.check(checkpoint.config.vocab_size)
         base = lab.compress("rtn", checkpoint=checkpoint, codec="dictionary")

@@ -1,16 +1,12 @@
 """Makes the carried model's text and vocabulary from what every Python installation has.
 
-    python experiments/make_text.py --output=OUT
+    python experiments/tools/make_text.py --output=OUT
 
 writes OUT/spm.model, OUT/train.jsonl.gz and OUT/validation.jsonl.gz: the language reference
 (`pydoc_data.topics`), docstrings and comment blocks of the standard library, then as much of its source code
 as `--code_fraction` allows, cut into pieces of about 40-150 tokens. Files are parsed, never imported. The
 text depends on the Python version; the carried files were made with Python 3.11. Takes about a minute.
 """
-
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
 
 import ast
 import gzip
@@ -19,6 +15,7 @@ import io
 import json
 import pathlib
 import re
+import sys
 import sysconfig
 import tokenize
 import warnings
@@ -28,7 +25,10 @@ from typing import NamedTuple
 import sentencepiece
 from absl import app, flags
 
-from qmoe_jax import experiment, reports
+from qmoe_jax import reports
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the three files.", required=True)
 _VOCABULARY = flags.DEFINE_integer("vocabulary_size", 2_000, "SentencePiece pieces, without the sentinels.")
@@ -241,4 +241,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,6 +1,6 @@
 """Time of compressed_ragged_dot against dense products, on weights that no cache holds.
 
-    taskset -c 0 python experiments/benchmark_kernels.py --output=results/kernels_cpu.json
+    taskset -c 0 python experiments/benchmarks/kernels.py --output=results/kernels_cpu.json
 
 Every call meets other experts than the one before, and all products of a shape take turns within each round. Dense
 experts are a set much larger than the caches, so that a product's turn finds nothing there that it left in the round
@@ -8,15 +8,13 @@ before. The fastest round counts, as other load on the machine only ever adds ti
 the matrix and with its transpose, the faster counts.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import concurrent.futures
 import dataclasses
 import math
+import os
 import pathlib
 import platform
+import sys
 import time
 
 import jax
@@ -25,13 +23,16 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import codecs, experiment, files, reports
+from qmoe_jax import codecs, files, reports
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
 from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS, compressed_ragged_dot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
 
 # The experts' matrices in the published Switch Transformers.
 MATRICES = dict(
@@ -44,7 +45,7 @@ CODEC_NAMES = flags.DEFINE_list("codecs", list(codecs.CODECS), "Codecs that impl
 NAMES = flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "Those that cannot run here are left out.")
 ROUNDS = flags.DEFINE_integer("rounds", 31, "Rounds; the fastest counts.", lower_bound=1)
 DENSE_MB = flags.DEFINE_integer("dense_megabytes", 256, "Least size of the float32 experts that calls go through.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", list(experiment.DTYPES), "Of the tokens for compressed experts.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", list(common.DTYPES), "Of the tokens for compressed experts.")
 CLOCK = flags.DEFINE_enum(
     "clock", "wall", ["wall", "processor"], "Processor time is for one core of a CPU that others use too."
 )
@@ -128,7 +129,7 @@ def compressed_product(name: str, rhs: CompressedExperts, tokens: int, active: i
 
         return jax.lax.scan(call, x, sizes)[0]
 
-    x = jnp.ones((tokens, width), experiment.DTYPES[DTYPE.value])
+    x = jnp.ones((tokens, width), common.DTYPES[DTYPE.value])
     size = active * rhs.resident_nbytes // experts + x.nbytes + tokens * out * x.dtype.itemsize
     trial = Product(name, run, (x, rhs, jnp.asarray(sizes[:1])), 1, size)
     trial.time()
@@ -277,4 +278,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,25 +1,26 @@
 """Seconds of a whole compression: the paper's recipe, and rate-distortion quantization, in turn.
 
-    python experiments/benchmark_compression.py --rounds=4 --output=OUT
+    python experiments/benchmarks/compression_time.py --rounds=4 --output=OUT
 
 Both compress --checkpoint with the same documents and write nothing. Of the rounds, the first compiles; of the others
 the fastest counts, as other load on the machine only ever adds time. OUT gets compression_time.json and .md.
 """
 
 import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import pathlib
+import sys
 
 import jax
 from absl import app, flags
-from laboratory import Laboratory
 
-from qmoe_jax import experiment, files, reports
+from qmoe_jax import files, reports
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
+from studies.laboratory import Laboratory
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/benchmark_compression", "Directory for the report.")
 ROUNDS = flags.DEFINE_integer("rounds", 4, "How often each is run.", lower_bound=2)
@@ -29,7 +30,7 @@ PAPER, OURS = "the paper's recipe", "rate-distortion"
 
 
 def main(_):
-    output = experiment.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
+    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
     lab = Laboratory(CONFIG.value, CHECKPOINT.value)
     methods = {
         PAPER: dict(method="gptq", codec="dictionary"),
@@ -57,7 +58,7 @@ def main(_):
         target_bits=TARGET_BITS.value,
         seconds=seconds,
         ratio=best[OURS]["total"] / best[PAPER]["total"],
-        config=experiment.without_folders(lab.config),
+        config=common.without_folders(lab.config),
     )
     files.write_json(output / "compression_time.json", result)
     files.write_text(output / "compression_time.md", table + "\n")
@@ -65,4 +66,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,32 +1,32 @@
 """Compresses a checkpoint through little memory, and has TensorStore's own counters witness what was read.
 
-    python experiments/make_checkpoint.py --output=MODEL --preset=switch_c_2048 --codec=zstd --chunks=256,96,128 \
+    python experiments/tools/make_checkpoint.py --output=MODEL --preset=switch_c_2048 --codec=zstd --chunks=256,96,128 \
       --set=vocab_size=2176 --set=d_model=288 --set=d_ff=512 --set=num_heads=4 --set=num_experts=1024 \
       --set=num_encoder_layers=2 --set=num_decoder_layers=1 --set=encoder_sparse_layers=0,1 \
       --set=decoder_sparse_layers=0
-    python experiments/benchmark_streaming.py --checkpoint=MODEL --output=OUT --config.data.num_calibration=300 \
+    python experiments/benchmarks/streaming.py --checkpoint=MODEL --output=OUT --config.data.num_calibration=300 \
       --config.data.num_validation=50 --config.memory.weights_bytes=1000000000
 
 `--read_only` reads all experts and computes nothing: what the reader alone can do, and with a smaller bound what
 scratch files cost. OUT gets streaming.json beside the compressed checkpoint. Files may come from the page cache.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import contextlib
 import pathlib
+import sys
 import time
 
 import tensorstore as ts
 from absl import app, flags
 
-from qmoe_jax import experiment, reports, resources
-from qmoe_jax.quantization.pipeline import compress
+from qmoe_jax import files, reports, resources
+from qmoe_jax.compression.compress import compress_examples
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Native T5X checkpoint.", required=True)
 OUTPUT = flags.DEFINE_string("output", "out/streaming", "Directory for the compressed checkpoint and streaming.json.")
 
@@ -61,24 +61,27 @@ def read_all(checkpoint, memory) -> dict:
 
 
 def main(_):
-    experiment.give_freed_memory_back()
+    resources.give_freed_memory_back()
     config = CONFIG.value
-    quantization, memory = experiment.quantization_settings(config), experiment.memory_settings(config)
-    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    output = experiment.prepare_output(OUTPUT.value, False, CHECKPOINT.value)
+    quantization, memory = common.quantization_settings(config), common.memory_settings(config)
+    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    output = common.prepare_output(OUTPUT.value, False, CHECKPOINT.value)
     memory = memory._replace(scratch=memory.scratch or str(output.parent))
-    calibration, validation = (experiment.examples(config, w, vocabulary) for w in ("calibration", "validation"))
-    pairs = [*calibration.pairs, *validation.pairs]
-    plan = experiment.plan(checkpoint, pairs, len(calibration.pairs), quantization, memory, config.codec.name)
+    calibration, validation = (
+        common.examples(config, w, checkpoint, vocabulary) for w in ("calibration", "validation")
+    )
+    examples = [*calibration, *validation]
+    plan = common.plan(checkpoint, examples, len(calibration), quantization, memory, config.codec.name)
 
     sources = [s for layer in checkpoint.config.sparse_layers for s in checkpoint.sources(layer).values()]
     step = pathlib.Path(checkpoint.path).parent
-    files = [p for s in sources for p in (step / f"target.{s.name.replace('/', '.')}").iterdir() if p.name[0] != "."]
+    folders = [step / f"target.{s.name.replace('/', '.')}" for s in sources]
+    chunk_files = [p for folder in folders for p in folder.iterdir() if p.name[0] != "."]
     before, started = counters(), time.perf_counter()
     if READ_ONLY.value:
         report = read_all(checkpoint, memory)
     else:
-        report = compress(
+        report = compress_examples(
             checkpoint,
             vocabulary,
             calibration,
@@ -86,16 +89,16 @@ def main(_):
             quantization,
             memory,
             codec=config.codec.name,
-            output=str(output),
+            output=output,
         )
     seconds = time.perf_counter() - started
     done = {name: n - before[name] for name, n in counters().items()}
-    size = sum(p.stat().st_size for p in files)
+    size = sum(p.stat().st_size for p in chunk_files)
     result = {
         "model": checkpoint.config.to_dict(),
         "checkpoint_bytes": sum(p.stat().st_size for p in step.rglob("*") if p.is_file()),
         "experts_bytes_per_layer": plan["read_bytes"] // plan["layers"],
-        "chunk_files_of_experts": len(files),
+        "chunk_files_of_experts": len(chunk_files),
         "chunk_shapes": sorted({s.grid.chunks for s in sources}),
         "bytes_of_their_files": size,
         "tensorstore": done,
@@ -109,12 +112,12 @@ def main(_):
         "waited_for_reading_seconds": report["seconds"]["reading"],
         "weights_per_second": report["expert_weights"] / seconds,
         "bits_per_weight": report["bits_per_weight"],
-        "documents": len(pairs),
-        "environment": experiment.environment(),
+        "documents": len(examples),
+        "environment": common.environment(),
     }
     files.write_json(output / "streaming.json", result)
     rows = [
-        ("experts' chunk files", f"{len(files)}, {resources.gigabytes(size)}"),
+        ("experts' chunk files", f"{len(chunk_files)}, {resources.gigabytes(size)}"),
         ("file reads by TensorStore, everything", f"{done['read']}, {resources.gigabytes(done['bytes_read'])}"),
         ("bound for experts", resources.gigabytes(plan["weights_limit_bytes"])),
         ("through scratch files", "yes" if plan["spilled"] else "no"),
@@ -127,4 +130,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,8 +1,8 @@
 """Writes a T5X checkpoint with random weights: any published size, or your own, chunked as T5X cuts it.
 
-    python experiments/make_checkpoint.py --output=DIR --preset=switch_base_8
-    python experiments/make_checkpoint.py --output=DIR --preset=switch_c_2048 --set=num_experts=64 --set=d_ff=1024 \
-      --set=encoder_sparse_layers=0,1 --set=num_encoder_layers=2 --chunks=64,208,256
+    python experiments/tools/make_checkpoint.py --output=DIR --preset=switch_base_8
+    python experiments/tools/make_checkpoint.py --output=DIR --preset=switch_c_2048 --set=num_experts=64 \
+      --set=d_ff=1024 --set=encoder_sparse_layers=0,1 --set=num_encoder_layers=2 --chunks=64,208,256
 
 For rehearsals: how a size is read, how much memory and time its compression takes. Chunk after chunk is made and
 written, so that a checkpoint may be far larger than the memory. Norm scales are ones, everything else is normal.
@@ -11,19 +11,25 @@ written, so that a checkpoint may be far larger than the memory. Norm scales are
 import dataclasses
 import math
 import pathlib
+import sys
 
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, reports
-from qmoe_jax.checkpoints import CheckpointError, param_shapes
+from qmoe_jax import reports
+from qmoe_jax.checkpoints import CheckpointError
 from qmoe_jax.checkpoints.reading import regions
 from qmoe_jax.checkpoints.t5x import ArrayWriter, index_file, placeholder, t5x_chunks
-from qmoe_jax.models.switch.config import ModelConfig, preset
+from qmoe_jax.models.families import preset
+from qmoe_jax.models.switch import ModelConfig
+from qmoe_jax.models.switch.parameters import param_shapes
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
 
 OUTPUT = flags.DEFINE_string("output", None, "Parent of checkpoint_0/.", required=True)
 PRESET = flags.DEFINE_string("preset", "switch_base_8", "Published size to start from.")
-SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of qmoe_jax.config.ModelConfig; lists are comma-separated.")
+SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of qmoe_jax.ModelConfig; lists are comma-separated.")
 CHUNKS = flags.DEFINE_list("chunks", None, "Largest experts, d_model, d_ff of a chunk of experts; T5X's unless given.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the stored values.")
 CODEC = flags.DEFINE_enum("codec", "gzip", ["gzip", "zstd"], "Of the chunks.")
@@ -102,4 +108,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

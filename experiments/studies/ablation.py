@@ -1,25 +1,25 @@
 """What each idea beyond the paper's recipe is worth, alone and among all: loss above bfloat16, and stored bits.
 
-    python experiments/ablation.py --config=configs/tiny.py --output=out/ablation
+    python experiments/studies/ablation.py --config=configs/tiny.py --output=out/ablation
 
 Every row is a compression of --checkpoint with the same documents; --seeds corrupt the calibration documents anew, the
 validation documents stay. OUT gets ablation.json and ablation.md.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import pathlib
+import sys
 
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, files, streaming
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax import files, reports
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
+from studies.laboratory import Laboratory
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/ablation", "Directory for the table.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the corruption of calibration documents.")
@@ -49,30 +49,18 @@ ROWS = {
 
 
 def main(_):
-    config = CONFIG.value
-    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    output = experiment.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
-    memory = experiment.memory_settings(config)
-    validation = experiment.examples(config, "validation", vocabulary)
-    rounded = memory._replace(round_weights=True)
-    bfloat16 = streaming.run(checkpoint, validation.pairs, rounded, what="bfloat16").summary()
-    calibrations = []
-    for seed in SEEDS.value:
-        config.data.seed = int(seed)
-        calibrations.append(experiment.examples(config, "calibration", vocabulary))
+    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
+    lab = Laboratory(CONFIG.value, CHECKPOINT.value)
+    calibrations = [lab.calibration(seed=int(seed)) for seed in SEEDS.value]
 
     found = []
     for name, fields in ROWS.items():
         if fields["method"] == "rd":
             fields = fields | dict(target_bits=TARGET.value)
-        settings = QuantizationSettings(**fields)
-        codec = "gap" if settings.method == "rd" else "dictionary"
-        reports = [
-            compress(checkpoint, vocabulary, calibration, validation, settings, memory, codec=codec, what=name)
-            for calibration in calibrations
-        ]
-        above = [r["loss"] - bfloat16["loss"] for r in reports]
-        seconds = [r["seconds"] for r in reports]
+        codec = "gap" if fields["method"] == "rd" else "dictionary"
+        compressed = [lab.compress(**fields, codec=codec, calibration=c, what=name) for c in calibrations]
+        above = [r["loss"] - lab.bfloat16["loss"] for r in compressed]
+        seconds = [r["seconds"] for r in compressed]
         found.append(
             dict(
                 name=name,
@@ -81,8 +69,8 @@ def main(_):
                 above_bfloat16=above,
                 mean=float(np.mean(above)),
                 spread=float(np.std(above, ddof=1)) if len(above) > 1 else None,
-                bits_per_weight=float(np.mean([r["bits_per_weight"] for r in reports])),
-                entropy_per_weight=float(np.mean([r["entropy_per_weight"] for r in reports])),
+                bits_per_weight=float(np.mean([r["bits_per_weight"] for r in compressed])),
+                entropy_per_weight=float(np.mean([r["entropy_per_weight"] for r in compressed])),
                 seconds=seconds,
             )
         )
@@ -97,16 +85,16 @@ def main(_):
     files.write_json(
         output / "ablation.json",
         dict(
-            bfloat16=bfloat16,
+            bfloat16=lab.bfloat16,
             seeds=SEEDS.value,
             rows=found,
-            config=experiment.without_folders(config),
+            config=common.without_folders(lab.config),
             target_bits=TARGET.value,
         ),
     )
-    (output / "ablation.md").write_text(table + "\n", encoding="utf-8")
-    reports.say(f"\n{table}\n\nbfloat16: {bfloat16['loss']:.4f} nats per token; {len(SEEDS.value)} seeds.")
+    files.write_text(output / "ablation.md", table + "\n")
+    reports.say(f"\n{table}\n\nbfloat16: {lab.bfloat16['loss']:.4f} nats per token; {len(SEEDS.value)} seeds.")
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,29 +1,30 @@
 """A rehearsal of compressing and running the published models, from a few experts of their true shapes.
 
-    python experiments/rehearse.py --output=OUT                            # a GPU: 16 experts, all tokens they'd get
-    python experiments/rehearse.py --output=OUT --experts=1 --tokens=512   # a small CPU
+    python experiments/tools/rehearse.py --output=OUT                           # a GPU: 16 experts, all their tokens
+    python experiments/tools/rehearse.py --output=OUT --experts=1 --tokens=512  # a small CPU
 
 Every stage is measured on the device that is there, with random weights and activations: reading chunks of T5X's shape,
 attention, Hessians, quantization, encoding, experts, writing; and for inference the decoder's stages of one token. What
 the whole model would take is projected. OUT gets rehearsal.json, rehearsal.md and rehearsal.png.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import gc
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports, resources, streaming
+from qmoe_jax import files, reports, resources, streaming
 from qmoe_jax.compression import planning, rehearsal
-from qmoe_jax.models.switch.config import preset
-from qmoe_jax.quantization.pipeline import QuantizationSettings
+from qmoe_jax.models.families import family_of, preset
+from qmoe_jax.quantization.methods import METHODS
+from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.reports.figures import plot_rehearsal
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
 
 # Calibration documents, and minutes on one A6000 (QMoE, section 4.1 and table 7).
 PAPER = {"switch_base_128": (10_000, 14.0), "switch_large_128": (10_000, 30.2), "switch_c_2048": (160_000, 16.0 * 60)}
@@ -35,7 +36,7 @@ EXPERTS = flags.DEFINE_integer("experts", None, "Experts that are quantized toge
 TOKENS = flags.DEFINE_integer(
     "tokens", None, "Most tokens of an expert and of a batch; more are extrapolated. None: no limit.", lower_bound=16
 )
-METHOD = flags.DEFINE_enum("method", "gptq", ["gptq", "rd", "rtn"], "Quantizer.")
+METHOD = flags.DEFINE_enum("method", "gptq", list(METHODS), "Quantizer.")
 CODEC = flags.DEFINE_string("codec", "gap", "Of the experts.")
 GENERATION = flags.DEFINE_bool("generation", True, "Also rehearse inference.")
 
@@ -48,7 +49,7 @@ def assumptions(experts: int, tokens: int, device: str) -> list[str]:
         "tokens are spread evenly over experts, weights and activations are random",
         "the checkpoint is float32, gzip, in chunks as T5X cuts them; its files come from the page cache, so a slower "
         "disk or network has to be put in the place of 'reading', which goes on beside the rest",
-        f"experts take {planning.USUAL_BITS[planning.TERNARY]} bits a weight, or the target; inference has "
+        f"experts take {QuantizationSettings(METHOD.value).rounding.needs().bits:g} bits a weight; inference has "
         f"{rehearsal.ZEROS:.1%} zeros (the paper's)",
         "a token of inference computes keys and values of all 512 encoder tokens anew: an upper bound for attention",
         "one device; compiling isn't counted",
@@ -59,7 +60,9 @@ def rehearse(name: str, experts: int, tokens: int, memory: streaming.Settings) -
     """What is measured and projected for one model."""
     config, quantization = preset(name), QuantizationSettings(METHOD.value)
     calibration, paper_minutes = PAPER.get(name, (10_000, None))
-    work = planning.greatest_workload(calibration if quantization.calibrated else 0, VALIDATION, MAX_LENGTH)
+    work = planning.greatest_workload(
+        family_of(config).task, calibration if quantization.calibrated else 0, VALIDATION, MAX_LENGTH
+    )
     measured = rehearsal.measure(
         config,
         work,
@@ -92,7 +95,7 @@ def rehearse(name: str, experts: int, tokens: int, memory: streaming.Settings) -
     if GENERATION.value:
         reports.say(f"{name}: inference")
         few = min(experts, 4)
-        token = rehearsal.generation(config, CODEC.value, few, memory.dtype, work.encoder_length)
+        token = rehearsal.generation(config, CODEC.value, few, memory.dtype, work.longest)
         result["seconds_per_generated_token"] = token
     return result
 
@@ -102,7 +105,7 @@ def _paper(minutes: float | None) -> str:
 
 
 def main(_):
-    experiment.give_freed_memory_back()
+    resources.give_freed_memory_back()
     device = jax.local_devices()[0]
     is_cpu = device.platform == "cpu"
     experts = EXPERTS.value or (2 if is_cpu else 16)
@@ -115,7 +118,7 @@ def main(_):
     limits = assumptions(experts, min(tokens, memory.tokens_per_batch if TOKENS.value is None else tokens), str(device))
     report = {
         "assumptions": limits,
-        "environment": experiment.environment(),
+        "environment": common.environment(),
         "method": METHOD.value,
         "codec": CODEC.value,
         "models": {name: rehearse(name, experts, tokens, memory) for name in MODELS.value},
@@ -138,9 +141,9 @@ def main(_):
         )
     table = reports.table(("stage", *MODELS.value), rows)
     text = table + "\n\n" + "\n".join(f"- {line}" for line in limits) + "\n"
-    (output / "rehearsal.md").write_text(text, encoding="utf-8")
+    files.write_text(output / "rehearsal.md", text)
     reports.say(text)
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,9 +1,9 @@
-"""What the experiments share: the configuration's fields and defaults, and how they become the library's settings."""
+"""What the experiments share: the configuration's fields and defaults, how they become the library's settings, and how
+a command line starts and ends.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import pathlib
 import platform
@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
 from qmoe_jax import reports, resources, streaming
-from qmoe_jax.checkpoints import Checkpoint, check_preset, open_checkpoint
+from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
 from qmoe_jax.compression import planning, rehearsal
+from qmoe_jax.models import families
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
-from qmoe_jax.models.families import check_preset, family_of, preset
 from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
 from qmoe_jax.quantization import settings as quantization_fields
@@ -35,7 +35,6 @@ from qmoe_jax.version import __version__
 flags.disclaim_key_flags()  # What is defined here is listed by --help of the experiment that asks for it.
 
 PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
-_M_MMAP_THRESHOLD = -3  # malloc.h
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -48,21 +47,21 @@ def default_config() -> config_dict.ConfigDict:
     }
     return config_dict.create(
         data=dict(
-            vocabulary=config_dict.placeholder(str),  # SentencePiece model, without the 100 sentinels
+            vocabulary=config_dict.placeholder(str),  # the model's vocabulary file
             calibration=config_dict.placeholder(str),  # JSON lines or plain text; globs and comma lists too
             validation=config_dict.placeholder(str),
             num_calibration=10_000,
             num_validation=128,
-            max_length=568,  # tokens; longer documents are skipped (512 encoder tokens after corruption)
-            append_eos=True,  # documents end with EOS before they are corrupted
+            max_length=568,  # tokens; longer documents are skipped
+            append_eos=True,  # documents end with an end of sequence
             window=config_dict.placeholder(int),  # join documents and cut them into windows of so many tokens
             seed=0,
         ),
         model=dict(
             preset="",  # published size to check the checkpoint against, such as switch_base_128
-            top_k=config_dict.placeholder(int),  # T5X checkpoints don't tell: 1 unless given
-            experts_choose=config_dict.placeholder(float),  # nor this: capacity factor, if the encoder's experts choose
             dtype="float32",  # of activations
+            # What checkpoints may not tell, such as top_k.
+            **{field: config_dict.placeholder(kind) for field, (kind, _) in families.untold().items()},
         ),
         quantization=quantization,
         codec=dict(
@@ -86,8 +85,8 @@ def default_config() -> config_dict.ConfigDict:
 
 
 def untold(config: config_dict.ConfigDict) -> dict[str, Any]:
-    """Fields of `ModelConfig` that checkpoints may not tell, and the config gives."""
-    given = {field: config.model[field] for field in ("top_k", "experts_choose")}
+    """Fields of the architecture that checkpoints may not tell, and the config gives."""
+    given = {field: config.model[field] for field in families.untold()}
     return {field: value for field, value in given.items() if value is not None}
 
 
@@ -95,14 +94,14 @@ def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, A
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
     checkpoint = open_checkpoint(path, **untold(config))
     if config.model.preset:
-        check_preset(checkpoint.config, config.model.preset)
+        families.check_preset(checkpoint.config, config.model.preset)
     vocabulary = checkpoint.family.task.vocabulary(_given(config, "vocabulary"))
     vocabulary.check(checkpoint.config.vocab_size)
     return checkpoint, vocabulary
 
 
 def examples(config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint, vocabulary: Any) -> Any:
-    """The 'calibration' or 'validation' documents, corrupted."""
+    """The 'calibration' or 'validation' documents, as the model's task has them."""
     if config.data[f"num_{which}"] < 1:
         raise ValueError(f"config.data.num_{which}: found {config.data[f'num_{which}']}, expected at least 1.")
     return checkpoint.family.task.load(
@@ -147,6 +146,21 @@ def memory_settings(config: config_dict.ConfigDict) -> streaming.Settings:
     if not 0 <= config.memory.commit_share <= 1:
         raise ValueError(f"config.memory.commit_share: found {config.memory.commit_share}, expected 0 to 1.")
     return streaming.Settings(dtype=activation_dtype(config), **config.memory)
+
+
+def mesh(
+    config: config_dict.ConfigDict, checkpoint: Checkpoint, among: Sequence[jax.Device] | None = None
+) -> Mesh | None:
+    """The devices, of all or of those given, that experts are spread over; None: one."""
+    devices = config.mesh.experts
+    if devices == 1:
+        return None
+    try:
+        found = expert_mesh(devices, among)
+        check_mesh(found, checkpoint.config.num_experts)
+    except ValueError as e:
+        raise ValueError(f"config.mesh.experts: {e}") from e
+    return found
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------
@@ -230,10 +244,10 @@ def plan_of_preset(
     config: config_dict.ConfigDict, quantization: QuantizationSettings, memory: streaming.Settings, codec: str | None
 ) -> dict:
     """The same for a published model, from nothing but its name; every document as long as may be."""
-    model, data = preset(config.model.preset), config.data
+    model, data = families.preset(config.model.preset), config.data
     calibration = data.num_calibration if quantization.calibrated else 0
     work = planning.greatest_workload(
-        family_of(model).task, calibration, data.num_validation, data.window or data.max_length
+        families.family_of(model).task, calibration, data.num_validation, data.window or data.max_length
     )
     return _plan(model, work, planning.grids_of(model), quantization, memory, codec)
 
@@ -249,6 +263,45 @@ def _plan(model, work, grids, quantization, memory, codec) -> dict:
         resident_bytes=resources.rss_bytes(),
         codec=codec,
     )
+
+
+# --- Output -----------------------------------------------------------------------------------------------------------
+
+
+def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
+    """The directory to write to, not made yet; refused where writing would destroy something.
+
+    Raises:
+      FileExistsError: it is a file, or isn't empty and `overwrite` is not set; or it is, or holds, or lies in one of
+        `inputs`.
+    """
+    output = pathlib.Path(path)
+    for source in inputs:
+        if "://" in source:
+            continue
+        a, b = output.resolve(), pathlib.Path(source).resolve()
+        if a == b or b in a.parents or a in b.parents:
+            raise FileExistsError(f"--output={path} and the checkpoint {source} overlap; write somewhere else.")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"--output={path} is a file, expected a directory. Choose another.")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(f"--output={path} exists and is not empty. Choose another, or give --overwrite.")
+    return output
+
+
+def environment() -> dict[str, Any]:
+    """What a report was made with: versions and devices, as JSON values."""
+    devices = jax.local_devices()
+    return {
+        "qmoe_jax": __version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+# --- Command lines ----------------------------------------------------------------------------------------------------
 
 
 def define_config(name: str, default: str, help_text: str) -> flags.FlagHolder:
@@ -300,64 +353,6 @@ def start_processes() -> Processes:
     if not processes.first:
         sys.stdout = open(os.devnull, "w")
     return processes
-
-
-def mesh(
-    config: config_dict.ConfigDict, checkpoint: Checkpoint, among: Sequence[jax.Device] | None = None
-) -> Mesh | None:
-    """The devices, of all or of those given, that experts are spread over; None: one."""
-    devices = config.mesh.experts
-    if devices == 1:
-        return None
-    try:
-        found = expert_mesh(devices, among)
-        check_mesh(found, checkpoint.config.num_experts)
-    except ValueError as e:
-        raise ValueError(f"config.mesh.experts: {e}") from e
-    return found
-
-
-def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
-    """The directory to write to, not made yet; refused where writing would destroy something.
-
-    Raises:
-      FileExistsError: it is a file, or isn't empty and `overwrite` is not set; or it is, or holds, or lies in one of
-        `inputs`.
-    """
-    output = pathlib.Path(path)
-    for source in inputs:
-        if "://" in source:
-            continue
-        a, b = output.resolve(), pathlib.Path(source).resolve()
-        if a == b or b in a.parents or a in b.parents:
-            raise FileExistsError(f"--output={path} and the checkpoint {source} overlap; write somewhere else.")
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"--output={path} is a file, expected a directory. Choose another.")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(f"--output={path} exists and is not empty. Choose another, or give --overwrite.")
-    return output
-
-
-def environment() -> dict[str, Any]:
-    """What a report was made with: versions and devices, as JSON values."""
-    devices = jax.local_devices()
-    return {
-        "qmoe_jax": __version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "processes": jax.process_count(),
-    }
-
-
-def give_freed_memory_back() -> None:
-    """Makes glibc give every freed array of a mebibyte or more back to the system at once.
-
-    Left alone it raises that limit with each large array that is freed, up to 32 MiB, and keeps what is below as holes
-    in its heap: a run that streams terabytes through a gigabyte then has several resident. No effect elsewhere.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _leave(message: str) -> None:

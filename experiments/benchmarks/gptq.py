@@ -1,26 +1,28 @@
 """Time of batched GPTQ, compilation apart, and optionally of another implementation on the same weights and Hessians.
 
-    python experiments/benchmark_gptq.py --output=results/gptq_cpu.json --reference=PATH
+    python experiments/benchmarks/gptq.py --output=results/gptq_cpu.json --reference=PATH
 
 The fastest of some runs counts, as other load on the machine only ever adds time. PATH is a Python file, not part of
 this project, with `gptq(W, H)` on PyTorch tensors: the quantized W. It may overwrite H, must damp by 0.1 of H's mean
 diagonal, and runs with as many threads as there are cores.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import functools
 import importlib.util
+import os
+import pathlib
+import sys
 import time
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports
+from qmoe_jax import files, reports
 from qmoe_jax.quantization import gptq
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
 
 SHAPES = flags.DEFINE_list("shapes", ["16x768x3072", "16x3072x768"], "Experts x rows (outputs) x columns (inputs).")
 BITS = flags.DEFINE_enum("bits", "1.5", ["1.5", "2"], "1.5 is ternary.")
@@ -125,4 +127,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,4 +1,4 @@
-"""What reproduce.py and its studies share: a model with its documents, and the files of a result."""
+"""What reproduce.py, the studies and benchmarks share: a model with its documents, and the files of a result."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from qmoe_jax import experiment, files, reports, streaming
+import common
+from qmoe_jax import files, reports, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
+from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.switch import Examples, load_examples
-from qmoe_jax.quantization.pipeline import TERNARY, QuantizationSettings, compress
+from qmoe_jax.quantization.methods import TERNARY
+from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.reports.figures import plot_bars
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = dict(num_calibration=60, num_validation=40)
 
 
@@ -30,7 +33,7 @@ class Laboratory:
     """A model and its documents.
 
     Args:
-      config: data and settings (`experiment.default_config`).
+      config: data and settings (`common.default_config`).
       path: a native checkpoint.
       small: few documents, to try it.
     """
@@ -40,9 +43,9 @@ class Laboratory:
         if small:
             for field, number in SMALL.items():
                 config.data[field] = min(config.data[field], number)
-        self.checkpoint, self.vocabulary = experiment.open_model(path, config)
-        self.memory = experiment.memory_settings(config)
-        self.validation = experiment.examples(config, "validation", self.vocabulary)
+        self.checkpoint, self.vocabulary = common.open_model(path, config)
+        self.memory = common.memory_settings(config)
+        self.validation = common.examples(config, "validation", self.checkpoint, self.vocabulary)
 
     # --- Documents ---------------------------------------------------------------------------------------------------
 
@@ -58,13 +61,13 @@ class Laboratory:
         config = self.config.copy_and_resolve_references()
         config.data.num_calibration = self.num_calibration(times)
         config.data.seed = config.data.seed if seed is None else seed
-        return experiment.examples(config, "calibration", self.vocabulary)
+        return common.examples(config, "calibration", self.checkpoint, self.vocabulary)
 
-    def read(self, files: str | Sequence[str], number: int) -> Examples:
+    def read(self, paths: str | Sequence[str], number: int) -> Examples:
         """Documents of other files."""
         data = self.config.data
         return load_examples(
-            files,
+            paths,
             self.vocabulary,
             number,
             max_length=data.max_length,
@@ -78,10 +81,10 @@ class Laboratory:
         number = number or len(self.validation)
         found = {"validation": self.validation}
         for item in given:
-            name, equals, files = item.partition("=")
+            name, equals, paths = item.partition("=")
             if not equals:
                 raise ValueError(f"--dataset={item}: expected NAME=FILES.")
-            found[name] = self.read(files, number)
+            found[name] = self.read(paths, number)
         if given:
             return found
         with tempfile.TemporaryDirectory() as directory:
@@ -93,14 +96,17 @@ class Laboratory:
 
     # --- Measurements ------------------------------------------------------------------------------------------------
 
-    def loss(self, documents: Examples) -> float:
-        """Loss of the model with weights in bfloat16."""
+    def measure(self, documents: Examples) -> dict[str, Any]:
+        """Loss of the model with weights in bfloat16, and what it was measured on."""
         rounded = self.memory._replace(round_weights=True)
-        return streaming.run(self.checkpoint, documents.pairs, rounded, what="bfloat16").summary()["loss"]
+        return streaming.run(self.checkpoint, documents, rounded, what="bfloat16").summary()
+
+    def loss(self, documents: Examples) -> float:
+        return self.measure(documents)["loss"]
 
     @functools.cached_property
-    def bfloat16(self) -> dict[str, float]:
-        return {"loss": self.loss(self.validation)}
+    def bfloat16(self) -> dict[str, Any]:
+        return self.measure(self.validation)
 
     def compress(
         self,
@@ -117,12 +123,13 @@ class Laboratory:
         **settings: Any,
     ) -> dict[str, Any]:
         """The report of a compression; other settings are those of the method."""
-        return compress(
+        quantization = QuantizationSettings(method, bits=bits, **settings)
+        return compress_examples(
             checkpoint or self.checkpoint,
             self.vocabulary,
-            calibration or (self._calibration if method != "rtn" else None),
+            calibration or (self._calibration if quantization.calibrated else None),
             validation or self.validation,
-            QuantizationSettings(method, bits, **settings),
+            quantization,
             memory or self.memory,
             codec=codec,
             output=output,
@@ -213,10 +220,10 @@ class Result:
             rows=[list(row) for row in self.rows],
             data=self.data,
             notes=notes,
-            config=experiment.without_folders(lab.config),
+            config=common.without_folders(lab.config),
         )
         files.write_json(directory / f"{name}.json", _plain(report))
-        (directory / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
+        files.write_text(directory / f"{name}.md", markdown + "\n")
         plot_bars(self.bars, directory / f"{name}.png", self.ylabel, self.title, logarithmic=self.logarithmic)
         return markdown
 

@@ -1,7 +1,7 @@
 """Tokens per second of generation: a model with compressed experts against the same model with dense ones.
 
-    python experiments/benchmark_generation.py --output=results/generation_base128.json
-    python experiments/benchmark_generation.py --checkpoint=DIR --output=results/generation_mini.json
+    python experiments/benchmarks/generation.py --output=results/generation_base128.json
+    python experiments/benchmarks/generation.py --checkpoint=DIR --output=results/generation_mini.json
 
 Without a checkpoint the model has the shape of --preset, random ternary experts with the paper's share of zeros, and is
 measured three times, as all its experts do not fit into memory when they are dense:
@@ -17,14 +17,12 @@ than the experts have the activations' dtype in all models. Only one model is in
 counts, as other load on the machine only ever adds time.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import ctypes
 import dataclasses
 import functools
+import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -37,16 +35,20 @@ from absl import app, flags
 from flax import traverse_util
 
 import qmoe_jax
-from qmoe_jax import codecs, experiment, files, reports, resources
-from qmoe_jax.checkpoints import Checkpoint, open_checkpoint, param_shapes
-from qmoe_jax.checkpoints.base import is_expert_kernel
+from qmoe_jax import codecs, files, reports, resources
+from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
-from qmoe_jax.models.switch.config import ModelConfig, preset
+from qmoe_jax.models.families import preset
+from qmoe_jax.models.switch import ModelConfig
+from qmoe_jax.models.switch.parameters import expert_of, param_shapes
 from qmoe_jax.quantization.gptq import round_to_nearest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "T5X or compressed checkpoint, instead of random weights.")
 PRESET = flags.DEFINE_string("preset", "switch_base_128", "Shape of the model with random weights.")
@@ -54,7 +56,7 @@ EXPERTS = flags.DEFINE_integer(
     "experts", 32, "Experts per layer of the smaller random model; the default takes 12 GB when dense.", lower_bound=1
 )
 CODECS = flags.DEFINE_list("codecs", list(codecs.CODECS), "Names of codecs, comma-separated.")
-DTYPES = flags.DEFINE_list("dtypes", list(experiment.DTYPES), "Of activations, and of all parameters but the experts.")
+DTYPES = flags.DEFINE_list("dtypes", list(common.DTYPES), "Of activations, and of all parameters but the experts.")
 BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Rows that are written at once, comma-separated.")
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Encoder tokens of each row.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Tokens that each row writes.", lower_bound=1)
@@ -89,7 +91,7 @@ def random_params(config: ModelConfig, codec: str) -> dict[str, Any]:
     zeros = arg_specs.PROBABILITIES[0]
     params = {}
     for i, (name, shape) in enumerate(param_shapes(config).items()):
-        if is_expert_kernel(name):
+        if expert_of(name):
             experts, width, out = shape
             high = ((1 - zeros) * width) ** -0.5
             levels = np.broadcast_to(np.float32([-high, high]), (experts, out, 2))
@@ -146,7 +148,7 @@ def nbytes(tree: Any) -> int:
 
 def expert_bytes(params: dict[str, Any]) -> int:
     flat = traverse_util.flatten_dict(params, sep="/")
-    return nbytes([value for name, value in flat.items() if is_expert_kernel(name)])
+    return nbytes([value for name, value in flat.items() if expert_of(name)])
 
 
 def zeros(params: dict[str, Any]) -> float:
@@ -209,8 +211,8 @@ def measure(model: Model, kind: str, dtype: str) -> Iterator[dict[str, Any]]:
     c, length = model.config, NEW_TOKENS.value
     source = model.params(CODECS.value[0] if kind == DENSE else kind)
     share = zeros(source)
-    params = prepare(source, kind, experiment.DTYPES[dtype])
-    transformer = qmoe_jax.SwitchTransformer(c, experiment.DTYPES[dtype])
+    params = prepare(source, kind, common.DTYPES[dtype])
+    transformer = qmoe_jax.SwitchTransformer(c, common.DTYPES[dtype])
     for batch in map(int, BATCHES.value):
         rng = np.random.default_rng(1)
         prompts = rng.integers(2, c.vocab_size, (batch, PROMPT_TOKENS.value)).astype(np.int32)
@@ -353,7 +355,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main(_):
-    for flag, known in ((CODECS, codecs.CODECS), (DTYPES, experiment.DTYPES)):
+    for flag, known in ((CODECS, codecs.CODECS), (DTYPES, common.DTYPES)):
         for name in flag.value:
             if name not in known:
                 raise ValueError(f"--{flag.name}: found {name!r}, expected among {', '.join(known)}.")
@@ -393,4 +395,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

@@ -1,26 +1,26 @@
 """Loss against stored bits: rounding, the paper's recipe, and rate-distortion quantization at a sweep of target bits.
 
-    python experiments/frontier.py --config=configs/tiny.py --output=results/frontier
+    python experiments/studies/frontier.py --config=configs/tiny.py --output=results/frontier
 
 All compress --checkpoint with the same documents. OUT gets frontier.json, frontier.md and frontier.png.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads fight XLA's; set before jax is imported.
-
 import math
 import pathlib
+import sys
 
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import experiment, files, reports, streaming
-from qmoe_jax.quantization.pipeline import QuantizationSettings, compress
+from qmoe_jax import files, reports
 from qmoe_jax.reports.figures import plot_frontier
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = experiment.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import common
+from studies.laboratory import Laboratory
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/frontier", "Directory for the report and the figure.")
 TARGETS = flags.DEFINE_list("targets", ["0.25", "0.35", "0.5", "0.7", "1.0", "1.3", "1.5"], "Stored bits per weight.")
@@ -30,23 +30,18 @@ ROUNDING, OURS = "round to nearest, gap codec", "rate-distortion, gap codec"
 
 
 def main(_):
-    config = CONFIG.value
-    checkpoint, vocabulary = experiment.open_model(CHECKPOINT.value, config)
-    output = experiment.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
-    memory = experiment.memory_settings(config)
-    calibration = experiment.examples(config, "calibration", vocabulary)
-    validation = experiment.examples(config, "validation", vocabulary)
-    rounded = memory._replace(round_weights=True)
-    bfloat16 = streaming.run(checkpoint, validation.pairs, rounded, what="bfloat16").summary()["loss"]
+    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
+    lab = Laboratory(CONFIG.value, CHECKPOINT.value)
+    bfloat16 = lab.bfloat16["loss"]
 
     points = []
 
-    def measure(name: str, codec: str, settings: QuantizationSettings) -> dict:
-        report = compress(checkpoint, vocabulary, calibration, validation, settings, memory, codec=codec, what=name)
+    def measure(name: str, codec: str, method: str, target_bits: float | None = None) -> dict:
+        report = lab.compress(method, codec=codec, target_bits=target_bits, what=name)
         point = dict(
             name=name,
             codec=codec,
-            target_bits=settings.target_bits,
+            target_bits=target_bits,
             bits_per_weight=report["bits_per_weight"],
             entropy_per_weight=report["entropy_per_weight"],
             zeros=report["zeros"],
@@ -58,10 +53,10 @@ def main(_):
         reports.say(f"{name}: {point['bits_per_weight']:.3f} bits, {point['above_bfloat16']:+.4f} nats")
         return point
 
-    paper = measure(PAPER, "dictionary", QuantizationSettings("gptq"))
-    measure(GAP, "gap", QuantizationSettings("gptq"))
-    measure(ROUNDING, "gap", QuantizationSettings("rtn"))
-    ours = [measure(OURS, "gap", QuantizationSettings("rd", target_bits=float(t))) for t in TARGETS.value]
+    paper = measure(PAPER, "dictionary", "gptq")
+    measure(GAP, "gap", "gptq")
+    measure(ROUNDING, "gap", "rtn")
+    ours = [measure(OURS, "gap", "rd", float(t)) for t in TARGETS.value]
     within = [p for p in ours if p["bits_per_weight"] <= paper["bits_per_weight"]]
     best = min(within, key=lambda p: p["above_bfloat16"], default=None)
 
@@ -88,9 +83,9 @@ def main(_):
             for p in points
         ],
     )
-    report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=experiment.without_folders(config))
+    report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=common.without_folders(lab.config))
     files.write_json(output / "frontier.json", report)
-    (output / "frontier.md").write_text(table + "\n", encoding="utf-8")
+    files.write_text(output / "frontier.md", table + "\n")
     plot_frontier(report, output / "frontier.png")
     reports.say(f"\n{table}\n\nbfloat16: {bfloat16:.4f} nats per token.")
     if best is not None:
@@ -113,4 +108,4 @@ def bits_at(above: float, points: list[dict]) -> float | None:
 
 
 if __name__ == "__main__":
-    app.run(experiment.without_traceback(main))
+    app.run(common.without_traceback(main))

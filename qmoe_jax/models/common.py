@@ -1,0 +1,99 @@
+"""What the modules of all families share: stored parameters, token ids, and the choice of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKED = -1e10  # Finite: a query whose keys are all masked attends uniformly, as in T5X.
+
+
+# --- Parameters -------------------------------------------------------------------------------------------------------
+
+
+def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
+    """Normal initialiser with variance 1 / fan_in."""
+    return nn.initializers.normal(fan_in**-0.5)
+
+
+def stored(module: nn.Module, name: str, shape: tuple[int, ...], fan_in: int) -> Any:
+    """A module's parameter as it is stored. For use in a compact method.
+
+    A stored value that is no array (compressed experts) is returned as well, which `self.param` would refuse.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, fan_in_normal(fan_in), shape, jnp.float32)
+
+
+class Kernel(nn.Module):
+    """A parameter called 'kernel' under this module's name, see `stored`."""
+
+    shape: tuple[int, ...]
+    fan_in: int
+
+    @nn.compact
+    def __call__(self):
+        return stored(self, "kernel", self.shape, self.fan_in)
+
+
+# --- Tokens -----------------------------------------------------------------------------------------------------------
+
+
+def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
+    """Token ids as int32 [batch, length].
+
+    Raises ValueError for other shapes, other kinds of numbers and, outside `jit`, ids that the embedding doesn't have:
+    JAX would read another row for them.
+    """
+    traced = isinstance(tokens, jax.core.Tracer)
+    tokens = tokens if traced else np.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name}: {tokens.dtype} {list(tokens.shape)}, expected token ids, int32 [batch, length].")
+    if not traced and tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(f"{name}: found ids from {tokens.min()} to {tokens.max()}, expected 0 to {vocab_size - 1}.")
+    return jnp.asarray(tokens, jnp.int32)
+
+
+# --- The next token ---------------------------------------------------------------------------------------------------
+
+
+def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
+    """One token per row of logits [batch, vocabulary]: int32 [batch].
+
+    Args:
+      logits: float32.
+      key: PRNG key; unused when greedy.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_p: draw from the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_p < 1:
+        falling = jnp.sort(logits, axis=-1)[:, ::-1]
+        p = jax.nn.softmax(falling)
+        inside = jnp.cumsum(p, axis=-1) - p < top_p  # The likeliest token always is.
+        least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, MASKED)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def check_sampling(temperature: float, top_p: float, key: jax.Array | None) -> None:
+    """Raises ValueError for settings out of range, or for no key to sample with."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1.")
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature {temperature} samples, which needs a PRNG key.")
+
+
+def check_ids(vocab_size: int, **lists: Sequence[int]) -> None:
+    """Raises ValueError that names the first of these lists with a token id that the model doesn't have."""
+    for name, ids in lists.items():
+        if any(not 0 <= i < vocab_size for i in ids):
+            raise ValueError(f"{name} {tuple(ids)}: expected token ids from 0 to {vocab_size - 1}.")

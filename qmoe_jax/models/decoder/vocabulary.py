@@ -1,0 +1,120 @@
+"""A vocabulary as Hugging Face keeps it, `tokenizer.json`, read by the `tokenizers` package."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tokenizers
+
+from qmoe_jax.errors import DataError
+
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """See `load`.
+
+    Attributes:
+      tokenizer: what `tokenizer.json` describes.
+      bos: id of the token that begins every text of the model, None: there is none.
+      eos: id of the token that ends a text, None: it isn't known.
+      path: the file it came from, for messages.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    bos: int | None = None
+    eos: int | None = None
+    path: str = "<memory>"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Vocabulary:
+        """Reads tokenizer.json, or that of a directory, and what tokenizer_config.json beside it says of BOS and EOS.
+
+        A text begins with BOS if the tokenizer itself puts it there, or if tokenizer_config.json has `add_bos_token`.
+
+        Raises:
+          DataError: there is no such file, or it isn't a tokenizer.
+        """
+        file = pathlib.Path(path)
+        file = file / FILE if file.is_dir() else file
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            reason = getattr(e, "strerror", None) or "not text"
+            raise DataError(f"{file}: cannot read the vocabulary ({reason}). Expected a {FILE}.") from e
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as e:  # The package raises plain Exception.
+            raise DataError(f"{file}: not a {FILE} ({e}).") from e
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        settings = _settings(file.with_name(SETTINGS))
+        first = tokenizer.encode("", add_special_tokens=True).ids[:1]
+        bos = first[0] if first else None
+        if bos is None and settings.get("add_bos_token"):
+            bos = _id(tokenizer, settings, "bos_token", file)
+        eos = _id(tokenizer, settings, "eos_token", file)
+        return cls(tokenizer, None if bos == eos else bos, eos, str(file))
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id there is."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def check(self, embedding_rows: int) -> None:
+        """Raises DataError unless a model with so many embedding rows can belong to this vocabulary.
+
+        An embedding may be padded, at most by a sixteenth or 1024 rows: published ones are by up to 900.
+        """
+        found = f"{self.path} has ids up to {self.size - 1}, the model's embedding has {embedding_rows} rows"
+        if self.size > embedding_rows:
+            raise DataError(f"{found}: the vocabulary is larger than the embedding. Use the model's vocabulary.")
+        if embedding_rows - self.size > max(1024, embedding_rows // 16):
+            raise DataError(f"{found}: the vocabulary is far smaller than the embedding. Use the model's vocabulary.")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS and EOS; special tokens written in it become their ids."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of several texts; faster than one by one."""
+        return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids. Special tokens show as nothing, as do ids past the vocabulary, which a model may predict.
+
+        Raises DataError for a negative id.
+        """
+        listed = [int(i) for i in ids]
+        if min(listed, default=0) < 0:
+            raise DataError(f"Token id {min(listed)} is negative, expected ids of {self.path} (0 to {self.size - 1}).")
+        return self.tokenizer.decode(listed, skip_special_tokens=True)
+
+
+def _settings(file: pathlib.Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty where there is none. Raises DataError if it isn't JSON."""
+    if not file.exists():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise DataError(f"{file}: not JSON ({e}).") from e
+    return settings if isinstance(settings, dict) else {}
+
+
+def _id(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], name: str, file: pathlib.Path) -> int | None:
+    """Id of a special token that tokenizer_config.json names: its text, or an object with its text as 'content'."""
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise DataError(f"{file}: has no token {token!r}, which {SETTINGS} names as {name}.")
+    return found

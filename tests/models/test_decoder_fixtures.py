@@ -1,0 +1,59 @@
+"""Checkpoints that transformers saved, with its logits and its greedy tokens, of every decoder-only family."""
+
+import hugging_face
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qmoe_jax
+
+FIXTURES = ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3_fp8", "gpt_oss", "gpt_oss_mxfp4"]
+PROMPT = 9  # tokens of `greedy`
+
+
+@pytest.fixture(scope="module", params=FIXTURES)
+def case(request, fixture_path):
+    path = fixture_path(f"{request.param}_tiny")
+    family, config, params = hugging_face.load(path / "checkpoint")
+    return family, config, params, np.load(path / "io.npz")
+
+
+def real(io):
+    return np.arange(io["input_ids"].shape[1]) < io["lengths"][:, None]
+
+
+@pytest.mark.parametrize("lengths_given", [False, True])
+def test_logits(case, lengths_given):
+    family, config, params, io = case
+    model = family.model(config, jnp.float32, None)
+    lengths = io["lengths"] if lengths_given else None
+    logits = np.asarray(qmoe_jax.forward(model, params, io["input_ids"], lengths=lengths))
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits[real(io)], io["logits"][real(io)], atol=2e-4, rtol=0)
+
+
+def test_greedy_tokens(case):
+    family, config, params, io = case
+    model, greedy = family.model(config, jnp.float32, None), io["greedy"]
+    new = greedy.shape[1] - PROMPT
+    found = qmoe_jax.generate(model, params, greedy[:, :PROMPT], max_length=new, stop=())
+    np.testing.assert_array_equal(found, greedy[:, PROMPT:])
+
+
+def test_bfloat16_is_close(case):
+    """As close as bfloat16 is elsewhere: the error is a few hundredths of the logits' spread."""
+    family, config, params, io = case
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    logits = family.forward(family.model(config, jnp.bfloat16, None), params, io["input_ids"])
+    difference, expected = (np.asarray(logits) - io["logits"])[real(io)], io["logits"][real(io)]
+    # A token whose experts are nearly as good as others may go elsewhere: the median tells.
+    assert np.median(np.abs(difference)) < 0.03 * expected.std()
+
+
+def test_every_tensor_has_one_place(case):
+    """Parameters from the files, written again by the same table, are the files' tensors."""
+    family, config, params, _ = case
+    names = [n for name in family.param_shapes(config) for n in family.stored(config, name).names]
+    fused = [n for n in names if "gate_up_proj" in n]
+    assert len(set(names)) == len(names) - len(fused) // 2
