@@ -37,7 +37,7 @@ def untold() -> dict[str, tuple[type, str]]:
     found: dict[str, tuple[type, str]] = {}
     for family in FAMILIES.values():
         hints = typing.get_type_hints(family.Config)
-        for field, what in dict(family.UNTOLD).items():
+        for field, what in family.UNTOLD.items():
             kinds = [kind for kind in typing.get_args(hints[field]) or (hints[field],) if kind is not types.NoneType]
             found.setdefault(field, (kinds[0], what))
     return found
@@ -66,6 +66,16 @@ def family_of_parameters(shapes: Mapping[str, Shape], layout: str) -> Family:
     if len(problems) == 1:
         raise CheckpointError(problems[0])
     raise CheckpointError(listed("These parameters are of no model that is known.", problems))
+
+
+def infer_config(shapes: Mapping[str, Shape], **overrides: Any) -> Any:
+    """The architecture that a T5X parameter tree belongs to; see `Family.infer`."""
+    return family_of_parameters(shapes, "t5x").infer(shapes, **overrides)
+
+
+def param_shapes(config: Any) -> dict[str, Shape]:
+    """Shapes of all parameters of a model, by '/'-joined name; see `Family.param_shapes`."""
+    return family_of(config).param_shapes(config)
 
 
 # Published architectures, of all families.

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -49,12 +48,12 @@ class DecoderFamily:
     published_as: str = "huggingface"
     UNTOLD: Mapping[str, str] = dataclasses.field(default_factory=dict)  # config.json tells all
     task: Task = NextToken()
-    forward: Callable[..., jax.Array] = forward
-    generate: Callable[..., jax.Array] = decoding.generate
     told: tuple[str, ...] = dataclasses.field(init=False)  # all that logits depend on
     huggingface: HuggingFace = dataclasses.field(init=False)
     names: Mapping[str, Names] = dataclasses.field(init=False)
 
+    forward = staticmethod(forward)
+    generate = staticmethod(decoding.generate)
     expert_parameter = staticmethod(parameters.expert_parameter)
     expert_of = staticmethod(parameters.expert_of)
     is_small = staticmethod(parameters.is_small)
