@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -27,7 +25,7 @@ def nothing_beyond(config: Any, tensor: str) -> str | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class DecoderFamily:
     """See `family.Family` for what isn't listed here.
 
@@ -38,7 +36,7 @@ class DecoderFamily:
 
     name: str
     title: str
-    Config: type[Any]
+    Config: type
     Model: type[Decoder]
     PRESETS: Mapping[str, Any]
     read: Callable[..., Any]
@@ -50,27 +48,23 @@ class DecoderFamily:
     published_as: str = "huggingface"
     UNTOLD: Mapping[str, str] = dataclasses.field(default_factory=dict)  # config.json tells all
     task: Task = NextToken()
-    forward: Callable[..., jax.Array] = forward
-    generate: Callable[..., jax.Array] = decoding.generate
+    told: tuple[str, ...] = dataclasses.field(init=False)  # all that logits depend on
+    huggingface: HuggingFace = dataclasses.field(init=False)
+    names: Mapping[str, Names] = dataclasses.field(init=False)
 
+    forward = staticmethod(forward)
+    generate = staticmethod(decoding.generate)
     expert_parameter = staticmethod(parameters.expert_parameter)
     expert_of = staticmethod(parameters.expert_of)
     is_small = staticmethod(parameters.is_small)
 
-    @functools.cached_property
-    def told(self) -> tuple[str, ...]:
-        return tuple(f.name for f in dataclasses.fields(self.Config) if f.name not in self.Config.BESIDE)
-
-    @functools.cached_property
-    def huggingface(self) -> HuggingFace:
-        """Names and config.json."""
-        return HuggingFace(
+    def __post_init__(self):
+        config: Any = self.Config
+        self.told = tuple(f.name for f in dataclasses.fields(config) if f.name not in config.BESIDE)
+        self.huggingface = HuggingFace(
             self.title, self.model_types, self.read, self.write, self.rows, self.param_shapes, self.beyond
         )
-
-    @functools.cached_property
-    def names(self) -> Mapping[str, Names]:
-        return {"huggingface": self.huggingface}
+        self.names = {"huggingface": self.huggingface}
 
     def infer(self, shapes: Mapping[str, Shape], described: Mapping[str, Any] | None = None, **overrides: Any) -> Any:
         """The architecture that config.json tells, if these parameters are its.
