@@ -190,7 +190,7 @@ def test_every_family_knows_its_names(name):
                 described = names.describe(config, dtypes, None)
             except CheckpointError:
                 continue
-            if layout == "ista" or len(config.sparse_layers) * config.num_experts > 6000:
+            if layout == "ista" or len(config.sparse_layers) * config.num_experts > 15_000:
                 continue
             stored = {}
             for parameter, shape in shapes.items():
