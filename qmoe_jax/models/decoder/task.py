@@ -207,7 +207,7 @@ class NextToken:
         return example[0][1:]
 
     def special(self, examples: Sequence[Example], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-        """None are: there are no sentinels here."""
+        """None are."""
         return {TEXT: np.zeros(int(self.predicted(examples).sum()), bool)}
 
     def longest(self, max_length: int) -> dict[str, int]:
