@@ -24,6 +24,7 @@ from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
 from qmoe_jax.compression import planning, rehearsal
+from qmoe_jax.compression.compress import check_uncompressed
 from qmoe_jax.models import families
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
 from qmoe_jax.models.family import Example
@@ -183,6 +184,7 @@ def plan(
     codec: str | None,
 ) -> dict:
     """See `planning.plan`."""
+    check_uncompressed(checkpoint)
     work = planning.workload(checkpoint.family.task, streamed, num_calibration)
     grids = checkpoint.grids(checkpoint.config.sparse_layers[0])
     return _plan(checkpoint.config, work, grids, quantization, memory, codec)

@@ -121,7 +121,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(distributions):
 PRODUCT = """
 import sys, warnings
 import numpy as np
-import qmoe_jax, qmoe_jax.experiment
+import qmoe_jax
 rhs = qmoe_jax.CompressedExperts.from_symbols(np.ones((1, 2, 3), np.uint8), np.tile([-1.0, 1.0], (1, 2, 1)))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

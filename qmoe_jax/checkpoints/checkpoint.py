@@ -285,6 +285,6 @@ class StoredCheckpoint(Checkpoint):
 def _dtype(tensors: Tensors, store: Store) -> np.dtype:
     """Of a parameter: its tensors', or float32, which holds both 16-bit formats, where they differ."""
     if tensors.packed:
-        return BFLOAT16
+        return tensors.packed[0].dtype
     dtypes = {store.specs[name].dtype for name in tensors.names}
     return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)

@@ -77,10 +77,7 @@ def compress_examples(
         if output is not None:
             raise ValueError(problem)
         codec = None
-    if not any(map(checkpoint.is_expert, checkpoint.specs)):
-        raise ValueError(
-            f"{checkpoint.path}: its experts are compressed already. Give the checkpoint it was made from."
-        )
+    check_uncompressed(checkpoint)
     if quantization.calibrated and calibration is None:
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     examples = [*(calibration or ()), *validation] if quantization.calibrated else list(validation)
@@ -100,6 +97,14 @@ def compress_examples(
     return compression_report(
         losses, run.accounts, checkpoint, quantization, codec, run.num_calibration, run.stages.report()
     )
+
+
+def check_uncompressed(checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a checkpoint whose experts are compressed already."""
+    if not any(map(checkpoint.is_expert, checkpoint.specs)):
+        raise ValueError(
+            f"{checkpoint.path}: its experts are compressed already. Give the checkpoint it was made from."
+        )
 
 
 def _committed(

@@ -37,7 +37,7 @@ def untold() -> dict[str, tuple[type, str]]:
     found: dict[str, tuple[type, str]] = {}
     for family in FAMILIES.values():
         hints = typing.get_type_hints(family.Config)
-        for field, what in dict(family.UNTOLD).items():
+        for field, what in family.UNTOLD.items():
             kinds = [kind for kind in typing.get_args(hints[field]) or (hints[field],) if kind is not types.NoneType]
             found.setdefault(field, (kinds[0], what))
     return found

@@ -230,8 +230,7 @@ class Task(Protocol):
         """A text that the model is to go on from, or to fill in.
 
         Returns:
-          Token ids for the family's `generate`, int32 [length], and the options that belong to them: `prefix`, `stop`,
-          `banned`.
+          Token ids for the family's `generate`, int32 [length], and the options that belong to them, such as `stop`.
 
         Raises:
           ValueError: it can't be one; in words that begin like 'it is empty', for the name of the prompt before them.

@@ -33,6 +33,22 @@ def test_plan_of_a_published_model_needs_neither_weights_nor_data(run, tmp_path)
     assert "expected_seconds" not in plan
 
 
+def test_a_config_by_the_old_name_of_what_experiments_share(run, tmp_path):  # noqa: F811
+    config = tmp_path / "mine.py"
+    config.write_text("""
+from qmoe_jax import experiment
+
+def get_config():
+    config = experiment.default_config()
+    config.model.preset = "switch_base_8"
+    return config
+""")
+    with pytest.warns(DeprecationWarning, match="qmoe_jax.experiment.default_config is now common.default_config"):
+        result = run("compress", f"--config={config}", "--plan")
+    assert result.code == 0, result.err
+    assert "host: peak" in result.out
+
+
 def test_plan_of_a_checkpoint_tells_the_time(run, tiny, tmp_path):  # noqa: F811
     output = tmp_path / "out"
     data = [*tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={output}"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,7 +123,9 @@ def load_examples(
             size, joined = window - len(begin), rest + list(itertools.chain.from_iterable(pieces))
             cut = len(joined) - len(joined) % size
             pieces, rest = [joined[i : i + size] for i in range(0, cut, size)], joined[cut:]
-        for ids in pieces[: num_documents - len(windows)]:
+        for ids in pieces:
+            if len(windows) == num_documents:
+                break
             if len(begin) + len(ids) > max_length:
                 num_too_long += 1
             elif len(ids) < _SHORTEST:
@@ -201,8 +203,11 @@ class NextToken:
     def predicted(self, examples: Sequence[Example]) -> np.ndarray:
         return np.array([len(tokens) - 1 for (tokens,) in examples])
 
+    def targets(self, example: Example) -> np.ndarray:
+        return example[0][1:]
+
     def special(self, examples: Sequence[Example], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-        """None are: there are no sentinels here."""
+        """None are."""
         return {TEXT: np.zeros(int(self.predicted(examples).sum()), bool)}
 
     def longest(self, max_length: int) -> dict[str, int]:
@@ -211,3 +216,14 @@ class NextToken:
     def filled(self, rows: int, lengths: Mapping[str, int]) -> tuple[np.ndarray, ...]:
         tokens = np.ones((rows, lengths[TEXT]), np.int32)
         return tokens, tokens
+
+    def prompt(self, vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """A text to go on from, after BOS, until the vocabulary's EOS."""
+        ids = ([] if vocabulary.bos is None else [vocabulary.bos]) + vocabulary.encode(text)
+        if not ids:
+            raise ValueError("it is empty, and this vocabulary has no token that begins a text")
+        end = vocabulary.eos
+        return np.array(ids, np.int32), {} if end is None else {"stop": (end,), "pad": end}
+
+    def completed(self, vocabulary: Vocabulary, tokens: np.ndarray, written: np.ndarray) -> str:
+        return vocabulary.decode(np.concatenate([tokens, written]))
