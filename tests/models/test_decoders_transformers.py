@@ -1,16 +1,15 @@
 """Decoder-only models against Hugging Face's own, with every switch on and off and every parameter random."""
 
-import json
-
 import hugging_face
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 from random_decoders import CONFIGS, random_params
 
 import qmoe_jax
-from qmoe_jax.models.families import FAMILIES, family_of, mismatches
+from qmoe_jax.checkpoints import conversion
+from qmoe_jax.checkpoints.huggingface import HuggingFaceWriter
+from qmoe_jax.models.families import FAMILIES, mismatches
 
 torch = pytest.importorskip("torch", reason="the extra 'torch' isn't installed")
 transformers = pytest.importorskip("transformers", reason="the extra 'torch' isn't installed")
@@ -180,33 +179,20 @@ def test_bfloat16_is_as_close_as_theirs(kind, settings, tmp_path):
     assert np.median(np.abs(ours - exact)) < 1.5 * np.median(np.abs(rounded - exact))
 
 
-def tensors_of(family, config, params):
-    """Tensors as the family's table has them, from parameters."""
-    tensors = {}
-    for name, value in traverse_util.flatten_dict(params, sep="/").items():
-        found, value = family.huggingface.tensors(name, config), np.asarray(value)
-        value = value.swapaxes(-1, -2) if found.transposed else value
-        for tensor, array in zip(found.names, value if found.stacked else [value], strict=True):
-            if found.part is None:
-                tensors[tensor] = np.ascontiguousarray(array)
-            else:
-                size = array.shape[-1]
-                empty = np.zeros((*array.shape[:-1], size * found.part.of), array.dtype)
-                tensors.setdefault(tensor, empty)[..., found.part.outputs(0, size, size)] = array
-    return tensors
-
-
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_they_load_what_is_written(name, tmp_path):
-    from safetensors.numpy import save_file
-
+    """In several files; with our logits there and when it is read back."""
     config = CONFIGS[name]
-    family, params = family_of(config), random_params(config)
-    (tmp_path / "config.json").write_text(json.dumps(family.huggingface.to_described(config, np.float32)))
-    save_file(tensors_of(family, config, params), tmp_path / "model.safetensors", {"format": "pt"})
+    params = random_params(config)
+    writer = HuggingFaceWriter(hugging_face.InMemory(config, params), tmp_path, conversion.Options(shard_bytes=20_000))
+    conversion.run(writer, tmp_path, "a test")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, **EAGER, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    ours = qmoe_jax.forward(family.model(config, jnp.float32, None), params, tokens(), lengths=LENGTHS)
-    np.testing.assert_allclose(np.asarray(ours)[real()], logits_of(theirs.eval()), atol=2e-4, rtol=0)
+    model, read = qmoe_jax.load(tmp_path)
+    assert mismatches(model.config, config) == []
+    ours, again = (np.asarray(qmoe_jax.forward(model, p, tokens(), lengths=LENGTHS))[real()] for p in (params, read))
+    np.testing.assert_array_equal(again, ours)
+    np.testing.assert_allclose(ours, logits_of(theirs.eval()), atol=2e-4, rtol=0)
