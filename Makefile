@@ -4,12 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python experiments/demo.py --output=out/demo
 
 test: lint
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not long"
+
+# Those that take long and guard little beside the others, too.
+test-all: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,11 @@ from qmoe_jax.version import __version__
 
 flags.disclaim_key_flags()  # What is defined here is listed by --help of the experiment that asks for it.
 
+# Fields of the config that may differ from process to process.
+OWN_TO_A_HOST = {
+    "data": ("vocabulary", "calibration", "validation"),
+    "memory": ("weights_bytes", "scratch", "activations"),
+}
 PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -268,6 +273,28 @@ def _plan(model, work, grids, quantization, memory, codec) -> dict:
 
 
 # --- Output -----------------------------------------------------------------------------------------------------------
+
+
+def agree(processes: Processes, config: config_dict.ConfigDict, **flag_values: Any) -> None:
+    """Sees to it that all processes of a run were started alike, before any work.
+
+    Where files lie may differ from host to host, and how much memory there is.
+
+    Raises ValueError that names what differs.
+    """
+    fields = config.to_dict()
+    for group, names in OWN_TO_A_HOST.items():
+        fields[group] = {name: value for name, value in fields[group].items() if name not in names}
+    said = {f"config.{name}": value for name, value in _flat(fields).items()}
+    said |= {f"--{name}": value for name, value in flag_values.items()}
+    processes.agree(said | {"version of qmoe_jax": __version__, "version of jax": jax.__version__})
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:

@@ -22,6 +22,7 @@ from qmoe_jax.checkpoints.compressed import is_compressed
 from qmoe_jax.compression import planning
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.compression.progress import is_unfinished, remove_progress
+from qmoe_jax.lock import locked_by_first
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
 from qmoe_jax.reports.events import write_compression
 from qmoe_jax.reports.figures import plot_compression
@@ -60,6 +61,7 @@ def main(_):
     processes = common.start_processes()
     resources.give_freed_memory_back()
     config = CONFIG.value
+    common.agree(processes, config, overwrite=OVERWRITE.value, plan=PLAN.value)
     quantization = common.quantization_settings(config)
     memory = common.memory_settings(config)
     problem = why_not_stored(quantization, config.codec.name)  # Refuses an unknown codec now, not after hours.
@@ -99,9 +101,17 @@ def main(_):
     plan = common.plan(checkpoint, streamed, num_calibration, quantization, memory, config.codec.name if save else None)
     common.check_room(plan, memory, output)
 
-    processes.wait()  # Until all have seen that the output may be written to.
-    for name in ("report.json", "report.html", "report.png"):  # An earlier run's, with --overwrite.
-        (output / name).unlink(missing_ok=True)
+    with locked_by_first(output, processes):
+        model, documents = (checkpoint, vocabulary), (calibration, validation)
+        run(config, quantization, memory, model, documents, plan, output, save, processes)
+
+
+def run(config, quantization, memory, model, documents, plan, output, save, processes) -> None:
+    """Compresses, compares and reports, while nobody else writes to the output."""
+    (checkpoint, vocabulary), (calibration, validation) = model, documents
+    if OVERWRITE.value and processes.first:
+        for name in ("report.json", "report.html", "report.png"):  # An earlier run's.
+            (output / name).unlink(missing_ok=True)
 
     # --- Compress ----------------------------------------------------------------------------------------------------
     report = compress_examples(

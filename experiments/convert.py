@@ -18,6 +18,7 @@ from absl import app, flags
 import common
 from qmoe_jax import codecs, reports, resources
 from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
+from qmoe_jax.lock import locked
 from qmoe_jax.models import families
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "out/compressed", "Checkpoint of any layout.")
@@ -121,8 +122,16 @@ def main(_):
         describe(checkpoint, writer)
         return
 
+    with locked(output):
+        write(checkpoint, writer, output, identity, progress if continued else None)
+
+
+def write(
+    checkpoint: Checkpoint, writer: conversion.Writer, output: pathlib.Path, identity: str, progress: dict | None
+) -> None:
+    """Converts, going on after `progress`, and reports, while nobody else writes to the output."""
     stages = resources.Stages()
-    if continued:
+    if progress is not None:
         reports.say(f"{output}: going on after {len(progress['parts'])} of {len(writer.parts)} parts")
     elif OVERWRITE.value:
         clear(output)

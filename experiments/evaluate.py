@@ -30,6 +30,7 @@ def unigram_entropy(task: Task, examples: Sequence[Example]) -> float:
 
 def main(_):
     processes = common.start_processes()
+    common.agree(processes, CONFIG.value)
     config = CONFIG.value
     memory = common.memory_settings(config)
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)

@@ -51,7 +51,7 @@ def write(model, params, vocabulary, prompt: str, settings) -> str:
 
 
 def main(_):
-    common.start_processes()
+    common.agree(common.start_processes(), CONFIG.value)
     config = CONFIG.value
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
     mesh = common.mesh(config, checkpoint)

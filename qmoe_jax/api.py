@@ -53,8 +53,7 @@ def forward(model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.
     Args:
       model: from `load`.
       params: from `load`.
-      *tokens: int32 [batch, length] each, as the family's own `forward` describes them (`models.switch.model` for
-        Switch Transformers); by position or by name.
+      *tokens: int32 [batch, length] each, as the family's own `forward` describes them; by position or by name.
       **options: likewise.
 
     Raises:

@@ -1,7 +1,18 @@
 """Set-up shared by all tests: eight virtual CPU devices, fixtures."""
 
+import atexit
+import os
 import pathlib
+import shutil
 import tarfile
+import tempfile
+
+# Programs that one process of a test run has compiled, the others, and those that tests start, take as they are.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qmoe_jax-programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -25,6 +25,7 @@ REPORT = {
     "num_documents": 128,
     "num_tokens": 20_000,
     "method": "gptq",
+    "title": "GPTQ",
     "bits": 1.5,
     "num_calibration_documents": 10_000,
     "zeros": 0.88,

@@ -100,7 +100,7 @@ LAYER |= {"output_error": 0.1, "output_error_per_expert": [0.1, None]}
 def test_figure_of_a_compression(stored, tmp_path):
     layer = LAYER | {"bits_per_weight": stored, "fallback": {"1": "no calibration tokens"}}
     layers = {"encoder/layers_0": layer, "decoder/layers_11": layer}
-    report = {"layers": layers, "method": "gptq", "bits": 1.5, "zeros": 0.9, "loss": 3.0}
+    report = {"layers": layers, "method": "gptq", "title": "GPTQ", "bits": 1.5, "zeros": 0.9, "loss": 3.0}
     figures.plot_compression(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -113,9 +113,12 @@ def test_figures_of_training_and_of_losses(tmp_path):
 
 
 def test_comparison_rows_are_the_baselines_and_the_report_itself():
-    report = {"method": "rd", "bits": 1.5, "loss": 1.3, "bytes_bfloat16": 4e6}
+    report = {"method": "rd", "title": "rate-distortion GPTQ", "bits": 1.5, "loss": 1.3, "bytes_bfloat16": 4e6}
     assert [row[0] for row in reports.comparison_rows(report)] == ["rate-distortion GPTQ, 1.5 bits"]
-    report["baselines"] = {"rtn": {"method": "rtn", "bits": 2, "loss": 2.0}, "bfloat16": {"loss": 1.0}}
+    report["baselines"] = {
+        "rtn": {"method": "rtn", "title": "round to nearest", "bits": 2, "loss": 2.0},
+        "bfloat16": {"loss": 1.0},
+    }
     rows = reports.comparison_rows(report)
     names = ["bfloat16", "round to nearest, 2 bits", "rate-distortion GPTQ, 1.5 bits"]
     assert [row[:2] for row in rows] == [[n, loss] for n, loss in zip(names, (1.0, 2.0, 1.3), strict=True)]

@@ -10,20 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from qmoe_jax.checkpoints import compressed, huggingface, ista, t5x
-from qmoe_jax.checkpoints.checkpoint import Checkpoint, Layout
+from qmoe_jax.checkpoints.checkpoint import Checkpoint
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, CompressedWriter
+from qmoe_jax.checkpoints.conversion import Writer
 from qmoe_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from qmoe_jax.checkpoints.ista import IstaCheckpoint
+from qmoe_jax.checkpoints.layout import Layout
 from qmoe_jax.checkpoints.t5x import NativeCheckpoint, open_t5x, write_t5x
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.models.families import check_preset
-from qmoe_jax.models.switch.parameters import infer_config, param_shapes
+from qmoe_jax.models.families import check_preset, infer_config, param_shapes
 
 # The first that fits a path is taken.
 LAYOUTS: list[Layout] = [compressed.LAYOUT, huggingface.LAYOUT, ista.LAYOUT, t5x.LAYOUT]
 
 # How another layout's checkpoint is written as one of these; see `conversion.Writer`.
-TARGETS: dict[str, Callable[..., Any]] = {layout.name: layout.writer for layout in LAYOUTS if layout.writer}
+TARGETS: dict[str, type[Writer]] = {layout.name: layout.writer for layout in LAYOUTS if layout.writer}
 
 
 def published_chunks(layout: str) -> Callable[[tuple[int, ...]], tuple[int, ...]]:

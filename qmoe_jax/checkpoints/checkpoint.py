@@ -11,8 +11,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import os
-import pathlib
 import types
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -287,26 +285,6 @@ class StoredCheckpoint(Checkpoint):
 def _dtype(tensors: Tensors, store: Store) -> np.dtype:
     """Of a parameter: its tensors', or float32, which holds both 16-bit formats, where they differ."""
     if tensors.packed:
-        return BFLOAT16
+        return tensors.packed[0].dtype
     dtypes = {store.specs[name].dtype for name in tensors.names}
     return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)
-
-
-class Layout(NamedTuple):
-    """A layout of checkpoints; listed in `LAYOUTS`.
-
-    Attributes:
-      name: such as 't5x'.
-      fits: fits(path), whether a path has it.
-      open: open(path, **overrides).
-      files: globs of what belongs to it in its folder.
-      writer: writer(checkpoint, output, options) writes another layout's checkpoint as this one (see `conversion`).
-      chunks: chunks(shape), how a matrix of all experts [experts, in, out] is cut into what is read at once.
-    """
-
-    name: str
-    fits: Callable[[str | os.PathLike], bool]
-    open: Callable[..., Checkpoint]
-    files: tuple[str, ...]
-    writer: Callable[[Checkpoint, pathlib.Path, Any], Any] | None = None
-    chunks: Callable[[Shape], Shape] = lambda shape: (1, *shape[1:])

@@ -275,21 +275,48 @@ def write_report(writer: Writer, output: pathlib.Path, report: dict[str, Any], f
 
 
 def written_before(output: pathlib.Path) -> list[str]:
-    """Files below `output` that a conversion, finished or not, wrote there."""
-    names = [name for name in (REPORT, CHECKSUMS) if (output / name).is_file()]
+    """Files below `output` that a conversion, finished or not, wrote there.
+
+    Whatever else lies there is somebody's: a list of checksums says something only beside what this module writes.
+
+    Raises FileExistsError for a file that has changed since.
+    """
+    markers, sums = [], {}
     progress = read_progress(output)
     if progress:
-        names += [PROGRESS, *(name for part in progress["parts"].values() for name in part)]
-    for file in (output / CHECKSUMS, output / "README.md"):
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            found = [match[1] for line in lines if (match := re.fullmatch(r"[0-9a-f]{64}  (\S.*)", line))]
-            if found and file.name == "README.md":
-                names.append(file.name)
-            names += found
+        markers.append(PROGRESS)
+        sums |= {name: d["sha256"] for part in progress["parts"].values() for name, d in part.items()}
+    if _is_report(output / REPORT):
+        markers += [name for name in (REPORT, CHECKSUMS) if (output / name).is_file()]
+        sums |= _sums(output / CHECKSUMS)
+    page = output / "README.md"
+    if page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(README):
+        markers.append(page.name)
+        sums |= _sums(page)
     # A file that was tampered with names nothing outside.
     root = output.resolve()
-    return [name for name in dict.fromkeys(names) if root in (output / name).resolve().parents]
+    there = [n for n in sums if root in (output / n).resolve().parents and (output / n).is_file()]
+    if changed := [n for n in there if sha256(output / n) != sums[n]]:
+        raise FileExistsError(
+            f"{output / changed[0]} has changed since a conversion wrote it, so it isn't removed"
+            f"{f' (nor are {len(changed) - 1} others)' if changed[1:] else ''}. Remove it, or choose another directory."
+        )
+    return [*markers, *there]
+
+
+def _sums(file: pathlib.Path) -> dict[str, str]:
+    """SHA-256 by name, of the lines that sha256sum would read."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    return {m[2]: m[1] for line in lines if (m := re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line))}
+
+
+def _is_report(file: pathlib.Path) -> bool:
+    """Whether this is what `write_report` writes."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"format", "before", "after", "provenance"} <= found.keys()
 
 
 def _described(output: pathlib.Path, files: list[pathlib.Path]) -> dict[str, dict[str, Any]]:

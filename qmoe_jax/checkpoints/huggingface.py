@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qmoe_jax.checkpoints.checkpoint import Checkpoint, Layout, StoredCheckpoint
+from qmoe_jax.checkpoints.checkpoint import Checkpoint, StoredCheckpoint
 from qmoe_jax.checkpoints.conversion import ExpertReader, Options, Part, Writer, expert_dtype, names_of, replacing
+from qmoe_jax.checkpoints.layout import Layout
 from qmoe_jax.checkpoints.store import read_json
 from qmoe_jax.checkpoints.tensor_files import FLOATS, INDEX, TENSORS, SafetensorsFile, open_tensor_files
 from qmoe_jax.errors import CheckpointError, listed
@@ -68,17 +69,23 @@ class HuggingFaceCheckpoint(StoredCheckpoint):
 
 
 class Unit(NamedTuple):
-    """What is read at once: a parameter, or some experts of a layer."""
+    """What is read at once: parameters that share a tensor, most often one; or some experts of a layer.
+
+    Attributes:
+      nbytes: of what is written.
+      names: of the parameters; or the layer's.
+      experts: which; None: these aren't experts.
+    """
 
     nbytes: int
-    name: str
+    names: tuple[str, ...]
     experts: range | None = None
 
 
 class HuggingFaceWriter(Writer):
     """`checkpoint` as safetensors files, an index and config.json; see `conversion.Writer`.
 
-    A part is a file. Experts' matrices are tensors of their own.
+    A part is a file. As the family's names say, experts' matrices are tensors of their own, or a layer's are in one.
     """
 
     def __init__(self, checkpoint: Checkpoint, output: pathlib.Path, options: Options):
@@ -95,22 +102,26 @@ class HuggingFaceWriter(Writer):
         self._reader = ExpertReader(checkpoint)
 
     def _units(self, dtypes: Mapping[str, np.dtype]) -> list[Unit]:
-        checkpoint = self.checkpoint
+        checkpoint, config = self.checkpoint, self.checkpoint.config
+        sharing: dict[str, list[str]] = {}  # by tensor
+        for name in checkpoint.specs:
+            if not checkpoint.is_expert(name):
+                sharing.setdefault(self.names.tensors(name, config).names[0], []).append(name)
         units = [
-            Unit(math.prod(spec.shape) * dtypes[name].itemsize, name)
-            for name, spec in checkpoint.specs.items()
-            if not checkpoint.is_expert(name)
+            Unit(sum(math.prod(checkpoint.specs[n].shape) * dtypes[n].itemsize for n in names), tuple(names))
+            for names in sharing.values()
         ]
-        shapes = checkpoint.family.param_shapes(checkpoint.config)
-        for layer in checkpoint.config.sparse_layers:
-            expert = 0
+        shapes = checkpoint.family.param_shapes(config)
+        for layer in config.sparse_layers:
+            expert, whole = 0, False
             for name in checkpoint.matrices(layer).values():
                 dtype = self.options.dtype_of(expert_dtype(checkpoint, name))
                 expert += math.prod(shapes[name][1:]) * dtype.itemsize
-            size, number = max(1, self.options.shard_bytes // expert), checkpoint.config.num_experts
-            for start in range(0, number, size):
-                group = range(start, min(start + size, number))
-                units.append(Unit(len(group) * expert, layer, group))
+                whole = whole or not self.names.tensors(name, config).stacked
+            size = config.num_experts if whole else max(1, self.options.shard_bytes // expert)
+            for start in range(0, config.num_experts, size):
+                group = range(start, min(start + size, config.num_experts))
+                units.append(Unit(len(group) * expert, (layer,), group))
         return units
 
     def _files(self, units: list[Unit]) -> list[list[Unit]]:
@@ -127,26 +138,37 @@ class HuggingFaceWriter(Writer):
 
         tensors: dict[str, np.ndarray] = {}
         for unit in self.files[part]:
-            tensors |= self._dense(unit.name) if unit.experts is None else self._experts(unit.name, unit.experts)
+            tensors |= self._read(unit)
         tensors = {n: np.ascontiguousarray(v) for n, v in tensors.items()}
         with replacing(self.output / part) as temporary:
             save_file(tensors, temporary, {"format": "pt"})
         return [self.output / part]
 
-    def _dense(self, name: str) -> dict[str, np.ndarray]:
-        tensors, value = self.names.tensors(name, self.checkpoint.config), self.checkpoint.read(name)
-        value = (value.T if tensors.transposed else value).astype(self.options.dtype_of(value.dtype))
-        return {n: value for n in (*tensors.names, *tensors.copies)}
+    def _read(self, unit: Unit) -> dict[str, np.ndarray]:
+        """A unit's tensors."""
+        if unit.experts is None:
+            return self._tensors({name: self.checkpoint.read(name) for name in unit.names}, range(1))
+        (layer,) = unit.names
+        kernels = self._reader.read(layer, unit.experts.start, unit.experts.stop)
+        return self._tensors({self.checkpoint.matrices(layer)[m]: k for m, k in kernels.items()}, unit.experts)
 
-    def _experts(self, layer: str, experts: range) -> dict[str, np.ndarray]:
-        values: dict[str, np.ndarray] = {}
-        parameters = self.checkpoint.matrices(layer)
-        for matrix, kernels in self._reader.read(layer, experts.start, experts.stop).items():
-            tensors = self.names.tensors(parameters[matrix], self.checkpoint.config)
-            for expert, kernel in zip(experts, kernels, strict=True):
-                kernel = kernel.T if tensors.transposed else kernel
-                values[tensors.names[expert]] = kernel.astype(self.options.dtype_of(kernel.dtype))
-        return values
+    def _tensors(self, parameters: dict[str, np.ndarray], experts: range) -> dict[str, np.ndarray]:
+        """The tensors that parameters are written to, or some experts of them."""
+        written: dict[str, np.ndarray] = {}
+        for name, value in parameters.items():
+            tensors = self.names.tensors(name, self.checkpoint.config)
+            dtype, size = self.options.dtype_of(value.dtype), value.shape[-1] if value.ndim else 1
+            for number, array in zip(experts, value, strict=True) if tensors.stacked else [(0, value)]:
+                if (part := tensors.part) is not None:
+                    shape = (*array.shape[:-1], part.of * size)
+                    shape = (*shape[:-2], *shape[:-3:-1]) if tensors.transposed else shape
+                    tensor = written.setdefault(tensors.names[number], np.empty(shape, dtype))
+                    tensor = tensor.swapaxes(-1, -2) if tensors.transposed else tensor
+                    tensor[..., part.outputs(0, size, size)] = array
+                    continue
+                array = (array.swapaxes(-1, -2) if tensors.transposed else array).astype(dtype)
+                written |= dict.fromkeys((tensors.names[number], *tensors.copies), array)
+        return written
 
     def finish(self) -> list[pathlib.Path]:
         written = []

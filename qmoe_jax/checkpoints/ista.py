@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.checkpoints.checkpoint import BFLOAT16, Checkpoint, Kernels, Layout, StoredCheckpoint, StoredMatrix
+from qmoe_jax.checkpoints.checkpoint import BFLOAT16, Checkpoint, Kernels, StoredCheckpoint, StoredMatrix
 from qmoe_jax.checkpoints.compressed.target import in_codec, lost_by_rounding, refuse_dense
 from qmoe_jax.checkpoints.conversion import Options, Part, Writer, names_of
 from qmoe_jax.checkpoints.huggingface import CONFIG, read_config
+from qmoe_jax.checkpoints.layout import Layout
 from qmoe_jax.checkpoints.tensor_files import BinFile, TensorFiles
 from qmoe_jax.checkpoints.torch_files import TorchFile, TorchWriter
 from qmoe_jax.codecs.experts import CompressedExperts

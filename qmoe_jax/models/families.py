@@ -68,6 +68,16 @@ def family_of_parameters(shapes: Mapping[str, Shape], layout: str) -> Family:
     raise CheckpointError(listed("These parameters are of no model that is known.", problems))
 
 
+def infer_config(shapes: Mapping[str, Shape], **overrides: Any) -> Any:
+    """The architecture that a T5X parameter tree belongs to; see `Family.infer`."""
+    return family_of_parameters(shapes, "t5x").infer(shapes, **overrides)
+
+
+def param_shapes(config: Any) -> dict[str, Shape]:
+    """Shapes of all parameters of a model, by '/'-joined name; see `Family.param_shapes`."""
+    return family_of(config).param_shapes(config)
+
+
 # Published architectures, of all families.
 PRESETS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.PRESETS.items()}
 

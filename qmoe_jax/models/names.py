@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from qmoe_jax.errors import CheckpointError, listed
@@ -53,11 +54,13 @@ class Packed(NamedTuple):
       shape: of the weights, from the tensor's.
       unpack: unpack(tensor, *beside) -> weights. Both may be some of the entries of the first axis alone, where
         weights have three.
+      dtype: of the weights: one that holds them without rounding.
     """
 
     beside: tuple[str, ...]
     shape: Callable[[Shape], Shape]
     unpack: Callable[..., np.ndarray]
+    dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
 
 
 class Tensors(NamedTuple):

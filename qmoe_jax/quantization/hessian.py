@@ -21,10 +21,8 @@ def accumulate(H: jax.Array, n: jax.Array, X: jax.Array, mask: jax.Array) -> tup
     """
     X = jnp.where(mask[..., None], X.astype(jnp.float32), 0.0)
     total = n + mask.sum(-1, dtype=jnp.int32)  # [experts]
-    per_token = 1.0 / jnp.maximum(total, 1).astype(jnp.float32)
-    XX = jnp.einsum("etc,etd->ecd", X, X, precision=jax.lax.Precision.HIGHEST)
-    new = H * (n * per_token)[:, None, None] + (2.0 * per_token)[:, None, None] * XX
-    return _where_any(total > n, new, H), total
+    weight = mask.astype(jnp.float32)
+    return accumulate_weighted(H, n.astype(jnp.float32), X, X, weight, total.astype(jnp.float32)), total
 
 
 @jax.jit

@@ -41,12 +41,9 @@ def compression_row(name: str, report: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-METHOD_TITLES = {"gptq": "GPTQ", "rtn": "round to nearest", "rd": "rate-distortion GPTQ"}
-
-
 def method_title(report: Mapping[str, Any]) -> str:
     """Such as 'GPTQ, 1.5 bits'."""
-    return f"{METHOD_TITLES[report['method']]}, {report['bits']:g} bits"
+    return f"{report.get('title', report['method'])}, {report['bits']:g} bits"
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[list[Any]]:

@@ -391,3 +391,47 @@ def test_to_the_published_layout(run, tmp_path):
     back = tmp_path / "back"
     assert run("convert", f"--checkpoint={out}", f"--output={back}", "--codec=dictionary")[0] == 0
     assert stored(back) == stored(original)
+
+
+# --- What is somebody else's -----------------------------------------------------------------------------------------
+
+
+def test_overwrite_removes_nothing_that_no_conversion_wrote(run, tiny, tmp_path):
+    """A list of checksums, or a README with lines like one, names files of somebody's: they stay."""
+    output, thesis = tmp_path / "out", tmp_path / "out" / "thesis.txt"
+    output.mkdir()
+    thesis.write_text("years of work")
+    line = f"{hashlib.sha256(thesis.read_bytes()).hexdigest()}  thesis.txt\n"
+    (output / "SHA256SUMS").write_text(line)
+    (output / "README.md").write_text(line)
+    arguments = (f"--checkpoint={tiny.checkpoint}", f"--output={output}", "--format=huggingface", "--overwrite")
+    code, _, errors = run("convert", *arguments)
+    assert code == 0, errors
+    assert thesis.read_text() == "years of work" and (output / "README.md").read_text() == line
+    # What a conversion wrote, and somebody changed since, is named and stays.
+    changed = output / "config.json"
+    changed.write_text(changed.read_text() + " ")
+    code, _, errors = run("convert", *arguments)
+    assert code == 1 and "config.json has changed since a conversion wrote it" in errors
+    assert changed.exists() and (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("folder", ["layers", "dense", "layers/drawings"])
+def test_overwrite_removes_no_folder_that_is_no_part_of_a_checkpoint(folder, run, tiny, tmp_path):
+    work = tmp_path / "out" / folder / "work.txt"
+    work.parent.mkdir(parents=True)
+    work.write_text("years of work")
+    code, _, errors = run("compress", *tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / 'out'}",
+                          "--overwrite", *SMALL)  # fmt: skip
+    assert code == 1 and "is no part of a compressed checkpoint, and would be removed" in errors
+    assert work.read_text() == "years of work"
+
+
+def test_a_refused_resume_leaves_the_report_that_is_there(run, tiny, tmp_path):
+    output = tmp_path / "out"
+    (output / "progress").mkdir(parents=True)
+    (output / "progress" / "progress.json").write_text(json.dumps({"fingerprint": {"x": 1}, "committed": None}))
+    (output / "report.json").write_text("{}")
+    code, _, errors = run("compress", *tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={output}", *SMALL)
+    assert code == 1 and "unfinished compression of something else" in errors
+    assert (output / "report.json").read_text() == "{}"

@@ -16,6 +16,7 @@ from qmoe_jax import streaming
 from qmoe_jax.models.decoder.decoding import written
 from qmoe_jax.models.expert_parallel import expert_mesh, place_experts, replicate
 from qmoe_jax.models.families import family_of
+from qmoe_jax.quantization.gptq import round_to_nearest
 
 FAMILIES = sorted(CONFIGS)
 LENGTHS = np.array([11, 3, 7, 1])
@@ -175,6 +176,24 @@ def test_four_devices_are_one(name):
         options = dict(max_length=NEW, lengths=LENGTHS, stop=())
         expected = qmoe_jax.generate(model, params, tokens, **options)
         np.testing.assert_array_equal(qmoe_jax.generate(spread, placed, tokens, **options), expected)
+
+
+def test_compressed_experts():
+    """Logits and tokens are those of the matrices that they stand for."""
+    model, params = model_and_params("gpt_oss")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    dense, compressed = dict(flat), dict(flat)
+    for name in filter(family_of(model.config).expert_of, flat):
+        rounded = round_to_nearest(flat[name].swapaxes(1, 2), bits=1.5)
+        experts = qmoe_jax.CompressedExperts.from_symbols(np.asarray(rounded.symbols), rounded.levels, "gap")
+        compressed[name], dense[name] = experts, jnp.asarray(experts.to_dense(), jnp.float32).swapaxes(1, 2)
+    dense, compressed = (traverse_util.unflatten_dict(p, sep="/") for p in (dense, compressed))
+    tokens = prompts(model.config)
+    logits = [np.asarray(qmoe_jax.forward(model, p, tokens)) for p in (dense, compressed)]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
+    options = dict(max_length=NEW, lengths=LENGTHS, stop=())
+    found = [qmoe_jax.generate(model, p, tokens, **options) for p in (dense, compressed)]
+    np.testing.assert_array_equal(found[1], found[0])
 
 
 # --- The streamed pass ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from qmoe_jax.checkpoints.checkpoint import StoredCheckpoint
 from qmoe_jax.checkpoints.store import box_of, slices
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.models.families import FAMILIES
+from qmoe_jax.models.families import FAMILIES, mismatches
 from qmoe_jax.models.names import SAME, TRANSPOSED, Packed, Part, Row, Table, Tensors
 from qmoe_jax.models.switch.config import PRESETS
 
@@ -178,22 +178,29 @@ def test_boxes(index):
     np.testing.assert_array_equal(value[slices(box)][rest], value[index])
 
 
-def test_every_family_knows_its_names():
-    """There and back, for all parameters of all published models that a layout can hold."""
-    for family in FAMILIES.values():
-        for config in family.PRESETS.values():
-            shapes = family.param_shapes(config)
-            for layout, names in family.names.items():
-                if layout == "ista" or config.num_experts > 32:
-                    continue
-                tensors = {name: names.tensors(name, config) for name in shapes}
-                stored = {}
-                for name, found in tensors.items():
-                    assert found.part is None and not found.packed
-                    shape = shapes[name][1:] if found.stacked else shapes[name]
-                    shape = (*shape[:-2], *shape[:-3:-1]) if found.transposed else shape
-                    stored |= dict.fromkeys((*found.names, *found.copies), shape)
-                described = names.describe(config, dict.fromkeys(shapes, np.dtype(np.float32)), None)
-                back = names.parameters(stored, described)
-                assert {name: t.shape(stored) for name, t in back.items()} == shapes
-                assert names.config(shapes, described) == config
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family_knows_its_names(name):
+    """There and back, for all parameters of published models that a layout can hold."""
+    family, known = FAMILIES[name], 0
+    for config in family.PRESETS.values():
+        shapes = family.param_shapes(config)
+        for layout, names in family.names.items():
+            dtypes = dict.fromkeys(shapes, np.dtype(np.float32))
+            try:
+                described = names.describe(config, dtypes, None)
+            except CheckpointError:
+                continue
+            if layout == "ista" or len(config.sparse_layers) * config.num_experts > 15_000:
+                continue
+            stored = {}
+            for parameter, shape in shapes.items():
+                found = names.tensors(parameter, config)
+                shape = (*shape[:-1], shape[-1] * found.part.of) if found.part else shape
+                shape = shape[1:] if found.stacked else shape
+                shape = (*shape[:-2], *shape[:-3:-1]) if found.transposed else shape
+                stored |= dict.fromkeys((*found.names, *found.copies), shape)
+            back = names.parameters(stored, described)
+            assert {n: t.shape(stored) for n, t in back.items()} == shapes
+            assert mismatches(names.config(shapes, described), config) == []
+            known += 1
+    assert known

@@ -1,6 +1,5 @@
 """Compressed checkpoints, this project's own layout; `manifest` describes it."""
 
-from qmoe_jax.checkpoints.checkpoint import Layout
 from qmoe_jax.checkpoints.compressed.manifest import (
     FORMAT,
     MANIFEST,
@@ -16,6 +15,7 @@ from qmoe_jax.checkpoints.compressed.parts import sha256
 from qmoe_jax.checkpoints.compressed.reader import CompressedCheckpoint
 from qmoe_jax.checkpoints.compressed.target import Recoder
 from qmoe_jax.checkpoints.compressed.writer import CompressedWriter
+from qmoe_jax.checkpoints.layout import Layout
 
 LAYOUT = Layout("compressed", is_compressed, CompressedCheckpoint, (*PARTS, PROGRESS), Recoder)
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -117,6 +118,20 @@ def restore(directory: pathlib.Path) -> dict[str, Any]:
         tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def is_part(folder: pathlib.Path) -> bool:
+    """Whether a folder is what `save` makes, whole or not: Orbax's notes, or nothing but arrays."""
+    if not folder.is_dir():
+        return False
+    inside = list(folder.iterdir())
+    notes = {"_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"}
+    return any(p.name in notes for p in inside) or all((p / ".zarray").is_file() for p in inside)
+
+
+def is_layer(folder: pathlib.Path) -> bool:
+    """Whether a folder holds shards of a layer, and nothing else."""
+    return folder.is_dir() and all(re.match(r"\d+-of-\d+(\.|$)", p.name) for p in folder.iterdir())
 
 
 def check_part(path: pathlib.Path, part: Mapping[str, Any]) -> pathlib.Path:

@@ -23,7 +23,7 @@ from qmoe_jax.checkpoints.compressed.manifest import (
     manifest_sha256,
     shard_bounds,
 )
-from qmoe_jax.checkpoints.compressed.parts import check_part, directory_bytes, save, sha256
+from qmoe_jax.checkpoints.compressed.parts import check_part, directory_bytes, is_layer, is_part, save, sha256
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.files import sync, write_json
@@ -54,6 +54,7 @@ class CompressedWriter:
     Raises:
       ValueError: a number of shards that there are no experts for, or fewer than processes.
       CheckpointError: what was kept isn't there any more, or has changed.
+      FileExistsError: what would be removed was not written by a compression.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class CompressedWriter:
             for layer in self._kept.values():
                 for shard in layer["shards"]:
                     check_part(self.directory, shard)
+            self._check_ours()
             self._remove()
             self.directory.mkdir(parents=True, exist_ok=True)
         self._processes.wait()
@@ -114,6 +116,16 @@ class CompressedWriter:
     def keep(self, layers: Mapping[str, Any]) -> None:
         """These layers stay even if the block raises."""
         self._kept = dict(layers)
+
+    def _check_ours(self) -> None:
+        """Raises FileExistsError where `_remove` would take what no compressed checkpoint has written."""
+        layers, dense = self.directory / "layers", self.directory / "dense"
+        for folder in (*(layers.iterdir() if layers.is_dir() else [layers]), dense):
+            if folder.exists() and not is_part(folder) and (folder == dense or not is_layer(folder)):
+                raise FileExistsError(
+                    f"{folder} is no part of a compressed checkpoint, and would be removed. Move it away, or write to "
+                    "another directory."
+                )
 
     def _remove(self) -> None:
         (self.directory / MANIFEST).unlink(missing_ok=True)  # First: from here on it is no checkpoint.

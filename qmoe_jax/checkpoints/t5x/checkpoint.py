@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from qmoe_jax.checkpoints.checkpoint import Layout, StoredCheckpoint
+from qmoe_jax.checkpoints.checkpoint import StoredCheckpoint
+from qmoe_jax.checkpoints.layout import Layout
 from qmoe_jax.checkpoints.t5x.store import is_t5x, open_t5x
 from qmoe_jax.checkpoints.t5x.target import T5XWriter
 from qmoe_jax.checkpoints.t5x.writing import t5x_chunks

@@ -134,6 +134,15 @@ class DecoderConfig:
         return tuple(layer_name(i) for i in range(self.num_layers) if self.is_sparse(i))
 
     @property
+    def dense_layers(self) -> tuple[str, ...]:
+        return tuple(layer_name(i) for i in range(self.num_layers) if not self.is_sparse(i))
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a head's queries and keys."""
+        raise NotImplementedError
+
+    @property
     def dense_width(self) -> int:
         """Width of the hidden layer of a dense layer's MLP."""
         return self.d_ff
@@ -170,6 +179,10 @@ class GroupedConfig(DecoderConfig):
     head_dim: int
 
     POSITIVE: ClassVar[tuple[str, ...]] = (*DecoderConfig.POSITIVE, "num_kv_heads", "head_dim")
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim
 
     def problems(self) -> list[str]:
         found = super().problems()

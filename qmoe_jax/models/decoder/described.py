@@ -23,7 +23,7 @@ HARMLESS = frozenset(
     tokenizer_class prefix torchscript is_decoder is_encoder_decoder chunk_size_feed_forward unsloth_version
     unsloth_fixed use_bfloat16 gradient_checkpointing max_window_layers _attn_implementation attn_implementation
     _attn_implementation_autoset _from_model_config _commit_hash do_sample temperature top_k top_p typical_p
-    repetition_penalty num_beams max_new_tokens min_length eos_token
+    repetition_penalty num_beams max_new_tokens min_length eos_token t5x_step
     """.split()
 )
 _ROPE = {  # ours: Hugging Face's

@@ -4,103 +4,91 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.models.decoder import decoding, names, parameters, stream
-from qmoe_jax.models.decoder.config import DecoderConfig
+from qmoe_jax.models.decoder import decoding, parameters, stream
+from qmoe_jax.models.decoder.config import GATED
+from qmoe_jax.models.decoder.huggingface import HuggingFace
 from qmoe_jax.models.decoder.model import Decoder, forward
-from qmoe_jax.models.decoder.names import Row, Stored
 from qmoe_jax.models.decoder.task import NextToken
-from qmoe_jax.models.family import Shape, Streamed
+from qmoe_jax.models.family import Names, Streamed, Task
+from qmoe_jax.models.names import Row, Shape
 
 
-@dataclasses.dataclass(frozen=True)
+def nothing_beyond(config: Any, tensor: str) -> str | None:
+    """There are no layers after the last."""
+    return None
+
+
+@dataclasses.dataclass(eq=False)
 class DecoderFamily:
     """See `family.Family` for what isn't listed here.
 
     Attributes:
       Model: the Flax module's class.
-      model_types: what config.json calls the family.
-      read: from_described(config.json's settings, **overrides) -> config.
-      write: to_described(config, dtype) -> config.json's settings.
-      rows: names of its parameters in Hugging Face's files.
-      left_out: what tensors are that no parameter is made of, by pattern of their names.
+      read, write, rows, beyond: see `HuggingFace`.
     """
 
     name: str
     title: str
-    Config: type[Any]
+    Config: type
     Model: type[Decoder]
     PRESETS: Mapping[str, Any]
     read: Callable[..., Any]
     write: Callable[[Any, str], dict[str, Any]]
     rows: tuple[Row, ...]
     model_types: tuple[str, ...]
-    left_out: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(names.LEFT_OUT))
+    beyond: Callable[[Any, str], str | None] = nothing_beyond
 
-    published_as = "huggingface"
-    UNTOLD: ClassVar[Mapping[str, str]] = {}  # config.json tells all
-    task = NextToken()
+    published_as: str = "huggingface"
+    UNTOLD: Mapping[str, str] = dataclasses.field(default_factory=dict)  # config.json tells all
+    task: Task = NextToken()
+    told: tuple[str, ...] = dataclasses.field(init=False)  # all that logits depend on
+    huggingface: HuggingFace = dataclasses.field(init=False)
+    names: Mapping[str, Names] = dataclasses.field(init=False)
 
+    forward = staticmethod(forward)
+    generate = staticmethod(decoding.generate)
     expert_parameter = staticmethod(parameters.expert_parameter)
     expert_of = staticmethod(parameters.expert_of)
     is_small = staticmethod(parameters.is_small)
-    forward = staticmethod(forward)
-    generate = staticmethod(decoding.generate)
 
-    @property
-    def told(self) -> tuple[str, ...]:
-        return tuple(f.name for f in dataclasses.fields(self.Config) if f.name not in self.Config.BESIDE)
+    def __post_init__(self):
+        config: Any = self.Config
+        self.told = tuple(f.name for f in dataclasses.fields(config) if f.name not in config.BESIDE)
+        self.huggingface = HuggingFace(
+            self.title, self.model_types, self.read, self.write, self.rows, self.param_shapes, self.beyond
+        )
+        self.names = {"huggingface": self.huggingface}
 
-    # --- Files --------------------------------------------------------------------------------------------------------
-
-    def from_described(self, described: Mapping[str, Any], **overrides: Any) -> Any:
-        """The architecture that config.json tells, in either style.
-
-        Raises CheckpointError that lists what is missing, not supported or not known.
-        """
-        kind = described.get("model_type")
-        if kind not in self.model_types:
-            raise CheckpointError(f"model_type: found {kind!r}, expected {' or '.join(map(repr, self.model_types))}.")
-        return self.read(described, **overrides)
-
-    def to_described(self, config: Any, dtype: Any) -> dict[str, Any]:
-        """config.json, as transformers 5 reads it, for parameters of a dtype."""
-        return self.write(config, np.dtype(dtype).name)
-
-    def stored(self, config: Any, name: str) -> Stored:
-        """The tensors that a parameter is written to. Raises KeyError."""
-        return names.stored(self.rows, name, config.num_experts)
-
-    def ways_stored(self, config: Any, name: str) -> list[Stored]:
-        """All ways in which files may have it."""
-        return names.ways_stored(self.rows, name, config.num_experts)
-
-    def why_left_out(self, config: Any, tensor: str) -> str | None:
-        """What a tensor is that is left out on purpose; None: it is foreign, or a parameter's."""
-        return names.why_left_out(self.left_out, tensor) or self.beyond(config, tensor)
-
-    def beyond(self, config: Any, tensor: str) -> str | None:
-        """The same for tensors of layers after the last, where the architecture has such."""
-        return None
-
-    def infer(
-        self, shapes: Mapping[str, Shape], described: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> DecoderConfig:
+    def infer(self, shapes: Mapping[str, Shape], described: Mapping[str, Any] | None = None, **overrides: Any) -> Any:
         """The architecture that config.json tells, if these parameters are its.
 
         Raises CheckpointError without config.json, or that lists all that are missing, foreign or of wrong shape.
         """
         if described is None:
             raise CheckpointError(f"Parameters alone don't tell {self.title}: config.json is needed.")
-        config = self.from_described(described, **overrides)
-        parameters.check(self.param_shapes(config), shapes, self.title)
-        return config
+        return self.huggingface.config(shapes, described, **overrides)
+
+    def summary(self, config: Any) -> list[tuple[str, str]]:
+        c, sparse = config, len(config.sparse_layers)
+        kind = "silu, gated" if c.expert == GATED else "clamped, gated, with biases"
+        shared = f", one of {c.shared_width} for every token" if c.shared_width else ""
+        windows = sorted({c.window(i) for i in range(c.num_layers)} - {None})
+        kv_heads = f", {c.num_kv_heads} of keys and values" if hasattr(c, "num_kv_heads") else ", latent"
+        return [
+            ("layers", f"{c.num_layers} ({sparse} sparse)"),
+            ("experts", f"{c.num_experts} in each sparse layer, {kind}, top-{c.top_k}{shared}"),
+            ("d_model, d_ff", f"{c.d_model}, {c.d_ff}" + (f", dense {c.dense_width}" if c.dense_layers else "")),
+            ("heads x width", f"{c.num_heads} x {c.query_dim}{kv_heads}"),
+            ("windows", ", ".join(map(str, windows)) or "none"),
+            ("vocabulary", f"{c.vocab_size}, logits {'tied' if c.tied else 'untied'}"),
+        ]
 
     # --- The model ----------------------------------------------------------------------------------------------------
 
@@ -116,10 +104,8 @@ class DecoderFamily:
     def attention_bytes(self, config: Any, longest: Mapping[str, int], tokens_per_batch: int) -> int:
         length = longest[stream.TEXT]
         rows = max(1, tokens_per_batch // length)
-        heads = config.num_heads * max(getattr(config, "head_dim", 0), getattr(config, "query_dim", 0))
-        dense = config.shared_width if config.is_sparse(config.num_layers - 1) else config.dense_width
-        widest = max(dense, config.shared_width, 0 if config.is_sparse(0) else config.dense_width)
-        wide = 4 * heads + 6 * config.d_model + 3 * widest
+        widest = max(config.shared_width, config.dense_width if config.dense_layers else 0)
+        wide = 4 * config.num_heads * config.query_dim + 6 * config.d_model + 3 * widest
         return 4 * (3 * rows * config.num_heads * length**2 + max(tokens_per_batch, length) * wide)
 
     def loss_bytes(self, config: Any, longest: Mapping[str, int]) -> int:

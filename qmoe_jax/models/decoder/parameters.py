@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from qmoe_jax.models.family import Shape
 EXPERTS = "/mlp/experts/"
 
 
-def param_shapes(make_layer: type[Any], config: DecoderConfig) -> dict[str, Shape]:
+def param_shapes(make_layer: Callable[..., Any], config: DecoderConfig) -> dict[str, Shape]:
     """Shapes of all parameters, by '/'-joined name. Kernels are [in, out], experts' [experts, in, out]."""
     shapes: dict[str, Shape] = {"model/embed_tokens/embedding": (config.vocab_size, config.d_model)}
     for i in range(config.num_layers):
@@ -30,7 +30,7 @@ def param_shapes(make_layer: type[Any], config: DecoderConfig) -> dict[str, Shap
 
 
 @functools.lru_cache(maxsize=64)
-def _layer_shapes(make_layer: type[Any], config: DecoderConfig, sparse: bool) -> dict[str, Shape]:
+def _layer_shapes(make_layer: Callable[..., Any], config: DecoderConfig, sparse: bool) -> dict[str, Shape]:
     x, positions = jax.ShapeDtypeStruct((1, 1, config.d_model), jnp.float32), jnp.zeros((1, 1), jnp.int32)
     variables = jax.eval_shape(make_layer(config, sparse, None).init, jax.random.key(0), x, positions)
     return {n: tuple(p.shape) for n, p in traverse_util.flatten_dict(variables["params"], sep="/").items()}

@@ -54,11 +54,11 @@ def _attend(module: DecoderLayer, params, shared, x, context, tokens):
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(layer: DecoderLayer, params, x) -> tuple[jax.Array, jax.Array | None, Routing | None]:
     """A dense layer is applied; of a sparse layer the experts are left out."""
-    params, positions = {"params": params}, jnp.arange(x.shape[1])[None]
-    x, _ = layer.apply(params, x, positions, method="attend")
+    apply: Any = functools.partial(layer.apply, {"params": params})
+    x, _ = apply(x, jnp.arange(x.shape[1])[None], method="attend")
     if layer.sparse:
-        return layer.apply(params, x, method="before_experts")
-    return layer.apply(params, x, None, method="mlp_half"), None, None
+        return apply(x, method="before_experts")
+    return apply(x, None, method="mlp_half"), None, None
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -123,7 +123,9 @@ def load_examples(
             size, joined = window - len(begin), rest + list(itertools.chain.from_iterable(pieces))
             cut = len(joined) - len(joined) % size
             pieces, rest = [joined[i : i + size] for i in range(0, cut, size)], joined[cut:]
-        for ids in pieces[: num_documents - len(windows)]:
+        for ids in pieces:
+            if len(windows) == num_documents:
+                break
             if len(begin) + len(ids) > max_length:
                 num_too_long += 1
             elif len(ids) < _SHORTEST:
@@ -205,7 +207,7 @@ class NextToken:
         return example[0][1:]
 
     def special(self, examples: Sequence[Example], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-        """None are: there are no sentinels here."""
+        """None are."""
         return {TEXT: np.zeros(int(self.predicted(examples).sum()), bool)}
 
     def longest(self, max_length: int) -> dict[str, int]:
@@ -216,13 +218,12 @@ class NextToken:
         return tokens, tokens
 
     def prompt(self, vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """A text to go on from. The model's own tokens stop it; what pads is no text, if EOS is known."""
-        ids = vocabulary.encode(text)
+        """A text to go on from, after BOS, until the vocabulary's EOS."""
+        ids = ([] if vocabulary.bos is None else [vocabulary.bos]) + vocabulary.encode(text)
         if not ids:
-            raise ValueError("it is empty; give a text to go on from.")
-        begin = [] if vocabulary.bos is None else [vocabulary.bos]
-        options = {} if vocabulary.eos is None else {"pad": vocabulary.eos}
-        return np.array(begin + ids, np.int32), options
+            raise ValueError("it is empty, and this vocabulary has no token that begins a text")
+        end = vocabulary.eos
+        return np.array(ids, np.int32), {} if end is None else {"stop": (end,), "pad": end}
 
     def completed(self, vocabulary: Vocabulary, tokens: np.ndarray, written: np.ndarray) -> str:
-        return vocabulary.decode([*tokens, *written])
+        return vocabulary.decode(np.concatenate([tokens, written]))

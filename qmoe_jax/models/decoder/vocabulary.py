@@ -55,12 +55,12 @@ class Vocabulary:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         settings = _settings(file.with_name(SETTINGS))
-        first = tokenizer.encode("", add_special_tokens=True).ids[:1]
-        bos = first[0] if first else None
+        letter = tokenizer.encode("a", add_special_tokens=True)
+        bos = letter.ids[0] if letter.special_tokens_mask[:1] == [1] else None
         if bos is None and settings.get("add_bos_token"):
             bos = _id(tokenizer, settings, "bos_token", file)
         eos = _id(tokenizer, settings, "eos_token", file)
-        return cls(tokenizer, None if bos == eos else bos, eos, str(file))
+        return cls(tokenizer, bos, eos, str(file))
 
     @property
     def size(self) -> int:

@@ -162,8 +162,10 @@ def to_described(config: DeepseekV3Config, dtype: str) -> dict[str, Any]:
     }
 
 
-_LATENT = dict(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-_SIZES = dict(d_model=7168, num_layers=61, d_ff=2048, dense_ff=18432, top_k=8, norm_eps=1e-6)
+_LATENT: dict[str, Any] = dict(
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+)
+_SIZES: dict[str, Any] = dict(d_model=7168, num_layers=61, d_ff=2048, dense_ff=18432, top_k=8, norm_eps=1e-6)
 
 PRESETS = {
     "deepseek_v3": DeepseekV3Config(

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from qmoe_jax.models.decoder.family import DecoderFamily
-from qmoe_jax.models.decoder.names import COMMON, LAYER, SAME, TENSOR_LAYER, TRANSPOSED, Part, Row
+from qmoe_jax.models.decoder.names import COMMON, LAYER, SAME, TENSOR_LAYER, TRANSPOSED, Part, Row, fused_experts
 from qmoe_jax.models.gpt_oss.config import PRESETS, GptOssConfig, from_described, to_described
 from qmoe_jax.models.gpt_oss.model import GptOss
 
-EXPERTS = f"{TENSOR_LAYER}.mlp.experts"
-
-
-def _rows(matrix: str, tensor: str, part: Part | None) -> tuple[Row, ...]:
-    """A matrix, plain [experts, in, out] or packed [experts, out, in], and its bias."""
-    parameter = f"{LAYER}/mlp/experts/{matrix}"
-    blocks, scales = f"{EXPERTS}.{tensor}_blocks", f"{EXPERTS}.{tensor}_scales"
-    return (
-        Row(f"{parameter}/kernel", f"{EXPERTS}.{tensor}", SAME, part),
-        Row(f"{parameter}/kernel", blocks, TRANSPOSED, part, (scales,), "mxfp4"),
-        Row(f"{parameter}/bias", f"{EXPERTS}.{tensor}_bias", SAME, part),
-    )
-
-
+EXPERTS, TENSORS = f"{LAYER}/mlp/experts", f"{TENSOR_LAYER}.mlp.experts"
+# Experts' matrices, the tensors that they share, and their part of these.
+MATRICES = (
+    ("gate_proj", "gate_up_proj", Part(0, 2, interleaved=True)),
+    ("up_proj", "gate_up_proj", Part(1, 2, interleaved=True)),
+    ("down_proj", "down_proj", None),
+)
 ROWS = (
     *COMMON,
-    *_rows("gate_proj", "gate_up_proj", Part(0, 2, interleaved=True)),
-    *_rows("up_proj", "gate_up_proj", Part(1, 2, interleaved=True)),
-    *_rows("down_proj", "down_proj", None),
+    *(
+        row
+        for m, tensor, part in MATRICES
+        for row in fused_experts(f"{EXPERTS}/{m}/kernel", f"{TENSORS}.{tensor}", part)
+    ),
+    *(Row(f"{EXPERTS}/{m}/bias", f"{TENSORS}.{tensor}_bias", SAME, part) for m, tensor, part in MATRICES),
     Row(f"{LAYER}/self_attn/sinks", f"{TENSOR_LAYER}.self_attn.sinks"),
     Row(f"{LAYER}/mlp/router/kernel", f"{TENSOR_LAYER}.mlp.router.weight", TRANSPOSED),
     Row(f"{LAYER}/mlp/router/bias", f"{TENSOR_LAYER}.mlp.router.bias"),

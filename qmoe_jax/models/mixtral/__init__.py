@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmoe_jax.models.decoder.family import DecoderFamily
-from qmoe_jax.models.decoder.names import COMMON, LAYER, TENSOR_LAYER, TRANSPOSED, Row
+from qmoe_jax.models.decoder.names import COMMON, LAYER, TENSOR_LAYER, matrix
 from qmoe_jax.models.mixtral.config import PRESETS, MixtralConfig, from_described, to_described
 from qmoe_jax.models.mixtral.model import Mixtral
 
@@ -11,10 +11,10 @@ MOE = f"{TENSOR_LAYER}.block_sparse_moe"
 ROWS = (
     *COMMON,
     *(
-        Row(f"{LAYER}/mlp/experts/{ours}/kernel", f"{MOE}.experts.{{expert}}.{theirs}.weight", TRANSPOSED)
+        matrix(f"{LAYER}/mlp/experts/{ours}/kernel", f"{MOE}.experts.{{expert}}.{theirs}.weight")
         for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
     ),
-    Row(f"{LAYER}/mlp/router/kernel", f"{MOE}.gate.weight", TRANSPOSED),
+    matrix(f"{LAYER}/mlp/router/kernel", f"{MOE}.gate.weight"),
 )
 
 FAMILY = DecoderFamily(

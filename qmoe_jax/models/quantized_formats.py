@@ -10,6 +10,8 @@ import numpy as np
 
 # --- float8_e4m3 with a scale per block, as DeepSeek-V3 is published -------------------------------------------------
 
+FLOAT8_BLOCK = (128, 128)
+
 
 def float8_blocks(rows: range, columns: range, block: tuple[int, int]) -> tuple[slice, slice]:
     """Of the scales [out / block, in / block]: those of a slice of the weights, consecutive rows and columns."""
@@ -19,7 +21,7 @@ def float8_blocks(rows: range, columns: range, block: tuple[int, int]) -> tuple[
 
 
 def dequantize_float8(
-    values: np.ndarray, scales: np.ndarray, block: tuple[int, int] = (128, 128), start: tuple[int, int] = (0, 0)
+    values: np.ndarray, scales: np.ndarray, block: tuple[int, int] = FLOAT8_BLOCK, start: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
     """values * scale of their block: float32 [out, in].
 
