@@ -14,7 +14,7 @@ test: lint
 
 # Those that take long and guard little beside the others, too.
 test-all: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --kills=24
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

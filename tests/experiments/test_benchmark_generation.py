@@ -74,6 +74,7 @@ def assert_holds(row):
     assert 0 < row["zeros"] < 1
 
 
+@pytest.mark.long
 def test_a_checkpoint_compressed_and_dense(run, tmp_path):
     checkpoint = tiny_model.write_checkpoint(tmp_path / "model", tiny_model.random_params(CONFIG))
     output = tmp_path / "report.json"
@@ -96,6 +97,7 @@ def test_a_checkpoint_compressed_and_dense(run, tmp_path):
     assert len(table) == 2 + len(rows)
 
 
+@pytest.mark.long
 def test_a_random_model_in_three_sizes(run, monkeypatch, tmp_path):
     monkeypatch.setitem(families.PRESETS, "tiny", CONFIG)
     output = tmp_path / "report.json"

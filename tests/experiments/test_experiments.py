@@ -205,6 +205,7 @@ def test_generate_from_both_layouts(run, tiny, elsewhere):
             assert text.startswith("the cat") and "<extra_id_0>" not in text
 
 
+@pytest.mark.long
 def test_evaluate_and_generate_over_several_devices(run, tiny, elsewhere, tmp_path):
     output, _ = elsewhere
     losses, texts = [], []

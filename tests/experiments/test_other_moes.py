@@ -19,6 +19,7 @@ def train_config():
     return module.get_config
 
 
+@pytest.mark.long
 def test_each_kind_is_a_model_of_its_own(train_config):
     models = {
         kind: ModelConfig.from_dict({**train_config(kind).model, "vocab_size": 100})
@@ -30,6 +31,7 @@ def test_each_kind_is_a_model_of_its_own(train_config):
         train_config("dense")
 
 
+@pytest.mark.long
 def test_models_are_given_by_kind(run, tmp_path):  # noqa: F811
     for model in ("dense=somewhere", "gated", ""):
         assert_fails(run("studies/other_moes", f"--model={model}", f"--output={tmp_path / 'out'}"), "expected KIND=DIR")

@@ -118,6 +118,7 @@ def test_synthetic_checkpoints_refuse_what_they_dont_know(run, tmp_path):  # noq
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_rehearsal_of_a_published_size(run, tmp_path):  # noqa: F811
     options = ("--models=switch_base_8", "--experts=1", "--tokens=16", "--method=rtn", "--nogeneration")
     result = run("tools/rehearse", f"--output={tmp_path}/out", *options)

@@ -41,12 +41,14 @@ def reproduce(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_table_1_times_each_group_size(reproduce):
     data, _ = reproduce("--table=1")
     assert list(data) == ["1", "4", "16"]
     assert min(data.values()) > 0
 
 
+@pytest.mark.long
 def test_table_2_measures_with_and_without_special_tokens(reproduce):
     data, rows = reproduce("--table=2")
     assert set(data) == {"masked: no", "masked: yes"}
@@ -55,6 +57,7 @@ def test_table_2_measures_with_and_without_special_tokens(reproduce):
     assert rows["ternary, special tokens masked: yes"][1] == "1.99"  # the paper's
 
 
+@pytest.mark.long
 def test_table_3_counts_the_zeros_that_are_stored(reproduce):
     data, _ = reproduce("--table=3")
     for zeros in data.values():
@@ -84,6 +87,7 @@ def other_text(tmp_path):
     return f"--dataset=other={tmp_path}/other.txt"
 
 
+@pytest.mark.long
 def test_table_5_measures_every_text(reproduce, other_text):
     data, _ = reproduce("--table=5", other_text)
     assert list(data) == ["validation", "other"]

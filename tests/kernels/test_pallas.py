@@ -53,6 +53,7 @@ def test_bfloat16_is_accumulated_in_float32(codec):
     zeros=st.sampled_from([0.0, 0.885, 1.0]),
     many=st.booleans(),
 )
+@pytest.mark.long
 def test_any_shape_and_density_with_default_block_sizes(codec, group_sizes, unassigned, out, width, zeros, many):
     tokens = sum(group_sizes) + unassigned
     lhs, rhs, weights = example(tokens, len(group_sizes), out, width, zeros, codec=codec)
@@ -73,6 +74,7 @@ def test_inside_scan_with_group_sizes_that_change(codec):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("codec", ["dictionary", "gap"])
+@pytest.mark.long
 def test_under_shard_map_over_experts(codec, way):
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
     lhs, experts, weights = zip(*(example(4, 1, out=5, width=30, seed=e, codec=codec) for e in range(2)), strict=True)
@@ -176,6 +178,7 @@ def test_arrays_of_any_content_end_and_stay_in_bounds(way):
     st.integers(1, 40),
     st.sampled_from([1, 2, 8]),
 )
+@pytest.mark.long
 def test_work_covers_every_assigned_token_once(group_sizes, tokens, block):
     streams = jnp.arange(len(group_sizes), dtype=jnp.int32)[:, None] * jnp.array([100, 1])
     items = np.asarray(gpu.work(jnp.array(group_sizes), tokens, block, streams))

@@ -15,7 +15,7 @@ from tiny_model import NUM_CALIBRATION, NUM_VALIDATION, bfloat16, random_params
 
 import qmoe_jax
 from qmoe_jax import streaming
-from qmoe_jax.checkpoints import TARGETS, Checkpoint, CheckpointError, conversion, open_checkpoint
+from qmoe_jax.checkpoints import TARGETS, CheckpointError, conversion, open_checkpoint
 from qmoe_jax.codecs import dictionary
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.switch import Examples, Vocabulary, load_examples
@@ -251,15 +251,14 @@ class Incomplete:
     def __getattr__(self, name):
         return getattr(self.checkpoint, name)
 
-    stream = Checkpoint.stream
-
-    def experts(self, layer, group_size=None):
-        if layer != "encoder/layers_1":
-            yield from self.checkpoint.experts(layer, group_size)
-            return
-        (everything,) = self.checkpoint.experts(layer)
-        for start, stop in self.groups:
-            yield start, stop, {m: k[start:stop] for m, k in everything[2].items()}
+    def stream(self, layers, *args):
+        for layer in layers:
+            if layer != "encoder/layers_1":
+                yield from self.checkpoint.stream([layer], *args)
+                continue
+            ((_, _, kernels),) = self.checkpoint.experts(layer)
+            for start, stop in self.groups:
+                yield layer, start, stop, {m: k[start:stop] for m, k in kernels.items()}
 
 
 @pytest.mark.parametrize(

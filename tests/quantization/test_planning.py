@@ -11,7 +11,7 @@ import pytest
 
 from qmoe_jax import streaming
 from qmoe_jax.compression import planning, rehearsal
-from qmoe_jax.models.families import PRESETS, preset
+from qmoe_jax.models.families import PRESETS, family_of, preset
 from qmoe_jax.models.switch import SpanCorruption
 from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.methods import METHODS
@@ -85,7 +85,8 @@ def test_sizes_add_up(name):
     size = planning.sizes(preset(name))
     assert size.layer * len(preset(name).sparse_layers) == size.experts
     assert 0 < size.dense < size.experts
-    assert all(isinstance(v, str) and v for row in planning.rows(plan(preset(name))) for v in row)
+    work = planning.greatest_workload(family_of(preset(name)).task, 16_000, 128, 568)
+    assert all(isinstance(v, str) and v for row in planning.rows(plan(preset(name), work)) for v in row)
 
 
 @pytest.mark.parametrize("shape", [(2, 128, 256)])

@@ -127,10 +127,10 @@ def test_a_full_disk_keeps_what_is_committed(step, arguments, whole, tmp_path, m
         elif step == "progress":
             m.setattr(progress, "write_json", no_space)
         elif step == "manifest":
-            m.setattr("qmoe_jax.checkpoints.compressed.write_json", no_space)
+            m.setattr("qmoe_jax.checkpoints.compressed.writer.write_json", no_space)
         else:
             free = {"shard": 0, "dense": 20_000}[step]  # A shard takes less, everything else more.
-            m.setattr("qmoe_jax.checkpoints.compressed.shutil.disk_usage", lambda _: _Free(free))
+            m.setattr("qmoe_jax.checkpoints.compressed.parts.shutil.disk_usage", lambda _: _Free(free))
         with pytest.raises((OSError, CheckpointError), match="No space"):
             compress_examples(**arguments, output=str(output))
     committed = LAYERS if step in ("dense", "manifest") else 1
