@@ -7,11 +7,12 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from qmoe_jax.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
@@ -41,6 +42,8 @@ class Vocabulary:
         Raises:
           DataError: there is no such file, or it isn't a tokenizer.
         """
+        import tokenizers  # Here, as most runs do without it.
+
         file = pathlib.Path(path)
         file = file / FILE if file.is_dir() else file
         try:
