@@ -281,7 +281,8 @@ def written_before(output: pathlib.Path) -> list[str]:
 
     Raises FileExistsError for a file that has changed since.
     """
-    markers, sums = [], {}
+    markers: list[str] = []
+    sums: dict[str, str] = {}
     progress = read_progress(output)
     if progress:
         markers.append(PROGRESS)
