@@ -56,7 +56,7 @@ class Letters:
 def test_a_decoder_goes_on_from_a_text():
     task = NextToken()
     tokens, options = task.prompt(Letters(), "ab")
-    assert list(tokens) == [1, 97, 98] and options == {"pad": 2}
+    assert list(tokens) == [1, 97, 98] and options == {"stop": (2,), "pad": 2}
     assert task.completed(Letters(), tokens, np.array([99, 2, 2])) == "abc"
     tokens, options = task.prompt(Letters(bos=None, eos=None), "ab")
     assert list(tokens) == [97, 98] and options == {}

@@ -219,11 +219,12 @@ class NextToken:
 
     def prompt(self, vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, dict[str, Any]]:
         """A text to go on from, after BOS, until the vocabulary's EOS."""
-        ids = ([] if vocabulary.bos is None else [vocabulary.bos]) + vocabulary.encode(text)
+        ids = vocabulary.encode(text)
         if not ids:
-            raise ValueError("it is empty, and this vocabulary has no token that begins a text")
+            raise ValueError("it is empty; give a text to go on from")
+        ids = [*([] if vocabulary.bos is None else [vocabulary.bos]), *ids]
         end = vocabulary.eos
         return np.array(ids, np.int32), {} if end is None else {"stop": (end,), "pad": end}
 
     def completed(self, vocabulary: Vocabulary, tokens: np.ndarray, written: np.ndarray) -> str:
-        return vocabulary.decode(np.concatenate([tokens, written]))
+        return vocabulary.decode([*tokens.tolist(), *written.tolist()])
