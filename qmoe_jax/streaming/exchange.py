@@ -15,7 +15,7 @@ import numpy as np
 
 from qmoe_jax import resources
 from qmoe_jax.processes import Processes
-from qmoe_jax.streaming.buffers import Rows
+from qmoe_jax.streaming.buffers import ListBuffer, Rows
 from qmoe_jax.streaming.documents import Documents
 from qmoe_jax.streaming.experts import Delivery, Routed
 
@@ -30,12 +30,14 @@ class RoutedRows(NamedTuple):
       h: [tokens, d_model], inputs of the experts.
       expert: int32 [tokens, choices].
       gate: float32 [tokens, choices].
+      buffers: what these lie in, so that their memory is given back (`Documents.release`) as long as they are wanted.
     """
 
     stream: str
     h: np.ndarray
     expert: np.ndarray
     gate: np.ndarray
+    buffers: tuple[ListBuffer, ...] = ()
 
 
 class Exchange(Protocol):

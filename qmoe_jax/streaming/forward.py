@@ -275,7 +275,7 @@ class _Pass:
                     for buffer, values in zip(routed, (h, routing.expert, routing.gate), strict=True):
                         buffer.put(positions, values)
             self.step()
-        return RoutedRows(layer.stream, *(b.data for b in routed)) if routed else None
+        return RoutedRows(layer.stream, *(b.data for b in routed), buffers=routed) if routed else None
 
     # --- experts ------------------------------------------------------------------------------------------------------
 

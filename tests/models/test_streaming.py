@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,23 @@ def test_activations_in_files_give_the_same_to_the_bit_and_leave_nothing(native,
     losses = streaming.run(checkpoint, ONE_SHAPE, settings._replace(activations=str(folder)))
     np.testing.assert_array_equal(losses.total, streaming.run(checkpoint, ONE_SHAPE, settings).total)
     assert list(folder.iterdir()) == []
+
+
+def test_inputs_of_experts_give_their_memory_back_while_experts_run(native, tmp_path, monkeypatch):
+    """A buffer that nobody holds is not released, though its rows are still read."""
+    made, buffer = [], streaming.Documents.buffer
+
+    def watched_buffer(self, *args):
+        found = buffer(self, *args)
+        made.append((weakref.ref(found), found.data))
+        return found
+
+    def look(group):
+        assert [ref() is not None for ref, data in made if data is group.inputs] == [True]
+        return group.kernels
+
+    monkeypatch.setattr(streaming.Documents, "buffer", watched_buffer)
+    watched(native("relu, tied, top-1"), ONE_SHAPE, streaming.Settings(activations=str(tmp_path)), look)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
