@@ -267,15 +267,18 @@ class _Pass:
                 positions = x.positions(batch.indices, batch.length(layer.stream))
                 context = {s: self.x[s].get(self.x[s].positions(batch.indices, batch.length(s))) for s in layer.context}
                 inputs = place_batch((x.get(positions), context, tuple(batch.tokens)), self.settings.mesh)
-                new_x, h, routing = layer.attend(params, shared, *inputs)
+                new_x, new_h, routing = layer.attend(params, shared, *inputs)
                 x.put(positions, new_x)
                 x.check_finite(layer.name, positions, np.asarray(new_x))
                 if routed:
                     assert routing is not None
-                    for buffer, values in zip(routed, (h, routing.expert, routing.gate), strict=True):
+                    for buffer, values in zip(routed, (new_h, routing.expert, routing.gate), strict=True):
                         buffer.put(positions, values)
             self.step()
-        return RoutedRows(layer.stream, *(b.data for b in routed), buffers=routed) if routed else None
+        if not routed:
+            return None
+        h, expert, gate = (buffer.data for buffer in routed)
+        return RoutedRows(layer.stream, h, expert, gate, routed)
 
     # --- experts ------------------------------------------------------------------------------------------------------
 
