@@ -4,6 +4,8 @@ a command line starts and ends.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import pathlib
 import platform
@@ -390,6 +392,23 @@ def _leave(message: str) -> None:
     os._exit(1)
 
 
+def _keep_programs() -> None:
+    """The next run takes the programs that this one compiles, from the user's cache (XDG_CACHE_HOME or ~/.cache).
+
+    JAX's own variables go before: JAX_COMPILATION_CACHE_DIR for another place, JAX_ENABLE_COMPILATION_CACHE=false.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    with contextlib.suppress(OSError):  # Where there is no such folder, each run compiles for itself.
+        processor = pathlib.Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
+        kind = hashlib.sha256(processor.encode()).hexdigest()[:8]
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "qmoe_jax")
+        programs = cache / f"programs_{kind}"  # A home may be shared by hosts whose processors differ.
+        programs.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(programs))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """Turns what a user can mend (bad input, no space, no permission), and Ctrl-C, into one line and exit 1.
 
@@ -397,6 +416,8 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """
 
     def run(argv):
+        resources.keep_one_heap()
+        _keep_programs()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it does, and traces of what it raises.
         try:

@@ -59,7 +59,6 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
 
 def main(_):
     processes = common.start_processes()
-    resources.give_freed_memory_back()
     config = CONFIG.value
     common.agree(processes, config, overwrite=OVERWRITE.value, plan=PLAN.value)
     quantization = common.quantization_settings(config)

@@ -156,7 +156,7 @@ def hidden_statistics(
         found = _hidden(expert, X, now)
         H.add(n, found, weight, total)
         if residuals:
-            R = accumulate_weighted(R, n, _lacking(expert, X, found, kernels), found, weight, total)
+            R = _add(R, n, _lacking(expert, X, found, kernels), found, weight, total)
     return H.whole(), R if residuals else None
 
 
@@ -181,9 +181,12 @@ class _Hessian:
         return _from_panels(self.panels)
 
 
-@functools.partial(jax.jit, static_argnames="start")
+@functools.partial(jax.jit, static_argnames="start", donate_argnums=0)
 def _add_panel(S, n, X, weight, total, start):
     return accumulate_weighted(S, n, X[..., start : start + S.shape[1]], X[..., start:], weight, total)
+
+
+_add = jax.jit(accumulate_weighted, donate_argnums=0)
 
 
 @jax.jit

@@ -122,6 +122,7 @@ def run(
                 forward.finish(layer, x, y)
                 del routed, y  # Buffers as large as x.
             done += 1
+            resources.give_freed_memory_back()
             if commits is not None and layer.expert is not None:
                 forward.commit(commits, done)
         return forward.losses()
