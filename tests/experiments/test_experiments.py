@@ -232,7 +232,14 @@ def test_devices_that_there_are_not_or_that_do_not_divide_the_experts(experiment
 
 
 @pytest.mark.parametrize(
-    ("method", "bits"), [("gptq", "1.5"), ("rtn", "1.5"), ("rd", "1.5"), ("gptq", "2"), ("rtn", "2")]
+    ("method", "bits"),
+    [
+        ("gptq", "1.5"),
+        pytest.param("rtn", "1.5", marks=pytest.mark.long),
+        ("rd", "1.5"),
+        pytest.param("gptq", "2", marks=pytest.mark.long),
+        ("rtn", "2"),
+    ],
 )
 def test_methods_and_bits(method, bits, run, tiny, tmp_path):
     report = tmp_path / "out" / "report.json"
