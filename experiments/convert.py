@@ -18,6 +18,7 @@ from absl import app, flags
 import common
 from qmoe_jax import codecs, reports, resources
 from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
+from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.lock import locked
 from qmoe_jax.models import families
 
@@ -108,6 +109,15 @@ def main(_):
     identity = conversion.fingerprint(checkpoint, FORMAT.value, options)
     progress = conversion.read_progress(output)
     continued = progress is not None and progress["identity"] == identity
+    weights = samples(checkpoint)
+    if continued and OVERWRITE.value and conversion.replaced(progress, weights):
+        continued = False
+    if progress is None and not OVERWRITE.value and not DRY_RUN.value:
+        finished = conversion.read_report(output)
+        if finished is not None and finished.get("identity") == [identity, digest(weights)]:
+            open_checkpoint(output)  # Raises if it isn't whole.
+            reports.say(f"{output}: finished already: {FORMAT.value} checkpoint of {checkpoint.path}")
+            return
     if progress is not None and not continued and not OVERWRITE.value:
         raise FileExistsError(
             f"--output={output} holds an unfinished conversion of something else, or with other settings. Give those "
@@ -123,11 +133,11 @@ def main(_):
         return
 
     with locked(output):
-        write(checkpoint, writer, output, identity, progress if continued else None)
+        write(checkpoint, writer, output, [identity, digest(weights)], progress if continued else None)
 
 
 def write(
-    checkpoint: Checkpoint, writer: conversion.Writer, output: pathlib.Path, identity: str, progress: dict | None
+    checkpoint: Checkpoint, writer: conversion.Writer, output: pathlib.Path, identity: list[str], progress: dict | None
 ) -> None:
     """Converts, going on after `progress`, and reports, while nobody else writes to the output."""
     stages = resources.Stages()
@@ -136,12 +146,13 @@ def write(
     elif OVERWRITE.value:
         clear(output)
     with reports.progress(len(writer.parts), "converting", unit="part") as bar:
-        files = conversion.run(writer, output, identity, bar.update)
+        files = conversion.run(writer, output, identity[0], bar.update, keep_progress=True)
 
     before, after = sizes(checkpoint), sizes(open_checkpoint(output))
     report = {
         "checkpoint": checkpoint.path,
         "format": FORMAT.value,
+        "identity": identity,  # what the same command has again
         "before": before,
         "after": after,
         "lost": writer.lost,
