@@ -341,7 +341,8 @@ def written_before(output: pathlib.Path) -> list[str]:
     progress = read_progress(output)
     if progress:
         markers.append(PROGRESS)
-        sums |= {name: d["sha256"] for part in progress["parts"].values() for name, d in part.items()}
+        parts = [*progress["parts"].values(), progress.get("finished", {})]
+        sums |= {name: d["sha256"] for part in parts for name, d in part.items()}
     if _is_report(output / REPORT):
         markers += [name for name in (REPORT, CHECKSUMS) if (output / name).is_file()]
         sums |= _sums(output / CHECKSUMS)

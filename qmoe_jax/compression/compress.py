@@ -198,8 +198,8 @@ class _Run:
         names = self.processes.gather(changed(before, samples(self.checkpoint)))
         if found := next(filter(None, names), None):
             raise CheckpointError(
-                f"{self.checkpoint.path}: weights were replaced while the run read them: {found[0]} isn't what it was. "
-                "Put the old ones back and give the same command again, or start anew."
+                f"{self.checkpoint.path}: weights were replaced while the run read them: {found[0]} isn't what it was, "
+                "or can't be read. Put the old ones back and give the same command again, or start anew."
             )
         return before
 
