@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
+import interrupts
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
@@ -318,6 +320,26 @@ def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
     return output
 
 
+def check_file(path: str | None, flag: str) -> None:
+    """Raises OSError where a file that a command writes at its end, if it is asked for, can't be written.
+
+    Args:
+      path: None: it isn't asked for.
+      flag: that names it, for the message.
+    """
+    if path is None:
+        return
+    file = pathlib.Path(path).absolute()
+    if file.is_dir():
+        raise IsADirectoryError(f"--{flag}={path} is a directory, expected a file.")
+    there = next(p for p in file.parents if p.exists() or p.is_symlink())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as e:
+        raise OSError(f"--{flag}={path} can't be written: {there}: {os.strerror(e.errno or 0)}.") from e
+
+
 def environment() -> dict[str, Any]:
     """What a report was made with: versions and devices, as JSON values."""
     devices = jax.local_devices()
@@ -384,19 +406,29 @@ def start_processes() -> Processes:
     return processes
 
 
-def _leave(message: str) -> None:
-    """Ends this process of several at once: leaving in order would wait for the others, who wait for this one."""
-    print(f"process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+def _leave(message: str, code: int = 1) -> None:
+    """Ends this process: one of several at once, as leaving in order would wait for the others, who wait for it."""
+    together = jax.distributed.is_initialized()
+    print(f"process {jax.process_index()}: {message}" if together else message, file=sys.stderr, flush=True)
+    if together:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _line(message: str, error: BaseException) -> str:
+    """With what was noted on the way: what is committed."""
+    return "; ".join([f"error: {message}", *getattr(error, "__notes__", ())])
 
 
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Turns what a user can mend (bad input, no space, no permission), and Ctrl-C, into one line and exit 1.
+    """Turns what a user can mend (bad input, no space, no permission), Ctrl-C and SIGTERM into one line.
 
-    The line goes to standard error. With --verbosity=1 the traceback is shown instead.
+    Exit code 1, 130 and 143. The line goes to standard error, with what is committed. With --verbosity=1 the traceback
+    is shown instead.
     """
 
     def run(argv):
+        interrupts.raise_them()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it does, and traces of what it raises.
         try:
@@ -404,13 +436,9 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
         except (ValueError, OSError) as e:
             if logging.get_verbosity() >= logging.DEBUG:
                 raise
-            if jax.distributed.is_initialized():
-                _leave(f"error: {e}")
-            sys.exit(f"error: {e}")
-        except KeyboardInterrupt:
-            if jax.distributed.is_initialized():
-                _leave("interrupted")
-            sys.exit("error: interrupted")
+            _leave(_line(str(e), e))
+        except KeyboardInterrupt as e:
+            _leave(_line(interrupts.message(e), e), interrupts.exit_code(e))
         except Exception:
             if jax.distributed.is_initialized():
                 _leave(traceback.format_exc())

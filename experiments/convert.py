@@ -10,6 +10,10 @@ OUT gets the checkpoint, convert.json and, where the checkpoint has none of its 
 SHA256SUMS`). A conversion that was stopped goes on where it was when the same command is given again.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import math
 import pathlib
 

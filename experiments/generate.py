@@ -6,6 +6,10 @@ A prompt without <extra_id_N> is continued; only models trained by span corrupti
 likeliest token, --config.generation.temperature and .top_p sample.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 import time
 

@@ -8,6 +8,10 @@ compressed experts, to count what a report beside them doesn't tell; --sample ha
 checkpoint that is compressed from them notes; --report=FILE writes all of it as JSON.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import collections
 
 from absl import app, flags
@@ -39,6 +43,7 @@ def summary(report: dict) -> list[list]:
 def main(argv):
     if len(argv) != 2:
         raise ValueError("expected one path: python experiments/inspect_checkpoint.py PATH")
+    common.check_file(REPORT.value, "report")
     report = inspect(argv[1], density=DENSITY.value, sample=SAMPLE.value)
     if REPORT.value:
         files.write_json(REPORT.value, report)

@@ -85,8 +85,9 @@ def compress_examples(
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     examples = [*(calibration or ()), *validation] if quantization.calibrated else list(validation)
     run = _Run(checkpoint, vocabulary, examples, len(examples) - len(validation), quantization, memory, codec, what)
-    settings = {"quantization": quantization.to_dict(), "codec": codec, "num_shards": num_shards}
-    identity = fingerprint(checkpoint, run.calibration, run.validation, settings | run.rounding_settings())
+    identity = identity_of(
+        checkpoint, calibration, validation, quantization, memory, codec=codec, num_shards=num_shards
+    )
     run.processes.agree(identity | {"weights (a sample)": digest(run.weights)})
     if output is None:
         losses = run.through()
@@ -102,6 +103,34 @@ def compress_examples(
     return compression_report(
         losses, run.accounts, checkpoint, quantization, codec, run.num_calibration, run.stages.report()
     )
+
+
+def identity_of(
+    checkpoint: Checkpoint,
+    calibration: Sequence[Example] | None,
+    validation: Sequence[Example],
+    quantization: QuantizationSettings,
+    memory: streaming.Settings,
+    *,
+    codec: str | None = "gap",
+    num_shards: int | None = None,
+) -> dict[str, Any]:
+    """What two compressions have in common that give the same bytes, as JSON values; arguments as `compress_examples`'.
+
+    Samples of the weights aren't in it: see `checkpoints.samples`.
+    """
+    if codec is not None and why_not_stored(quantization, codec):
+        codec = None
+    settings = {
+        "quantization": quantization.to_dict(),
+        "codec": codec,
+        "num_shards": num_shards,
+        # Of memory, what influences how sums are rounded.
+        "model.dtype": str(jnp.dtype(memory.dtype)),
+        "memory.tokens_per_batch": memory.tokens_per_batch,
+        "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
+    }
+    return fingerprint(checkpoint, (calibration or ()) if quantization.calibrated else (), validation, settings)
 
 
 def check_uncompressed(checkpoint: Checkpoint) -> None:
@@ -140,15 +169,16 @@ def _committed(
                 stored = progress.stored()
                 writer.keep(stored["kept"] if stored else {})
                 raise
-    except BaseException:
-        stored = progress.stored()
-        if stored and run.processes.first:
-            reports.say(
-                f"{output}: {len(stored['kept'])} of {total} sparse layers are committed; run the same command to go "
-                "on after them"
-            )
-        elif run.processes.first:
-            progress.remove()
+    except BaseException as e:
+        if run.processes.first:
+            if stored := progress.stored():
+                e.add_note(
+                    f"{output}: {len(stored['kept'])} of {total} sparse layers are committed; run the same command to "
+                    "go on after them"
+                )
+            else:
+                e.add_note(f"{output}: no sparse layer is committed yet")
+                progress.remove()
         raise
 
 
@@ -184,14 +214,6 @@ class _Run:
             calibrates = {stream: mask & ~special[stream] for stream, mask in calibrates.items()}
         self.calibrates = calibrates
 
-    @property
-    def calibration(self) -> Sequence[Example]:
-        return self.examples[: self.num_calibration]
-
-    @property
-    def validation(self) -> Sequence[Example]:
-        return self.examples[self.num_calibration :]
-
     def weights_of(self, layers: Iterable[str]) -> Samples:
         """Samples of what these layers came from. Raises CheckpointError, in all processes, where one has changed."""
         before = of_layers(self.weights, self.checkpoint, layers)
@@ -202,15 +224,6 @@ class _Run:
                 "or can't be read. Put the old ones back and give the same command again, or start anew."
             )
         return before
-
-    def rounding_settings(self) -> dict[str, Any]:
-        """Settings of memory that influence how sums are rounded."""
-        memory = self.memory
-        return {
-            "model.dtype": str(jnp.dtype(memory.dtype)),
-            "memory.tokens_per_batch": memory.tokens_per_batch,
-            "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
-        }
 
     def through(
         self, writer: CompressedWriter | None = None, progress: Progress | None = None
