@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
 import interrupts
+import together
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
@@ -30,7 +32,7 @@ from qmoe_jax.compression.compress import check_uncompressed
 from qmoe_jax.models import families
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
 from qmoe_jax.models.family import Example
-from qmoe_jax.processes import Processes
+from qmoe_jax.processes import Processes, ProcessLost
 from qmoe_jax.quantization import settings as quantization_fields
 from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.version import __version__
@@ -43,6 +45,12 @@ OWN_TO_A_HOST = {
     "memory": ("weights_bytes", "scratch", "activations"),
 }
 PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
+GRACE = 10.0  # seconds for the main thread to say itself that another process is lost, and what is committed
+LOST = (
+    "Another process of this run has ended, or can't be reached: {}; its own message says why. What was committed is "
+    "kept: run the same command again, with as many processes as you like."
+)
+_companions: together.Companions | None = None
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -383,27 +391,49 @@ def define_process_flags() -> None:
     )
     flags.DEFINE_integer("num_processes", None, "How many processes there are.")
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.")
+    flags.DEFINE_float("start_timeout", together.PATIENCE, "Seconds in which all processes have to come.")
+    flags.DEFINE_float(
+        "silence_timeout", together.SILENCE, "Seconds without a sign of life after which a process is given up."
+    )
 
 
 def start_processes() -> Processes:
     """Joins the other processes of the run, if the flags tell of any. Only the first one prints what it does.
 
     Call it before anything else that uses a device.
+
+    Raises ValueError or OSError where the processes don't find each other, or don't fit together; see `together`. Those
+    of a cluster ('auto') are as JAX finds them.
     """
+    global _companions
     values: dict[str, Any] = {
         name: flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")
     }
     if values["coordinator_address"] != "auto" and len({v is None for v in values.values()}) > 1:
         lacking = ", ".join(f"--{name}" for name, value in values.items() if value is None)
         raise ValueError(f"{lacking}: not given. Several processes need all three of --{', --'.join(values)}.")
+    if values["coordinator_address"] is not None:
+        jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM for itself.
     if values["coordinator_address"] == "auto":
         jax.distributed.initialize()
     elif values["coordinator_address"] is not None:
-        jax.distributed.initialize(**values)
+        silence = flags.FLAGS["silence_timeout"].value
+        _companions = together.meet(*values.values(), patience=flags.FLAGS["start_timeout"].value)
+        if values["process_id"]:
+            values["coordinator_address"] = together.relay(values["coordinator_address"])
+        # JAX's own limit is further, as it ends in an abort.
+        jax.distributed.initialize(**values, heartbeat_timeout_seconds=int(10 * silence + 100))
+        _companions.watch(_lost, silence)
     processes = Processes()
     if not processes.first:
         sys.stdout = open(os.devnull, "w")
     return processes
+
+
+def _lost(what: str) -> None:
+    """Ends this process where the main thread isn't told by JAX, or can't be while it computes."""
+    time.sleep(GRACE)
+    _leave(_line(LOST.format(what), None))
 
 
 def _leave(message: str, code: int = 1) -> None:
@@ -415,8 +445,10 @@ def _leave(message: str, code: int = 1) -> None:
     sys.exit(code)
 
 
-def _line(message: str, error: BaseException) -> str:
+def _line(message: str, error: BaseException | None) -> str:
     """With what was noted on the way: what is committed."""
+    if isinstance(error, ProcessLost) and _companions and (lost := _companions.what_was_lost(2)):
+        message = LOST.format(lost)
     return "; ".join([f"error: {message}", *getattr(error, "__notes__", ())])
 
 
@@ -433,6 +465,9 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
             logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it does, and traces of what it raises.
         try:
             main(argv)
+            if _companions is not None:
+                Processes().wait()  # None leaves while another one may still need it.
+                _companions.farewell()
         except (ValueError, OSError) as e:
             if logging.get_verbosity() >= logging.DEBUG:
                 raise

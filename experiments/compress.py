@@ -165,15 +165,16 @@ def run(config, quantization, memory, model, documents, plan, identity, output, 
     report["plan"] = plan | {"measured_peak_host_bytes": report["peak_rss_bytes"]}
     report["identity"] = identity  # what the same command has again
     try:
-        compare_and_report(report, config, quantization, memory, checkpoint, validation, output, save, processes)
+        compare_and_report(report, config, quantization, memory, model, validation, output, save, processes)
     except BaseException as e:
         if save and processes.first:
             e.add_note(f"{output}: the checkpoint is written; run the same command again for its reports")
         raise
 
 
-def compare_and_report(report, config, quantization, memory, checkpoint, validation, output, save, processes) -> None:
+def compare_and_report(report, config, quantization, memory, model, validation, output, save, processes) -> None:
     """What comes after the checkpoint."""
+    checkpoint, vocabulary = model
     # --- Compare and report ------------------------------------------------------------------------------------------
     if config.compare:
         stages = resources.Stages()

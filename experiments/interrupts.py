@@ -45,4 +45,5 @@ def _handle(handler) -> None:
             signal.signal(number, handler)
 
 
-_handle(_end)
+if "jax" not in sys.modules:  # Otherwise it is within a process that has begun its work, as tests are.
+    _handle(_end)
