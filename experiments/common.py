@@ -449,7 +449,8 @@ def _line(message: str, error: BaseException | None) -> str:
     """With what was noted on the way: what is committed."""
     if isinstance(error, ProcessLost) and _companions and (lost := _companions.what_was_lost(2)):
         message = LOST.format(lost)
-    return "; ".join([f"error: {message}", *getattr(error, "__notes__", ())])
+    notes = getattr(error, "__notes__", [])
+    return "; ".join([f"error: {message.rstrip('.') if notes else message}", *notes])
 
 
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
