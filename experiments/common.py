@@ -27,8 +27,10 @@ import together
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
+from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.compression import planning, rehearsal
 from qmoe_jax.compression.compress import check_uncompressed
+from qmoe_jax.compression.progress import fingerprint
 from qmoe_jax.models import families
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
 from qmoe_jax.models.family import Example
@@ -298,6 +300,18 @@ def agree(processes: Processes, config: config_dict.ConfigDict, **flag_values: A
     said = {f"config.{name}": value for name, value in _flat(fields).items()}
     said |= {f"--{name}": value for name, value in flag_values.items()}
     processes.agree(said | {"version of qmoe_jax": __version__, "version of jax": jax.__version__})
+
+
+def agree_on_model(processes: Processes, checkpoint: Checkpoint, documents: Sequence[Example] = ()) -> None:
+    """Sees to it that all processes have read the same model and documents, wherever those lie.
+
+    Raises ValueError that names what differs.
+    """
+    if processes.count > 1:
+        told = fingerprint(checkpoint, (), documents, {})
+        manifest = getattr(checkpoint, "manifest", None)  # It has the checksums of all weights.
+        told["weights"] = manifest["sha256"] if manifest else digest(samples(checkpoint))
+        processes.agree(told)
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

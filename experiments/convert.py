@@ -149,8 +149,15 @@ def write(
         reports.say(f"{output}: going on after {len(progress['parts'])} of {len(writer.parts)} parts")
     elif OVERWRITE.value:
         clear(output)
-    with reports.progress(len(writer.parts), "converting", unit="part") as bar:
-        files = conversion.run(writer, output, identity[0], bar.update, keep_progress=True)
+    try:
+        with reports.progress(len(writer.parts), "converting", unit="part") as bar:
+            files = conversion.run(writer, output, identity[0], bar.update, keep_progress=True)
+    except BaseException as e:
+        done = len((conversion.read_progress(output) or {"parts": ()})["parts"])
+        e.add_note(
+            f"{output}: {done} of {len(writer.parts)} parts are written; run the same command to go on after them"
+        )
+        raise
 
     before, after = sizes(checkpoint), sizes(open_checkpoint(output))
     report = {

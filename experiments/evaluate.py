@@ -42,6 +42,7 @@ def main(_):
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
     memory = memory._replace(mesh=common.mesh(config, checkpoint, jax.local_devices()))
     validation = common.examples(config, "validation", checkpoint, vocabulary)
+    common.agree_on_model(processes, checkpoint, validation)
     stages = resources.Stages()
     losses = streaming.run(checkpoint, validation, memory, stages=stages)
     report = {
