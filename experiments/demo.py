@@ -6,6 +6,10 @@ last.
 OUT gets the compressed checkpoint, demo.json, demo.md and demo.png.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 
 from absl import app, flags

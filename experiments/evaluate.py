@@ -3,6 +3,10 @@
 python experiments/evaluate.py --config=configs/tiny.py --checkpoint=DIR --report=FILE
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 from collections.abc import Sequence
 
@@ -31,11 +35,14 @@ def unigram_entropy(task: Task, examples: Sequence[Example]) -> float:
 def main(_):
     processes = common.start_processes()
     common.agree(processes, CONFIG.value)
+    if processes.first:
+        common.check_file(REPORT.value, "report")
     config = CONFIG.value
     memory = common.memory_settings(config)
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
     memory = memory._replace(mesh=common.mesh(config, checkpoint, jax.local_devices()))
     validation = common.examples(config, "validation", checkpoint, vocabulary)
+    common.agree_on_model(processes, checkpoint, validation)
     stages = resources.Stages()
     losses = streaming.run(checkpoint, validation, memory, stages=stages)
     report = {

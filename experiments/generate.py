@@ -6,6 +6,10 @@ A prompt without <extra_id_N> is continued; only models trained by span corrupti
 likeliest token, --config.generation.temperature and .top_p sample.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 import time
 
@@ -51,9 +55,11 @@ def write(model, params, vocabulary, prompt: str, settings) -> str:
 
 
 def main(_):
-    common.agree(common.start_processes(), CONFIG.value)
+    processes = common.start_processes()
+    common.agree(processes, CONFIG.value, prompt=PROMPT.value)
     config = CONFIG.value
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    common.agree_on_model(processes, checkpoint)
     mesh = common.mesh(config, checkpoint)
     model = checkpoint.family.model(checkpoint.config, common.activation_dtype(config), mesh)
     params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))

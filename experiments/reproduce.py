@@ -11,6 +11,10 @@ Tables: 1 expert groups, 2 special-token masking, 3 natural sparsity, 4 losses, 
 OUT gets NAME.json, NAME.md and NAME.png.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 import subprocess
 import sys

@@ -5,6 +5,10 @@
 DIR gets checkpoint_N/ (legacy T5X layout, bfloat16), report.json, training.png and TensorBoard events.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 
 import jax

@@ -255,6 +255,10 @@ class StoredCheckpoint(Checkpoint):
             experts[i] = self._read(tensors, expert, box[1:], spec.shape[1:])
         return experts[rest]
 
+    def stored_names(self, name: str) -> Sequence[str]:
+        """The stored arrays that a parameter comes from: one, or one for each expert."""
+        return self._tensors[name].names
+
     def _read(self, tensors: Tensors, number: int, box: tuple[range, ...], shape: Shape) -> np.ndarray:
         """Part of a parameter [..., in, out], or of an expert's: that of its tensor of that number."""
         at = list(slices(box))

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from qmoe_jax.checkpoints import LAYOUTS, Checkpoint, open_checkpoint
+from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.families import PRESETS, mismatches
@@ -20,18 +21,20 @@ _BESIDE = ("convert.json", "SHA256SUMS", "report.*", "README*", "LICENSE*", ".gi
 _TOKENIZER = ("tokenizer*", "spiece.model", "spm.model", "special_tokens_map.json", "added_tokens.json")
 
 
-def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]:
+def inspect(path: str | os.PathLike, *, density: bool = False, sample: bool = False) -> dict[str, Any]:
     """What the checkpoint at `path` is, as JSON values.
 
     Args:
       path: of a checkpoint of any layout.
       density: read and decode compressed experts, to count non-zero weights.
+      sample: hash a sample of the weights; see `samples`, which says how much is read.
 
     Returns:
       layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
       layout's); and if it can be opened: family, model, summary (of it, in words), preset, parameters, dtypes
       (parameters by dtype), bytes and files on disk, chunks (where experts are in chunks), experts (compressed ones),
-      quantization, provenance.
+      quantization, provenance, weights_sample (with `sample`; what a compression of these weights has in its
+      provenance by that name).
 
     Raises:
       CheckpointError: there is no checkpoint of any layout.
@@ -71,6 +74,7 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
         "experts": compressed_experts(checkpoint, density),
         "quantization": dict(checkpoint.quantization),
         "provenance": checkpoint.provenance,
+        "weights_sample": digest(samples(checkpoint)) if sample else None,
     }
 
 
