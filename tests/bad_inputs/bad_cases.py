@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -295,23 +296,17 @@ def damage_file(file: pathlib.Path, rng: random.Random) -> None:
 def sign(path: pathlib.Path) -> None:
     """Makes the sums of a compressed checkpoint fit what is there: damage that sums don't find."""
     file = path / "manifest.json"
+    if not file.is_file():  # A pipe, say.
+        return
     try:
         manifest = json.loads(file.read_bytes())
-        shards = [shard for layer in manifest["layers"].values() for shard in layer["shards"]]
-        for part in (manifest["dense"], *shards):
-            part["sha256"] = compressed.sha256(path / part["directory"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return sign_manifest(file)
-    replace(file, json.dumps(manifest).encode())
-    sign_manifest(file)
-
-
-def sign_manifest(file: pathlib.Path) -> None:
-    try:
-        manifest = json.loads(file.read_bytes())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            shards = [shard for layer in manifest["layers"].values() for shard in layer["shards"]]
+            for part in (manifest["dense"], *shards):
+                part["sha256"] = compressed.sha256(path / part["directory"])
         manifest["sha256"] = compressed.manifest_sha256(manifest)
         text = json.dumps(manifest)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return
     replace(file, text.encode())
 

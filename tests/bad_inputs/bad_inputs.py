@@ -1,6 +1,6 @@
 """Reads bad inputs, each in a process of its own with limits on time and memory; prints JSON lines.
 
-    python tests/bad_inputs/bad_inputs.py FOLDER NUMBER...
+    python tests/bad_inputs/bad_inputs.py FOLDER START:STOP:STEP
 
 Of each case: its number, name and kind, what came of it ('refused', 'read', or what must not be), and the message.
 Processes are forked from one that has imported everything and started nothing: no thread of XLA's or TensorStore's.
@@ -175,4 +175,4 @@ def main(folder: pathlib.Path, numbers: list[int]) -> None:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.FATAL)
-    main(pathlib.Path(sys.argv[1]).resolve(), [int(n) for n in sys.argv[2:]])
+    main(pathlib.Path(sys.argv[1]).resolve(), list(range(*map(int, sys.argv[2].split(":")))))
