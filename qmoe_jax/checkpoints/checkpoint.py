@@ -234,7 +234,7 @@ class StoredCheckpoint(Checkpoint):
             self._tensors: dict[str, Tensors] = names.parameters(stored, store.described)
             shapes: dict[str, Shape] = {name: t.shape(stored) for name, t in self._tensors.items()}
             self.config = names.config(shapes, store.described, **overrides)
-        except CheckpointError as e:
+        except ValueError as e:  # A CheckpointError, or a config's own.
             raise CheckpointError(f"{self.path}: {e}") from e
         self._specs = {
             name: jax.ShapeDtypeStruct(shapes[name], dtype or _dtype(tensors, store))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import reprlib
 import types
 import typing
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MOST = 2**31 - 1  # of any whole number: no size that is computed from two of them overflows 64 bits
+MOST_FLOAT = 1e30  # of any other, so that float32 has it
 MOST_LAYERS = 10_000
 MOST_EXPERTS = 1_000_000
 
@@ -68,7 +68,7 @@ def _fits(value: Any, kind: Any) -> bool:
         element, _ = typing.get_args(kind)
         return isinstance(value, tuple) and all(_fits(v, element) for v in value)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= MOST_FLOAT  # No NaN either.
     if kind is int:
         return type(value) is int and 0 <= value <= MOST
     if kind is dict:

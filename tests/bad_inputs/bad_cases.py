@@ -417,7 +417,8 @@ def flipped_weight(name: str) -> Damage:
         data = bytearray((path / name).read_bytes())
         with zipfile.ZipFile(path / name) as archive:
             info = max(archive.infolist(), key=lambda i: i.file_size if "data/" in i.filename else 0)
-        data[info.header_offset + 30 + len(info.filename) + 200] ^= 1
+        lengths = struct.unpack("<HH", data[info.header_offset + 26 : info.header_offset + 30])
+        data[info.header_offset + 30 + sum(lengths) + info.file_size // 2] ^= 1
         replace(path / name, bytes(data))
 
     return damage

@@ -35,11 +35,11 @@ def _fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None 
 
 
 def _each(of: Check) -> Check:
-    """An object whose fields are all alike, at least one."""
+    """An object whose fields are all alike."""
 
     def check(value: Any, where: str) -> list[str]:
-        if not isinstance(value, dict) or not value:
-            return [f"{where}: found {reprlib.repr(value)}, expected an object with something in it"]
+        if not isinstance(value, dict):
+            return [f"{where}: found {reprlib.repr(value)}, expected an object"]
         return [p for name, v in value.items() for p in of(v, f"{where}[{name!r}]")]
 
     return check
