@@ -19,7 +19,7 @@ import tempfile
 import traceback
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import bad_bases
 import bad_cases

@@ -34,12 +34,12 @@ def _fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None 
     return check
 
 
-def _each(of: Check) -> Check:
-    """An object whose fields are all alike."""
+def _each(of: Check, least: int = 0) -> Check:
+    """An object with so many fields, which are all alike."""
 
     def check(value: Any, where: str) -> list[str]:
-        if not isinstance(value, dict):
-            return [f"{where}: found {reprlib.repr(value)}, expected an object"]
+        if not isinstance(value, dict) or len(value) < least:
+            return [f"{where}: found {reprlib.repr(value)}, expected an object{' with something in it' * least}"]
         return [p for name, v in value.items() for p in of(v, f"{where}[{name!r}]")]
 
     return check
@@ -79,7 +79,7 @@ _BYTES = {"bytes": _SIZE, "bytes_on_disk": _SIZE}
 _SHAPE = _value(
     "[experts, out, in]", lambda v: isinstance(v, list) and len(v) == 3 and all(_is_size(n) and n for n in v)
 )
-_MATRICES = {"matrices": _each(_fields({"shape": _SHAPE, "bytes": _SIZE}))}
+_MATRICES = {"matrices": _each(_fields({"shape": _SHAPE, "bytes": _SIZE}), least=1)}
 _SHARD = _fields({"start": _SIZE, "stop": _SIZE, **_PART}, _BYTES)
 
 
