@@ -19,7 +19,8 @@ def grouped_dot(
 
     Args:
       lhs: [tokens, in], sorted by expert.
-      group_sizes: int [experts], tokens of each expert.
+      group_sizes: int [experts], tokens of each expert; below zero counts as none, and tokens that aren't there are
+        nobody's.
       matrix: from a traced expert index to its matrix [in, out]; runs for experts with tokens only.
       out_features: out.
 
@@ -85,8 +86,10 @@ def _expert(rhs, e):
 
 def _xla(lhs, rhs, group_sizes):
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    ends = group_ends(group_sizes, lhs.shape[0])
+    group_sizes = jnp.diff(ends, prepend=0).astype(group_sizes.dtype)
     out = jax.lax.ragged_dot(lhs.astype(dtype), rhs.astype(dtype), group_sizes, preferred_element_type=jnp.float32)
-    assigned = jnp.arange(lhs.shape[0]) < group_sizes.sum()
+    assigned = jnp.arange(lhs.shape[0]) < jnp.max(ends, initial=0)
     return jnp.where(assigned[:, None], out, 0).astype(lhs.dtype)
 
 
@@ -148,8 +151,7 @@ def varying_as(out: jax.Array, lhs: jax.Array, group_sizes: jax.Array) -> jax.Ar
 
 def _for_active_experts(tokens, group_sizes, body, state):
     """Runs state = body(expert, start, end, state) for all experts with tokens, in order."""
-    # Sizes that promise more than there is never make a block begin past the last token.
-    ends = jnp.minimum(jnp.cumsum(group_sizes), tokens)
+    ends = group_ends(group_sizes, tokens)
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     (active,) = jnp.nonzero(ends > starts, size=group_sizes.size, fill_value=0)
 
@@ -158,6 +160,15 @@ def _for_active_experts(tokens, group_sizes, body, state):
         return body(e, starts[e], ends[e], state)
 
     return jax.lax.fori_loop(0, jnp.sum(ends > starts), run, state)
+
+
+def group_ends(group_sizes: jax.Array, tokens: int) -> jax.Array:
+    """Where each group ends, int [experts], at most at `tokens`; sizes below zero count as none.
+
+    A sum that stays within int32, whatever sizes promise.
+    """
+    add = lambda a, b: a + jnp.minimum(b, tokens - a)  # min(a + b, tokens)
+    return jax.lax.associative_scan(add, jnp.clip(group_sizes, 0, tokens))
 
 
 def _for_blocks(start, end, block, body, state):

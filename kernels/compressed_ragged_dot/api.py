@@ -36,7 +36,8 @@ def compressed_ragged_dot(
     Args:
       lhs: float32 or bfloat16 [tokens, in].
       rhs: experts of shape (experts, out, in).
-      group_sizes: int32 [experts], tokens of each expert.
+      group_sizes: int32 [experts], tokens of each expert. Below zero counts as none; tokens beyond those that there are
+        count for nobody, whatever the sum.
       implementation: name of one of `IMPLEMENTATIONS`; None takes the best that works on the platform the
         program is lowered for.
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qmoe_jax.codecs.experts import CompressedExperts
 
@@ -12,6 +13,9 @@ def check_arguments(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Arr
     """Raises TypeError or ValueError unless kinds, shapes and dtypes fit. Looks at no values."""
     if not isinstance(rhs, CompressedExperts):
         raise TypeError(f"rhs: found {type(rhs).__name__}, expected CompressedExperts (ragged_dot takes arrays).")
+    for name, array in (("lhs", lhs), ("group_sizes", group_sizes)):
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise TypeError(f"{name}: found {type(array).__name__}, expected an array.")
     experts, _, width = rhs.shape
     if lhs.ndim != 2 or lhs.shape[1] != width:
         raise ValueError(f"lhs: shape {list(lhs.shape)}, expected [tokens, {width}] for experts of shape {rhs.shape}.")

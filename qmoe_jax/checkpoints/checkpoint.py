@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from qmoe_jax.checkpoints import reading
-from qmoe_jax.checkpoints.checks import check_finite
+from qmoe_jax.checkpoints.checks import check_finite, check_tree
 from qmoe_jax.checkpoints.reading import Reading, Source, prefetched
 from qmoe_jax.checkpoints.store import Index, Store, box_of, slices
 from qmoe_jax.codecs.experts import CompressedExperts
@@ -174,9 +174,15 @@ class Checkpoint(abc.ABC):
                 for matrix, name in self.matrices(layer).items():
                     if not isinstance(kernels[matrix], CompressedExperts):
                         kernels[matrix] = kernels[matrix] if dtype is None else kernels[matrix].astype(dtype)
-                        check_finite(name, kernels[matrix], group.start)
+                        self._check_finite(name, kernels[matrix], group.start)
                 yield layer, group.start, group.stop, kernels
                 del kernels  # Not kept while the next ones are read.
+
+    def _check_finite(self, name: str, value: np.ndarray, first_expert: int | None = None) -> None:
+        try:
+            check_finite(name, value, first_expert)
+        except CheckpointError as e:
+            raise CheckpointError(f"{self.path}: {e}") from e
 
     def params(self, prefix: str = "") -> dict[str, Any]:
         """Nested dict of all parameters below `prefix` (a layer's name and '/'), experts' kernels left out."""
@@ -194,13 +200,13 @@ class Checkpoint(abc.ABC):
         """
         flat = traverse_util.flatten_dict(self.params(), sep="/")
         for name, value in flat.items():
-            check_finite(name, value)
+            self._check_finite(name, value)
             flat[name] = put(name, value)
         for layer in self.config.sparse_layers:
             ((_, _, kernels),) = self.experts(layer)
             for matrix, name in self.matrices(layer).items():
                 if not isinstance(kernels[matrix], CompressedExperts):
-                    check_finite(name, kernels[matrix], 0)
+                    self._check_finite(name, kernels[matrix], 0)
                 flat[name] = put(name, kernels.pop(matrix))
         return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -228,13 +234,14 @@ class StoredCheckpoint(Checkpoint):
             self._tensors: dict[str, Tensors] = names.parameters(stored, store.described)
             shapes: dict[str, Shape] = {name: t.shape(stored) for name, t in self._tensors.items()}
             self.config = names.config(shapes, store.described, **overrides)
-        except CheckpointError as e:
+        except ValueError as e:  # A CheckpointError, or a config's own.
             raise CheckpointError(f"{self.path}: {e}") from e
         self._specs = {
             name: jax.ShapeDtypeStruct(shapes[name], dtype or _dtype(tensors, store))
             for name, tensors in self._tensors.items()
         }
         self.provenance = {"checkpoint": self.path, "layout": layout, "step": None}
+        check_tree(self)
 
     @property
     def specs(self) -> Mapping[str, jax.ShapeDtypeStruct]:

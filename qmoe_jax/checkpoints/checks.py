@@ -1,9 +1,18 @@
 """What every parameter has to be before anything is computed from it."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError, listed
+
+if TYPE_CHECKING:
+    from qmoe_jax.checkpoints.checkpoint import Checkpoint, StoredMatrix
 
 
 def check_finite(name: str, array: np.ndarray, first_expert: int | None = None) -> None:
@@ -36,3 +45,39 @@ def _all_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array).all())
     # Many times as fast as bfloat16's own isfinite: an exponent of ones.
     return array.size == 0 or int((array.view(np.uint16) & 0x7FFF).max()) < 0x7F80
+
+
+def check_tree(checkpoint: Checkpoint, sizes: Mapping[str, Mapping[str, StoredMatrix]] | None = None) -> None:
+    """Holds all that an opened checkpoint has against the architecture that it tells, whatever its layout.
+
+    Args:
+      checkpoint: its config and specs are there.
+      sizes: of compressed experts, by layer and matrix; None: where they are compressed, they are left out.
+
+    Raises CheckpointError that lists parameters, and compressed matrices, that are missing, foreign, of another shape,
+    or no floating-point numbers.
+    """
+    family, config = checkpoint.family, checkpoint.config
+    expected = dict(family.param_shapes(config))
+    found = {name: tuple(spec.shape) for name, spec in checkpoint.specs.items()}
+    if sizes is None and checkpoint.codec is not None:
+        expected = {name: shape for name, shape in expected.items() if not checkpoint.is_expert(name)}
+    for layer, matrices in (sizes or {}).items():
+        for matrix, stored in matrices.items():
+            experts, out, width = stored.shape
+            found[family.expert_parameter(layer, matrix)] = (experts, width, out)
+    problems = [f"missing: {name}, expected {list(shape)}" for name, shape in expected.items() if name not in found]
+    problems += [f"unknown: {name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"wrong shape: {name}, found {list(shape)}, expected {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and shape != tuple(expected[name])
+    ]
+    problems += [
+        f"wrong dtype: {name}, found {spec.dtype}, expected floating-point numbers"
+        for name, spec in checkpoint.specs.items()
+        if not jnp.issubdtype(spec.dtype, jnp.floating)
+    ]
+    if problems:
+        head = f"{checkpoint.path}: the parameters aren't those of {family.title} as its config has it:"
+        raise CheckpointError(listed(head, problems))

@@ -17,10 +17,9 @@ import numpy as np
 from qmoe_jax.checkpoints.checkpoint import Checkpoint, StoredCheckpoint
 from qmoe_jax.checkpoints.conversion import ExpertReader, Options, Part, Writer, expert_dtype, names_of, replacing
 from qmoe_jax.checkpoints.layout import Layout
-from qmoe_jax.checkpoints.store import read_json
 from qmoe_jax.checkpoints.tensor_files import FLOATS, INDEX, TENSORS, SafetensorsFile, open_tensor_files
 from qmoe_jax.errors import CheckpointError, listed
-from qmoe_jax.files import write_json
+from qmoe_jax.files import read_json, write_json
 from qmoe_jax.models.families import family_of_type
 from qmoe_jax.models.family import Family
 

@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from qmoe_jax.models.names import Shape
 
 DENSE, SIZES = "noexp.pt", "sizes.pt"
 CODEC = "dictionary"
+_STORED = {"w_comp": np.dtype(np.int16), "row_off": np.dtype(np.int32), "ter_minmax": BFLOAT16}
 
 
 def is_ista(path: str | os.PathLike) -> bool:
@@ -85,12 +87,18 @@ class IstaCheckpoint(StoredCheckpoint):
 
     def _matrix(self, file: TorchFile, layer: str, matrix: str, start: int, stop: int) -> CompressedExperts:
         _, out, width = self._shape(layer, matrix)
-        arrays: dict[str, list[np.ndarray]] = {"w_comp": [], "row_off": [], "ter_minmax": []}
+        arrays: dict[str, list[np.ndarray]] = {name: [] for name in _STORED}
+        tensors = file.tensors()
         for prefix in _prefixes(self, layer, matrix)[start:stop]:
             for name, values in arrays.items():
-                if (key := f"{prefix}.{name}") not in file.content:
+                if (key := f"{prefix}.{name}") not in tensors:
                     raise CheckpointError(f"{file.path}: {key} is missing; copy it again.")
-                values.append(file.read(file.content[key]))
+                if tensors[key].dtype != _STORED[name] or len(tensors[key].shape) != 1:
+                    raise CheckpointError(
+                        f"{file.path}: {key} is {tensors[key].dtype} {list(tensors[key].shape)}, expected "
+                        f"{_STORED[name]} [n]."
+                    )
+                values.append(file.read(tensors[key]))
             if self._sizes.get(prefix, len(arrays["w_comp"][-1])) != len(arrays["w_comp"][-1]):
                 raise CheckpointError(
                     f"{file.path}: {prefix}.w_comp has {len(arrays['w_comp'][-1])} codewords, but {SIZES} says "
@@ -130,7 +138,12 @@ class IstaCheckpoint(StoredCheckpoint):
     def _sizes(self) -> dict[str, int]:
         """Codewords of each matrix; empty if there is no sizes.pt, which only the reference needs."""
         file = pathlib.Path(self.path) / SIZES
-        return TorchFile(file).content if file.is_file() else {}
+        if not file.exists():
+            return {}
+        sizes = TorchFile(file).content
+        if not isinstance(sizes, dict) or not all(isinstance(n, str) and type(v) is int for n, v in sizes.items()):
+            raise CheckpointError(f"{file}: holds {reprlib.repr(sizes)}, expected numbers of codewords by name.")
+        return sizes
 
     @property
     def expert_sizes(self) -> Mapping[str, Mapping[str, StoredMatrix]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
 import types
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,7 +10,6 @@ import jax
 import numpy as np
 
 from qmoe_jax.checkpoints.reading import Source
-from qmoe_jax.errors import CheckpointError
 
 Entry = int | slice | types.EllipsisType
 Index = Entry | tuple[Entry, ...]
@@ -81,16 +78,3 @@ def box_of(index: Index, shape: tuple[int, ...]) -> tuple[tuple[range, ...], tup
 
 def slices(box: tuple[range, ...]) -> tuple[slice, ...]:
     return tuple(slice(r.start, r.stop) for r in box)
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError if the file holds anything else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{file} is missing; copy the checkpoint again.") from e
-    except ValueError as e:
-        raise CheckpointError(f"{file} is not JSON ({e}): damaged, copy it again.") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds {str(value)[:40]!r}, expected a JSON object.")
-    return value

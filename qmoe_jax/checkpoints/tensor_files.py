@@ -13,9 +13,10 @@ import ml_dtypes
 import numpy as np
 
 from qmoe_jax.checkpoints.reading import Source
-from qmoe_jax.checkpoints.store import Index, read_json
+from qmoe_jax.checkpoints.store import Index
 from qmoe_jax.checkpoints.torch_files import TorchFile
 from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.files import read_json
 
 INDEX = "model.safetensors.index.json"
 # Where tensors may be, the first that is there: an index of several files, or one file.

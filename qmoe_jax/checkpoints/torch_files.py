@@ -1,21 +1,21 @@
 """Files of torch.save, read without PyTorch and without running what is in them; and written.
 
 Such a file is a zip archive: STEM/data.pkl says which tensors there are, STEM/data/0, 1, ... hold their bytes,
-uncompressed. `data.pkl` is a program for Python's unpickler, which may call anything. As PyTorch's weights_only loader,
-this one knows a handful of names, and refuses a file that asks for any other: what comes out are tensors, dicts, lists,
-strings and numbers.
+uncompressed, and the archive has a CRC-32 of each. `data.pkl` is a program for Python's unpickler, which may call
+anything. As PyTorch's weights_only loader, this one knows a handful of names, and refuses a file that asks for any
+other: what comes out are tensors, dicts, lists, strings and numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
 import pathlib
-import pickle as restricted  # used like torch.load(weights_only=True): find_class knows the names below, no others
+import reprlib
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from qmoe_jax.checkpoints import pickles
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.files import check_regular
 
 STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -65,26 +67,27 @@ class TorchFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
+        self._size = check_regular(self.path)
+        self._checked: set[str] = set()
         try:
             with zipfile.ZipFile(self.path) as archive:
                 self._records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-                index = [info for name, info in self._records.items() if name == "data.pkl"]
-                if not index:
-                    raise CheckpointError(f"{self.path}: a zip archive without data.pkl, not a file of torch.save.")
-                order = archive.read(self._records["byteorder"]) if "byteorder" in self._records else b"little"
-                program = archive.read(index[0])
-        except zipfile.BadZipFile as e:
+        except (ValueError, OSError, RuntimeError, struct.error, OverflowError, zipfile.BadZipFile) as e:
             raise CheckpointError(
                 f"{self.path}: not a file of torch.save as PyTorch writes it since 1.6, or truncated ({e}). Copy it "
                 "again; an older one has to be saved anew by PyTorch."
             ) from e
+        if "data.pkl" not in self._records:
+            raise CheckpointError(f"{self.path}: a zip archive without data.pkl, not a file of torch.save.")
+        order = self._record("byteorder").tobytes() if "byteorder" in self._records else b"little"
         if order != b"little":
-            raise CheckpointError(f"{self.path}: byte order {order!r}, expected little endian.")
+            raise CheckpointError(f"{self.path}: byte order {order[:20]!r}, expected little endian.")
+        program = self._record("data.pkl").tobytes()
         try:
-            self.content = _Loader(io.BytesIO(program)).load()
+            self.content = pickles.load(program, _find, _storage)
         except CheckpointError as e:
             raise CheckpointError(f"{self.path}: {e}") from e
-        except Exception as e:  # A malformed program can raise anything.
+        except (ValueError, TypeError) as e:
             raise CheckpointError(f"{self.path}: data.pkl is damaged ({type(e).__name__}: {e}).") from e
 
     def tensors(self) -> dict[str, Tensor]:
@@ -92,34 +95,53 @@ class TorchFile:
         if not isinstance(self.content, dict) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in self.content.items()
         ):
-            raise CheckpointError(f"{self.path}: holds {str(self.content)[:60]!r}, expected tensors by name.")
+            raise CheckpointError(f"{self.path}: holds {reprlib.repr(self.content)}, expected tensors by name.")
         return dict(self.content)
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """The values of a tensor, as a read-only view of the file. Raises CheckpointError if it lies outside."""
-        info = self._records.get(f"data/{tensor.record}")
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
         count = 0 if 0 in tensor.shape else tensor.offset + last + 1
         size = tensor.dtype.itemsize
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < count * size:
-            raise CheckpointError(
-                f"{self.path}: record data/{tensor.record} is missing, packed or shorter than the {count * size} bytes "
-                "that its tensor needs: damaged, copy it again."
-            )
+        content = self._record(f"data/{tensor.record}", count * size)
         if count == 0:
             return np.zeros(tensor.shape, tensor.dtype)
-        with self.path.open("rb") as f:
-            f.seek(info.header_offset)
-            header = f.read(30)
-        if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise CheckpointError(f"{self.path}: record data/{tensor.record} is damaged: copy it again.")
-        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))  # after name and extra field
-        if begin + count * size > self.path.stat().st_size:
-            raise CheckpointError(f"{self.path}: truncated in record data/{tensor.record}: copy it again.")
-        values = np.memmap(self.path, np.uint8, "r", begin, (count * size,)).view(tensor.dtype)
+        values = content[: count * size].view(tensor.dtype)
         return np.lib.stride_tricks.as_strided(
             values[tensor.offset :], tensor.shape, [s * size for s in tensor.strides], writeable=False
         )
+
+    def _record(self, name: str, least: int = 0) -> np.ndarray:
+        """Bytes of a record, as they are in the file. Raises CheckpointError unless they are whole."""
+        info = self._records.get(name)
+        if info is None or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size < least:
+            raise CheckpointError(
+                f"{self.path}: record {name} is missing, packed, encrypted or shorter than its {least} bytes: damaged, "
+                "copy it again."
+            )
+        if info.file_size == 0:
+            return np.zeros(0, np.uint8)
+        with self.path.open("rb") as f:
+            f.seek(min(info.header_offset, self._size))
+            header = f.read(30)
+        if len(header) < 30 or header[:4] != b"PK\3\4":
+            raise CheckpointError(f"{self.path}: record {name} is damaged: copy it again.")
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))  # after name and extra field
+        if begin + info.file_size > self._size:
+            raise CheckpointError(f"{self.path}: truncated in record {name}: copy it again.")
+        content = np.memmap(self.path, np.uint8, "r", begin, (info.file_size,))
+        if name not in self._checked and zlib.crc32(content) != info.CRC:
+            raise CheckpointError(
+                f"{self.path}: record {name} isn't what was written (its CRC-32 is another): damaged, copy it again."
+            )
+        self._checked.add(name)
+        return content
+
+
+class _Storage(NamedTuple):
+    kind: str
+    record: str
+    numel: int
 
 
 class _RebuildTensor:
@@ -128,12 +150,18 @@ class _RebuildTensor:
     __slots__ = ()
 
     def __call__(self, storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None) -> Tensor:
+        if not isinstance(storage, _Storage):
+            raise CheckpointError(f"a tensor in {reprlib.repr(storage)}, expected a storage.")
         kind, record, numel = storage
         shape, strides = tuple(shape), tuple(strides)
-        if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
-            raise CheckpointError(f"a tensor of shape {shape}, strides {strides}, offset {offset}: damaged.")
+        numbers = (offset, *shape, *strides)
+        if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers) or len(shape) != len(strides):
+            raise CheckpointError(
+                f"a tensor of shape {reprlib.repr(shape)}, strides {reprlib.repr(strides)}, offset "
+                f"{reprlib.repr(offset)}: damaged."
+            )
         last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if 0 not in shape and offset + last >= numel:
+        if 0 not in shape and max(offset + last + 1, math.prod(shape)) > numel:
             raise CheckpointError(
                 f"a tensor of shape {shape} reaches outside its storage of {numel} elements: damaged."
             )
@@ -147,35 +175,43 @@ class _RebuildParameter:
 
     def __call__(self, tensor, requires_grad=False, hooks=None) -> Tensor:
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"a parameter made from {str(tensor)[:40]!r}, expected a tensor.")
+            raise CheckpointError(f"a parameter made from {reprlib.repr(tensor)}, expected a tensor.")
         return tensor
+
+
+def _ordered() -> OrderedDict:
+    """collections.OrderedDict, which is filled afterwards."""
+    return OrderedDict()
 
 
 _KNOWN = {
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _ordered,
     **{("torch", name): name for name in STORAGES},
 }
 
 
-class _Loader(restricted.Unpickler):  # weights_only: see find_class
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise CheckpointError(
-                f"it asks for {module}.{name}, but only tensors and plain values are read. A file from an unknown "
-                "source that asks for anything else may be an attack."
-            )
-        return _KNOWN[module, name]
+def _find(module: Any, name: Any) -> Any:
+    """See `pickles.load`."""
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise CheckpointError(f"it asks for {reprlib.repr(module)}, {reprlib.repr(name)}: damaged.")
+    if (module, name) not in _KNOWN:
+        raise CheckpointError(
+            f"it asks for {module[:80]}.{name[:80]}, but only tensors and plain values are read. A file from an "
+            "unknown source that asks for anything else may be an attack."
+        )
+    return _KNOWN[module, name]
 
-    def persistent_load(self, key: Any) -> tuple[str, str, int]:
-        try:
-            tag, kind, record, _, numel = key
-        except (TypeError, ValueError):
-            tag = None
-        if tag != "storage" or kind not in STORAGES or not isinstance(record, str) or not isinstance(numel, int):
-            raise CheckpointError(f"a storage {str(key)[:60]!r}, expected ('storage', type, record, place, elements).")
-        return kind, record, numel
+
+def _storage(key: Any) -> _Storage:
+    """See `pickles.load`."""
+    tag, kind, record, _, numel = key if isinstance(key, tuple) and len(key) == 5 else [None] * 5
+    if tag != "storage" or not isinstance(kind, str) or not isinstance(record, str) or not isinstance(numel, int):
+        kind = None
+    if kind not in STORAGES or not 0 <= numel < 2**62:
+        raise CheckpointError(f"a storage {reprlib.repr(key)}, expected ('storage', type, record, place, elements).")
+    return _Storage(kind, record, numel)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

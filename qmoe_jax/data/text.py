@@ -8,19 +8,22 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from qmoe_jax.errors import DataError
 
 _EXPECTED = 'Expected JSON lines, {"text": "..."} on each (.jsonl, .json), or plain text (.txt), with or without .gz'
 
+_MOST_LINE = 100_000_000  # bytes
+
 Paths = str | os.PathLike | Iterable[str | os.PathLike]
 
 
-def read_documents(paths: Paths) -> Iterator[str]:
+def read_documents(paths: Paths, check: Callable[[str], None] = lambda text: None) -> Iterator[str]:
     """Documents of one or several files, in order, read as they are asked for.
 
     Args:
+      check: raises DataError for a text that can't be used; file and line are put before what it says.
       paths: a file, a glob pattern, several of both separated by commas, or a sequence of them. A pattern
         stands for its files in alphabetical order. The name tells the kind:
         `.jsonl`, `.json`: JSON lines, an object with a string "text" on each, others ignored (as in C4);
@@ -35,7 +38,7 @@ def read_documents(paths: Paths) -> Iterator[str]:
         gzip, not UTF-8, a line that is empty, not JSON or without "text". The message names file and line.
     """
     files = find_files(paths)
-    return (document for file in files for document in _read_file(file))
+    return (document for file in files for document in _read_file(file, check))
 
 
 def find_files(paths: Paths) -> list[pathlib.Path]:
@@ -65,10 +68,14 @@ def _kind(file: pathlib.Path) -> str:
     return (file.with_suffix("") if file.suffix == ".gz" else file).suffix
 
 
-def _read_file(file: pathlib.Path) -> Iterator[str]:
+def _read_file(file: pathlib.Path, check: Callable[[str], None]) -> Iterator[str]:
     empty = True
-    for document in _paragraphs(file) if _kind(file) == ".txt" else _json_texts(file):
+    for number, document in _paragraphs(file) if _kind(file) == ".txt" else _json_texts(file):
         empty = False
+        try:
+            check(document)
+        except DataError as e:
+            raise DataError(f"{file}, line {number}: {e}") from e
         yield document
     if empty:
         raise DataError(f"{file}: empty, it holds no document. {_EXPECTED}.")
@@ -79,7 +86,10 @@ def _lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as f:
-            for number, line in enumerate(f, 1):
+            while line := f.readline(_MOST_LINE + 1):
+                number += 1
+                if len(line) > _MOST_LINE:
+                    raise DataError(f"{file}, line {number}: more than {_MOST_LINE:,} bytes. {_EXPECTED}.")
                 # A byte order mark, which some editors put at the beginning, is not text.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as e:
@@ -93,7 +103,8 @@ def _lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{file}: cannot read it ({e.strerror or e}).") from e
 
 
-def _json_texts(file: pathlib.Path) -> Iterator[str]:
+def _json_texts(file: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Texts, and on which line each is."""
     for number, line in _lines(file):
         where = f"{file}, line {number}"
         if not line.strip():
@@ -109,19 +120,22 @@ def _json_texts(file: pathlib.Path) -> Iterator[str]:
             text.encode()
         except UnicodeEncodeError as e:
             raise DataError(f"{where}: the text has half a surrogate pair at character {e.start}.") from e
-        yield text
+        yield number, text
 
 
-def _paragraphs(file: pathlib.Path) -> Iterator[str]:
-    paragraph = []
-    for _, line in _lines(file):
+def _paragraphs(file: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Paragraphs, and on which line each begins."""
+    paragraph: list[str] = []
+    first = 0
+    for number, line in _lines(file):
         if line.strip():
+            first = first if paragraph else number
             paragraph.append(line.strip())
         elif paragraph:
-            yield "\n".join(paragraph)
+            yield first, "\n".join(paragraph)
             paragraph = []
     if paragraph:
-        yield "\n".join(paragraph)
+        yield first, "\n".join(paragraph)
 
 
 def _shown(line: str, width: int = 60) -> str:

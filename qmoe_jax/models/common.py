@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,10 @@ def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) 
 
 def check_sampling(temperature: float, top_p: float, key: jax.Array | None) -> None:
     """Raises ValueError for settings out of range, or for no key to sample with."""
-    if temperature < 0 or not 0 < top_p <= 1:
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise TypeError(f"{name}: found {value!r}, expected a number.")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # Neither is NaN.
         raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1.")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature {temperature} samples, which needs a PRNG key.")

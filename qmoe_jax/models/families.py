@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -46,8 +47,8 @@ def untold() -> dict[str, tuple[type, str]]:
 def family_of_type(model_type: Any, layout: str) -> Family:
     """The family of Hugging Face's 'model_type', if a layout can hold it. Raises CheckpointError with those it can."""
     known = {kind: f for f in FAMILIES.values() if layout in f.names for kind in f.model_types}
-    if model_type not in known:
-        raise CheckpointError(f"model_type {model_type!r}, expected {', '.join(map(repr, known))}.")
+    if not isinstance(model_type, str) or model_type not in known:
+        raise CheckpointError(f"model_type {reprlib.repr(model_type)}, expected {', '.join(map(repr, known))}.")
     return known[model_type]
 
 

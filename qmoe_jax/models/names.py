@@ -21,6 +21,7 @@ import numpy as np
 from qmoe_jax.errors import CheckpointError, listed
 
 SAME, TRANSPOSED = False, True
+NUMBER = r"\d{1,9}"  # of a layer or an expert
 Shape = tuple[int, ...]
 
 
@@ -127,7 +128,7 @@ class Table:
     """
 
     def __init__(self, rows: Sequence[Row], fields: Mapping[str, str]):
-        self.rows, self.fields = tuple(rows), {**fields, "expert": r"\d+"}
+        self.rows, self.fields = tuple(rows), {**fields, "expert": NUMBER}
 
     def tensors(self, parameter: str, num_experts: int) -> Tensors:
         """What a parameter is written to. Raises KeyError if it isn't known."""
@@ -165,6 +166,11 @@ class Table:
                 experts[expert] = min(tensor, experts.get(expert, tensor), key=lambda t: t[:2])
 
         num_experts = 1 + max((e for experts in found.values() for e in experts), default=0)
+        if num_experts > len(names):
+            which = next(t for experts in found.values() for e, (_, t, _) in experts.items() if e == num_experts - 1)
+            raise CheckpointError(
+                f"Tensor {which!r} is of expert {num_experts - 1}, but there are {len(names)} tensors."
+            )
         parameters, missing = {}, []
         for parameter, experts in found.items():
             row = self.rows[experts[min(experts)][0]]

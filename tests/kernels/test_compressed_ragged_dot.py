@@ -209,10 +209,22 @@ def test_default_at_the_published_shapes(out, width, codec):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-3)
 
 
-def test_negative_group_sizes_count_as_none(kind, needs_cpu):
+@pytest.mark.parametrize(
+    ("promised", "kept"),
+    [
+        ([-7, 4, -(2**31)], [0, 4, 0]),
+        ([3, 2**31 - 1, 2**31 - 1], [3, 7, 0]),  # The sum is beyond int32.
+        ([2**31 - 1, 1, 2], [10, 0, 0]),
+        ([-(2**31), -(2**31), 12], [0, 0, 10]),
+    ],
+)
+def test_group_sizes_that_cannot_be(kind, implementation, promised, kept):
     lhs, rhs, weights = example(kind, 10, 3, out=6, width=20)
-    found = compressed_ragged_dot(lhs, rhs, jnp.array([-7, 4, -(2**31)]), implementation="cpu")
-    np.testing.assert_allclose(found, reference(lhs, weights, [0, 4, 0]), rtol=1e-5, atol=1e-4)
+    expected = reference(lhs, weights, kept)
+    found = compressed_ragged_dot(lhs, rhs, jnp.array(promised), implementation=implementation)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    dense = ragged_dot(lhs, rhs.to_dense().swapaxes(1, 2), jnp.array(promised))
+    np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)

@@ -86,7 +86,7 @@ def test_vocabularies_that_do_not_fit(directory):
 
 
 def test_files_that_are_none(directory):
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="is missing"):
         Vocabulary.load(directory / "other.json")
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.kernels.grouped import group_ends
 
 # Columns of the list of work.
 EXPERT, RANK, START, SIZE, FIRST, TABLE, ITEM_COLUMNS = range(7)
@@ -85,7 +86,7 @@ def work(group_sizes: jax.Array, tokens: int, block: int, streams: jax.Array) ->
     active = min(tokens, experts)
     items = jnp.arange(active + (tokens - active) // block, dtype=jnp.int32)
 
-    ends = jnp.minimum(jnp.cumsum(jnp.clip(group_sizes, 0, tokens)), tokens)  # [experts]
+    ends = group_ends(group_sizes, tokens)  # [experts]
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     blocks = (ends - starts + block - 1) // block
     last = jnp.cumsum(blocks)

@@ -17,10 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from qmoe_jax.checkpoints import zarr
 from qmoe_jax.checkpoints.compressed.manifest import MANIFEST
 from qmoe_jax.checkpoints.retry import reason
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.files import sync
+from qmoe_jax.files import read_bytes, sync
 
 
 def sha256(directory: pathlib.Path) -> str:
@@ -112,12 +113,34 @@ def _settle(directory: pathlib.Path) -> None:
         sync(path)
 
 
-def restore(directory: pathlib.Path) -> dict[str, Any]:
-    """The nested dict, as NumPy's arrays."""
-    with _checkpointer() as checkpointer:
-        tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+def declared(directory: pathlib.Path) -> dict[str, zarr.Declared]:
+    """What there is in a part, by the names of the arrays' folders: a nested dict's keys, joined by '.'.
+
+    Raises CheckpointError for an array that declares what its files can't hold.
+    """
+    found = {}
+    for folder in sorted(p for p in directory.iterdir() if p.is_dir()):
+        try:
+            file = folder / zarr.METADATA
+            found[folder.name] = array = zarr.parse(read_bytes(file) if os.path.lexists(file) else None)
+            zarr.check(array, zarr.chunk_files(folder))
+        except CheckpointError as e:
+            raise CheckpointError(f"{folder}: cannot open the array ({zarr.METADATA}): {e}.") from e
+    return found
+
+
+def restore(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Its arrays, by the names of their folders (see `declared`). Raises CheckpointError."""
+    names = declared(directory)
+    folders = {name: {"driver": "file", "path": f"{directory.absolute() / name}/"} for name in names}
+    opening = {n: ts.open({"driver": "zarr", "kvstore": folder}, read=True) for n, folder in folders.items()}
+    arrays = {}
+    try:
+        for name, future in opening.items():
+            arrays[name] = future.result().read()
+        return {name: np.asarray(future.result()) for name, future in arrays.items()}
+    except ValueError as e:
+        raise CheckpointError(f"{directory}: cannot be read: {reason(e)}.") from e
 
 
 def is_part(folder: pathlib.Path) -> bool:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
+import operator
 import os
 import pathlib
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
+from qmoe_jax import codecs
 from qmoe_jax.checkpoints.checkpoint import Checkpoint, Kernels, StoredMatrix
+from qmoe_jax.checkpoints.checks import check_tree
+from qmoe_jax.checkpoints.compressed import schema
 from qmoe_jax.checkpoints.compressed.manifest import FORMAT, MANIFEST, PROGRESS, VERSION, manifest_sha256, shards_of
-from qmoe_jax.checkpoints.compressed.parts import check_part, restore
+from qmoe_jax.checkpoints.compressed.parts import check_part, declared, restore
 from qmoe_jax.checkpoints.store import Index
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
-from qmoe_jax.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.files import read_json
 from qmoe_jax.models.families import FAMILIES
 from qmoe_jax.models.family import Family
 
@@ -49,48 +53,53 @@ class CompressedCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{path} has no {MANIFEST}: writing it was interrupted, so it is not a checkpoint. Compress again."
             )
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            found = (manifest.get("format"), manifest.get("format_version"))
-        except (ValueError, AttributeError) as e:
-            raise CheckpointError(f"{file} is not a manifest: {e}") from e
-        if found not in [(FORMAT, 1), (FORMAT, VERSION)]:
+        manifest = read_json(file)
+        version = manifest.get("format_version")
+        if manifest.get("format") != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
             raise CheckpointError(
-                f"{file}: format {found[0]!r}, version {found[1]!r}; this reads {FORMAT!r}, 1 to {VERSION}."
+                f"{file}: format {reprlib.repr(manifest.get('format'))}, version {reprlib.repr(version)}; this reads "
+                f"{FORMAT!r}, 1 to {VERSION}."
             )
         if manifest.get("sha256") != manifest_sha256(manifest):
             raise CheckpointError(
                 f"{file} has changed since it was written (its SHA-256 is not that of its contents); copy it again."
             )
+        if problems := schema.problems(manifest):
+            raise CheckpointError(listed(f"{file} is not a manifest of version {version}:", problems))
         try:
             Config: Any = _family(manifest).Config
             self.config = Config.from_dict({**manifest["model"], **overrides})
-            self.codec = manifest["codec"]["name"]
-            self.provenance = manifest["provenance"]
-            self.quantization = manifest["quantization"]
-            self._expert_sizes = {
-                layer: {m: StoredMatrix(tuple(d["shape"]), d["bytes"]) for m, d in part["matrices"].items()}
-                for layer, part in manifest["layers"].items()
-            }
-            self._shards = {layer: shards_of(part, found[1]) for layer, part in manifest["layers"].items()}
-            parts = [part["directory"] for part in (manifest["dense"], *itertools.chain(*self._shards.values()))]
-            for layer, shards in self._shards.items():
-                if [0, *(s["stop"] for s in shards)] != [*(s["start"] for s in shards), self.config.num_experts]:
-                    raise ValueError(f"the shards of {layer} don't hold each expert once")
-            missing = [layer for layer in self.config.sparse_layers if layer not in manifest["layers"]]
-        except CheckpointError as e:
+            codecs.get(manifest["codec"]["name"])
+        except ValueError as e:
             raise CheckpointError(f"{file}: {e}") from e
-        except (KeyError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{file} is not a manifest of version {VERSION}: {e!r}") from e
+        self.codec = manifest["codec"]["name"]
+        self.provenance = manifest["provenance"]
+        self.quantization = manifest["quantization"]
+        self._expert_sizes = {
+            layer: {m: StoredMatrix(tuple(d["shape"]), d["bytes"]) for m, d in part["matrices"].items()}
+            for layer, part in manifest["layers"].items()
+        }
+        self._shards = {layer: shards_of(part, version) for layer, part in manifest["layers"].items()}
+        for layer, shards in self._shards.items():
+            starts, stops = [s["start"] for s in shards], [s["stop"] for s in shards]
+            if [0, *stops] != [*starts, self.config.num_experts] or any(map(operator.ge, starts, stops)):
+                raise CheckpointError(f"{file}: the shards of {layer} don't hold each expert once.")
+        parts = [part["directory"] for part in (manifest["dense"], *itertools.chain(*self._shards.values()))]
+        missing = [layer for layer in self.config.sparse_layers if layer not in manifest["layers"]]
         missing += [part for part in parts if not (path / part).is_dir()]
         if missing:
             raise CheckpointError(f"{path}: missing {', '.join(missing)}; copy the checkpoint again.")
         self.path = str(path)
         self.manifest = manifest
+        try:
+            check_tree(self, self._expert_sizes)
+        except CheckpointError:
+            check_part(path, manifest["dense"])  # Damaged since it was written: that says more.
+            raise
 
     @property
     def specs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in self._dense.items()}
+        return self._specs
 
     @property
     def expert_sizes(self) -> Mapping[str, Mapping[str, StoredMatrix]]:
@@ -98,9 +107,14 @@ class CompressedCheckpoint(Checkpoint):
 
     @functools.cached_property
     def _dense(self) -> dict[str, np.ndarray]:
-        return traverse_util.flatten_dict(self._read_part(self.manifest["dense"]), sep="/")
+        return {_parameter(name): v for name, v in self._read_part(self.manifest["dense"]).items()}
 
-    def _read_part(self, part: dict[str, Any]) -> dict[str, Any]:
+    @functools.cached_property
+    def _specs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        found = declared(pathlib.Path(self.path) / self.manifest["dense"]["directory"])
+        return {_parameter(name): jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in found.items()}
+
+    def _read_part(self, part: dict[str, Any]) -> dict[str, np.ndarray]:
         return restore(check_part(pathlib.Path(self.path), part))
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
@@ -124,12 +138,15 @@ class CompressedCheckpoint(Checkpoint):
         return {m: concatenate([p[m] for p in parts]) if len(parts) > 1 else parts[0][m] for m in parts[0]}
 
     def _read_shard(self, layer: str, shard: dict[str, Any]) -> dict[str, CompressedExperts]:
-        tree = self._read_part(shard)
+        arrays: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in self._read_part(shard).items():
+            matrix, _, own = name.partition(".")
+            arrays.setdefault(matrix, {})[own] = array
         experts = {}
         for matrix, described in self.manifest["layers"][layer]["matrices"].items():
             shape = (shard["stop"] - shard["start"], *described["shape"][1:])
             try:
-                experts[matrix] = CompressedExperts.from_stored(tree[matrix], str(self.codec), shape)
+                experts[matrix] = CompressedExperts.from_stored(arrays[matrix], str(self.codec), shape)
             except KeyError as e:
                 raise CheckpointError(f"{self.path}: {self.matrices(layer)[matrix]} lacks {e}.") from e
             except ValueError as e:
@@ -138,9 +155,14 @@ class CompressedCheckpoint(Checkpoint):
         return experts
 
 
+def _parameter(folder: str) -> str:
+    """Name of the parameter that lies in a folder."""
+    return folder.replace(".", "/")
+
+
 def _family(manifest: Mapping[str, Any]) -> Family:
     """That of the model; one that isn't told is what there was before there were families."""
     name = manifest.get("family", "switch")
     if name not in FAMILIES:
-        raise CheckpointError(f"family {name!r}, expected {', '.join(map(repr, FAMILIES))}.")
+        raise CheckpointError(f"family {reprlib.repr(name)}, expected {', '.join(map(repr, FAMILIES))}.")
     return FAMILIES[name]

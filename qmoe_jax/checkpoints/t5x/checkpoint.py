@@ -29,7 +29,7 @@ class NativeCheckpoint(StoredCheckpoint):
         store = open_t5x(path)
         try:
             family = family_of_parameters({name: spec.shape for name, spec in store.specs.items()}, "t5x")
-        except CheckpointError as e:
+        except ValueError as e:  # A CheckpointError, or a config's own.
             raise CheckpointError(f"{store.path}: {e}") from e
         super().__init__(store, "t5x", family, overrides)
         self.provenance["step"] = store.step

@@ -10,6 +10,7 @@ import tensorstore as ts
 
 from qmoe_jax.checkpoints.retry import reason
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.files import check_regular
 
 # JSON spec of a TensorStore key-value store: a file, or a directory to look below.
 Location = dict[str, Any]
@@ -85,8 +86,22 @@ def show(location: Location) -> str:
 
 def read_file(location: Location) -> bytes | None:
     """Content of a file; None if there is none."""
+    if location["driver"] == "file":  # TensorStore would wait for a pipe.
+        path = location["path"]
+        if not os.path.lexists(path) or os.path.isdir(path):
+            return None
+        check_regular(path)
+    return content(start_reading(location), location)
+
+
+def start_reading(location: Location) -> ts.Future:
+    return ts.KvStore.open(location).result().read("")
+
+
+def content(future: ts.Future, location: Location) -> bytes | None:
+    """What `start_reading` comes to; None if there is no such file."""
     try:
-        result = ts.KvStore.open(location).result().read("").result()
+        result = future.result()
     except ValueError as e:
         raise CheckpointError(f"{show(location)}: cannot be read: {reason(e)}.") from e
     return None if result.state == "missing" else result.value

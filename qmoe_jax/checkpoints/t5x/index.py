@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import reprlib
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +29,10 @@ _PLACEHOLDER = "PLACEHOLDER://"
 _SPEC_KEYS = {"driver", "kvstore", "metadata"}
 _CHUNKED = "__msgpack_chunked_array__"
 _NDARRAY, _SCALAR = 1, 3  # flax's msgpack extension types
+_DEEPEST = 64  # trees within trees
+# Entries of a list or tree: shapes are the only lists, and trees have a branch for each module.
+_MOST_ITEMS = 1 << 16
+MOST_BLOCKS = 1_000  # of a scanned model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +75,26 @@ def parse(data: bytes, where: str) -> Index:
     Raises:
       CheckpointError: the file is truncated or damaged, is of another version, or not of a T5X checkpoint.
     """
-    unpacker = msgpack.Unpacker(io.BytesIO(data), max_buffer_size=0, strict_map_key=False)
+    # An announced size costs memory before its items come.
+    unpacker = msgpack.Unpacker(
+        io.BytesIO(data),
+        max_buffer_size=0,
+        strict_map_key=False,
+        max_array_len=_MOST_ITEMS,
+        max_map_len=_MOST_ITEMS,
+    )
     found: dict[str, Any] = {}
 
-    def visit() -> None:
+    def visit(depth: int = 0) -> None:
+        if depth > _DEEPEST:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
         for _ in range(unpacker.read_map_header()):
             key = unpacker.unpack()
+            if not isinstance(key, str | bytes | int):
+                raise ValueError(f"a name is {reprlib.repr(key)}")
             if key in ("optimizer", "_optimizer", "state"):
                 found[key] = True
-                visit()
+                visit(depth + 1)
             elif key in ("version", "target", "step"):
                 found[key] = unpacker.unpack()
             else:
@@ -87,8 +104,8 @@ def parse(data: bytes, where: str) -> Index:
         visit()
     except msgpack.OutOfData as e:
         raise CheckpointError(f"{where}: truncated after {len(data)} bytes: copy it again.") from e
-    except (ValueError, TypeError, msgpack.UnpackException) as e:
-        raise CheckpointError(f"{where}: not the msgpack file of a T5X checkpoint, or damaged ({e}).") from e
+    except (ValueError, TypeError, MemoryError, msgpack.UnpackException) as e:
+        raise CheckpointError(f"{where}: not the msgpack file of a T5X checkpoint, or damaged ({reason(e)}).") from e
     if unpacker.tell() != len(data):
         extra = len(data) - unpacker.tell()
         raise CheckpointError(f"{where}: {extra} bytes follow the end of the msgpack data: damaged.")
@@ -96,23 +113,34 @@ def parse(data: bytes, where: str) -> Index:
     # The version of the format is recorded in legacy T5X only.
     if ("version" in found or "optimizer" in found) and found.get("version") != VERSION:
         raise CheckpointError(
-            f"{where}: T5X checkpoint of version {found.get('version')}, expected version {VERSION} "
+            f"{where}: T5X checkpoint of version {reprlib.repr(found.get('version'))}, expected version {VERSION} "
             "(version 2 stores bfloat16 as uint16): restore and save it with a T5X of June 2021 or later."
         )
     if not isinstance(found.get("target"), dict):
         raise CheckpointError(f"{where}: no parameters ('target') in it: not a T5X checkpoint.")
     leaves = {}
-    for name, leaf in _flatten(found["target"]):
+    try:
+        flat = list(_flatten(found["target"]))
+    except ValueError as e:
+        raise CheckpointError(f"{where}: 'target' is no tree of parameters ({e}): damaged.") from e
+    for name, leaf in flat:
         try:
             leaves[name] = _decode_leaf(leaf)
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
-            what = f"{type(e).__name__}: {e}"
+            what = f"{type(e).__name__}: {reason(e)}"
             raise CheckpointError(f"{where}: parameter {name!r} cannot be understood ({what}).") from e
     return Index(leaves, _decode_step(found.get("step")))
 
 
-def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested dict, with '/'-joined names; empty subtrees vanish."""
+def reason(error: Exception) -> str:
+    """What an error says, but not all of a long value."""
+    return textwrap.shorten(str(error), 200)
+
+
+def _flatten(tree: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dict, with '/'-joined names; empty subtrees vanish. Raises ValueError where it is too deep."""
+    if depth > _DEEPEST:
+        raise ValueError(f"nested more than {_DEEPEST} deep")
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if value is None:
@@ -120,30 +148,47 @@ def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if not isinstance(value, dict) or _CHUNKED in value or _SPEC_KEYS <= value.keys():
             yield name, value
         else:
-            yield from _flatten(value, f"{name}/")
+            yield from _flatten(value, f"{name}/", depth + 1)
 
 
 def _decode_leaf(leaf: Any) -> np.ndarray | Stored:
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
-        return Stored(leaf.removeprefix(_PLACEHOLDER))
+        return Stored(_folder(leaf.removeprefix(_PLACEHOLDER)))
     if not isinstance(leaf, dict):
         return _decode_array(leaf)
     if _CHUNKED in leaf:
-        chunks = [_decode_array(chunk) for chunk in _values(leaf["chunks"])]
-        return np.concatenate(chunks).reshape(_values(leaf["shape"]))
+        chunks = [_decode_array(chunk).reshape(-1) for chunk in _values(leaf["chunks"])]
+        return np.concatenate(chunks).reshape(_shape(_values(leaf["shape"])))
 
     if leaf["driver"] != "zarr":
-        raise ValueError(f"TensorStore driver {leaf['driver']!r}, expected 'zarr'")
+        raise ValueError(f"TensorStore driver {reprlib.repr(leaf['driver'])}, expected 'zarr'")
     # The array lies beside this file, wherever the checkpoint was copied to. Early TensorStores had the path
     # at the top level. Chunks and compressor are left to the array's own metadata.
-    path = leaf["kvstore"].get("path") or leaf["path"]
-    shape = leaf["metadata"].get("shape")
-    dtype = leaf.get("dtype")
+    kvstore, metadata, dtype = leaf["kvstore"], leaf["metadata"], leaf.get("dtype")
+    if not isinstance(kvstore, dict) or not isinstance(metadata, dict):
+        raise ValueError(f"kvstore {reprlib.repr(kvstore)}, metadata {reprlib.repr(metadata)}, expected trees")
+    path, shape = kvstore.get("path") or leaf["path"], metadata.get("shape")
+    if not isinstance(path, str):
+        raise ValueError(f"path {reprlib.repr(path)}, expected text")
     return Stored(
-        path.rstrip("/").rpartition("/")[2],
-        None if shape is None else tuple(shape),
+        _folder(path.rstrip("/").rpartition("/")[2]),
+        None if shape is None else _shape(shape),
         None if dtype is None else np_dtype(dtype),
     )
+
+
+def _folder(name: str) -> str:
+    """Name of a folder beside the index file. Raises ValueError for one elsewhere."""
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise ValueError(f"an array in {reprlib.repr(name)}, expected the name of a folder beside this file")
+    return name
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Raises ValueError for anything but sizes."""
+    if not isinstance(value, list | tuple) or not all(type(n) is int and 0 <= n < 2**62 for n in value):
+        raise ValueError(f"shape {reprlib.repr(value)}, expected whole numbers from 0 on")
+    return tuple(value)
 
 
 def _decode_array(leaf: Any) -> np.ndarray:
@@ -151,9 +196,9 @@ def _decode_array(leaf: Any) -> np.ndarray:
     if isinstance(leaf, int | float):
         return np.asarray(leaf)
     if not isinstance(leaf, msgpack.ExtType) or leaf.code not in (_NDARRAY, _SCALAR):
-        raise ValueError(f"found {str(leaf)[:60]!r}, expected an array or a reference to one")
+        raise ValueError(f"found {reprlib.repr(leaf)}, expected an array or a reference to one")
     shape, dtype, content = msgpack.unpackb(leaf.data)
-    return np.frombuffer(content, np_dtype(dtype)).reshape(shape)
+    return np.frombuffer(content, np_dtype(dtype)).reshape(_shape(shape))
 
 
 def _values(items: dict[str, Any] | list) -> list:
@@ -171,13 +216,15 @@ def _decode_step(leaf: Any) -> int | None:
 
 def np_dtype(name: str) -> np.dtype:
     """NumPy dtype of a stored name. Raises TypeError or ValueError for anything but plain numbers."""
+    if not isinstance(name, str) or len(name) > 16:
+        raise ValueError(f"dtype {reprlib.repr(name)}")
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-    if dtype.hasobject:
+    if dtype.hasobject or dtype.names or dtype.shape:
         raise ValueError(f"dtype {name!r}")
     return dtype
 
 
-_SUBBLOCK = re.compile(r"(\w+)/\1/subblock_(\d+)/(.+)")
+_SUBBLOCK = re.compile(r"(\w+)/\1/subblock_(\d{1,6})/(.+)")
 
 
 def unscanned(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int | None]]:
@@ -206,6 +253,11 @@ def unscanned(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int
                 f"{blocks.get(stack, 'the')} blocks of the {stack} on axis 1."
             )
         subblocks[stack] = max(subblocks.get(stack, 0), int(j) + 1)
+        if max(shape[1], subblocks[stack]) > MOST_BLOCKS:
+            raise CheckpointError(
+                f"Parameter {name!r} of a scanned model has shape {shape}, so {shape[1]} blocks of {subblocks[stack]} "
+                f"layers; expected at most {MOST_BLOCKS} of each."
+            )
 
     names: dict[str, tuple[str, int | None]] = {}
     for name in shapes:

@@ -7,8 +7,8 @@ file in msgpack and one zarr directory per parameter), the same as a single msgp
 
 from __future__ import annotations
 
-import json
 import os
+import pathlib
 import re
 import types
 from collections.abc import Mapping
@@ -19,13 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from qmoe_jax.checkpoints import reading, retry
+from qmoe_jax.checkpoints import reading, retry, zarr
 from qmoe_jax.checkpoints.store import Index, explicit
 from qmoe_jax.checkpoints.t5x import files
 from qmoe_jax.checkpoints.t5x.index import Stored, parse, unscanned
 from qmoe_jax.errors import CheckpointError, listed
-
-_CODECS = (None, "blosc", "bz2", "gzip", "zlib", "zstd")  # what TensorStore's zarr driver decodes
+from qmoe_jax.files import check_regular
 
 
 class T5XStore:
@@ -44,8 +43,16 @@ class T5XStore:
     specs: Mapping[str, jax.ShapeDtypeStruct]
     described: Mapping[str, Any] = types.MappingProxyType({})
 
-    def __init__(self, path: str, step: int | None, directory: files.Location, leaves: dict[str, Any]):
+    def __init__(
+        self,
+        path: str,
+        step: int | None,
+        directory: files.Location,
+        leaves: dict[str, Any],
+        stored_bytes: int | None = None,
+    ):
         self.path = path
+        self._stored_bytes = stored_bytes  # of a local OCDBT store
         self.step = step
         self._directory = directory
         self._leaves = leaves
@@ -57,8 +64,13 @@ class T5XStore:
             for name, leaf in leaves.items()
             if isinstance(leaf, Stored) and (leaf.shape is None or leaf.dtype is None)
         ]
-        futures = {name: self._start_opening(name) for name in shapeless}
-        problems = []
+        told = {name: self._start_reading_metadata(name) for name in shapeless}
+        problems, futures = [], {}
+        for name, metadata in told.items():
+            try:
+                futures[name] = self._start_opening(name, metadata)
+            except CheckpointError as e:
+                problems.append(str(e))
         for name, future in futures.items():
             try:
                 self._arrays[name] = self._opened(name, future)
@@ -99,6 +111,10 @@ class T5XStore:
         """
         array = self._array(name)
         part = array[explicit(index, array.shape)]
+        if (wanted := part.size * array.dtype.numpy_dtype.itemsize) > (memory := reading.host_memory_bytes()):
+            raise CheckpointError(
+                f"{self.path}: parameter {name!r} takes {wanted:,} bytes, more than this machine's memory ({memory:,})."
+            )
         return np.asarray(retry.result(part.read, f"{self.path}: cannot read parameter {name!r}"))
 
     def source(self, name: str) -> reading.Source:
@@ -125,23 +141,51 @@ class T5XStore:
             if isinstance(leaf, np.ndarray):
                 self._arrays[source] = ts.array(leaf)
             else:
-                self._arrays[source] = self._opened(source, self._start_opening(source))
+                opening = self._start_opening(source, self._start_reading_metadata(source))
+                self._arrays[source] = self._opened(source, opening)
         array = self._arrays[source]
         return array if block is None else array[ts.d[1][block]]
 
-    def _start_opening(self, name: str) -> ts.Future:
-        kvstore = files.child(self._directory, self._leaves[name].array + "/")
+    def _start_reading_metadata(self, name: str) -> ts.Future:
+        if self._directory["driver"] == "file":  # A pipe would be waited for.
+            file = pathlib.Path(self._directory["path"], self._leaves[name].array, zarr.METADATA)
+            if file.exists() or file.is_symlink():
+                check_regular(file)
+        return files.start_reading(self._child(name, zarr.METADATA))
+
+    def _child(self, name: str, file: str) -> files.Location:
+        return files.child(self._directory, f"{self._leaves[name].array}/{file}")
+
+    def _start_opening(self, name: str, metadata: ts.Future) -> ts.Future:
+        """Once what the array's metadata declare can be."""
+        try:
+            declared = zarr.parse(files.content(metadata, self._child(name, zarr.METADATA)))
+            zarr.check(declared, self._chunk_files(name))
+        except CheckpointError as e:
+            raise CheckpointError(f"{self._cannot_open(name)}: {e}.") from e
         # T5X writes every chunk (fill_value null), so that a missing one is a loss, not zeros.
-        return ts.open({"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}, read=True)
+        spec = {"driver": "zarr", "kvstore": self._child(name, ""), "fill_missing_data_reads": False}
+        return ts.open(spec, read=True)
+
+    def _chunk_files(self, name: str) -> tuple[int, int] | None:
+        """See `zarr.check`."""
+        if self._directory["driver"] == "file":
+            return zarr.chunk_files(self._child(name, "")["path"])
+        if self._stored_bytes is None:
+            return None
+        # All arrays share the files of an OCDBT store, and one may hold many chunks.
+        number = len(ts.KvStore.open(self._child(name, "")).result().list().result())
+        return number, self._stored_bytes
+
+    def _cannot_open(self, name: str) -> str:
+        return f"{self.path}: cannot open parameter {name!r} ({self._leaves[name].array}/{zarr.METADATA})"
 
     def _opened(self, name: str, future: ts.Future) -> ts.TensorStore:
         leaf = self._leaves[name]
         try:
             array = future.result()
         except ValueError as e:
-            metadata = files.child(self._directory, f"{leaf.array}/.zarray")
-            what = _explain_metadata(files.read_file(metadata)) or retry.reason(e)
-            raise CheckpointError(f"{self.path}: cannot open parameter {name!r} ({leaf.array}/.zarray): {what}.") from e
+            raise CheckpointError(f"{self._cannot_open(name)}: {retry.reason(e)}.") from e
         for what, found, expected in (
             ("shape", tuple(array.shape), leaf.shape),
             ("dtype", array.dtype.numpy_dtype, leaf.dtype),
@@ -172,10 +216,13 @@ def open_t5x(path: str | os.PathLike) -> T5XStore:
     where = files.show(file)
     index = parse(data, where)
     directory = {**file, "path": file["path"].rpartition("/")[0] + "/"}
+    stored_bytes = None
     if files.read_file(files.child(directory, "manifest.ocdbt")) is not None:
+        if directory["driver"] == "file":
+            stored_bytes = zarr.chunk_files(directory["path"])[1]
         directory = {"driver": "ocdbt", "base": directory, "path": ""}
     step = files.step_of(file)
-    return T5XStore(where, index.step if step is None else step, directory, index.leaves)
+    return T5XStore(where, index.step if step is None else step, directory, index.leaves, stored_bytes)
 
 
 def is_t5x(path: str | os.PathLike) -> bool:
@@ -188,17 +235,3 @@ def is_t5x(path: str | os.PathLike) -> bool:
 
 def _dtype(array: np.ndarray | Stored | ts.TensorStore) -> np.dtype:
     return array.dtype.numpy_dtype if isinstance(array, ts.TensorStore) else array.dtype
-
-
-def _explain_metadata(content: bytes | None) -> str | None:
-    """What is wrong with a `.zarray`; None if only TensorStore knows."""
-    if content is None:
-        return "the file is missing"
-    try:
-        compressor = json.loads(content)["compressor"]
-        codec = compressor and compressor["id"]
-    except (ValueError, TypeError, KeyError) as e:
-        return f"not zarr metadata, so truncated or corrupt ({type(e).__name__}: {e})"
-    if codec not in _CODECS:
-        return f"unknown codec {codec!r}, expected one of {', '.join(c for c in _CODECS if c)}"
-    return None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 
 from qmoe_jax.models.family import Expert
+from qmoe_jax.models.fields import from_dict, problems_of_counts, problems_of_fields
 
 
 def silu_gate(hidden: Sequence[jax.Array]) -> jax.Array:
@@ -50,6 +51,8 @@ class Rope:
     mscale_all_dim: float | None = None
 
     def __post_init__(self):
+        if problems := problems_of_fields(self):
+            raise ValueError(f"rope: {'; '.join(problems)}.")
         if self.kind not in ("default", "linear", "yarn"):
             raise ValueError(f"rope kind: found {self.kind!r}, expected 'default', 'linear' or 'yarn'.")
         if self.theta <= 1 or self.factor < 1 or (self.kind == "yarn" and self.original_length < 1):
@@ -103,13 +106,21 @@ class DecoderConfig:
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
         if isinstance(self.rope, dict):
-            object.__setattr__(self, "rope", Rope(**self.rope))
+            object.__setattr__(self, "rope", from_dict(Rope, self.rope, "rope"))
+        if problems := problems_of_fields(self) or problems_of_counts(
+            {"num_layers": self.num_layers}, self.num_experts
+        ):
+            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}.")
         if problems := self.problems():
             raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}.")
 
     def problems(self) -> list[str]:
         """What cannot be, in words."""
         found = [f"{n}: found {getattr(self, n)}, expected at least 1" for n in self.POSITIVE if getattr(self, n) < 1]
+        if self.norm_eps <= 0:
+            found.append(f"norm_eps: found {self.norm_eps}, expected a number above 0")
+        if getattr(self, "sliding_window", None) == 0:
+            found.append("sliding_window: found 0, expected at least 1, or nothing")
         if not 1 <= self.top_k <= self.num_experts:
             found.append(f"top_k: found {self.top_k}, expected 1 to {self.num_experts} (num_experts)")
         if not found and not self.sparse_layers:
@@ -158,12 +169,7 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> DecoderConfig:
         """Inverse of `to_dict`. Raises ValueError that names all unknown or missing fields."""
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - set(known))
-        missing = sorted(n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields)
-        if unknown or missing:
-            raise ValueError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}.")
-        return cls(**fields)
+        return from_dict(cls, fields, cls.__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,13 @@ Two styles are in use: `rope_theta` and `rope_scaling` beside each other (all pu
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
 from qmoe_jax.models.decoder.config import DecoderConfig, Rope
+from qmoe_jax.models.fields import MOST_LAYERS, problems_of_values
 
 # On these no logit depends: how the file came about, training, sampling, and what the checkpoint's layout sees to.
 HARMLESS = frozenset(
@@ -37,6 +39,28 @@ _ROPE = {  # ours: Hugging Face's
     "mscale_all_dim": "mscale_all_dim",
 }
 _REQUIRED = object()
+_NOT_READ = "config.json doesn't describe {title} that can be read:"
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(
+        """
+        vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim qk_head_dim
+        intermediate_size moe_intermediate_size num_experts num_local_experts n_routed_experts n_shared_experts
+        num_experts_per_tok experts_per_token max_position_embeddings initial_context_length sliding_window
+        decoder_sparse_step qk_rope_head_dim qk_nope_head_dim v_head_dim q_lora_rank kv_lora_rank n_group topk_group
+        first_k_dense_replace num_nextn_predict_layers num_mtp_layers bos_token_id t5x_step
+        """.split(),
+        int,
+    ),
+    **dict.fromkeys("rms_norm_eps rope_theta clip_qkv routed_scaling_factor swiglu_alpha swiglu_limit".split(), float),
+    **dict.fromkeys(
+        "tie_word_embeddings norm_topk_prob attention_bias use_sliding_window rope_interleave".split(), bool
+    ),
+    **dict.fromkeys("rope_scaling rope_parameters quantization_config".split(), dict),
+    "eos_token_id": int | tuple[int, ...],
+    "mlp_only_layers": tuple[int, ...],
+    "layer_types": tuple[str, ...],
+    "model_type": str,
+}
 
 
 class Described:
@@ -45,6 +69,11 @@ class Described:
     def __init__(self, fields: Mapping[str, Any], title: str):
         self.title, self._left = title, dict(fields)
         self._problems: list[str] = []
+        odd = problems_of_values(fields, _KINDS)
+        if not odd and (layers := fields.get("num_hidden_layers") or 0) > MOST_LAYERS:
+            odd = [f"num_hidden_layers: found {layers}, expected at most {MOST_LAYERS}"]
+        if odd:
+            raise CheckpointError(listed(_NOT_READ.format(title=title), odd))
 
     def take(self, *names: str, default: Any = _REQUIRED) -> Any:
         """The setting, which has one of these names; `default` where it is absent or null."""
@@ -80,18 +109,18 @@ class Described:
         settings.pop("type", None)
         if settings.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
             self._problems.append("partial_rotary_factor: not supported")
-        if kind not in ("default", "linear", "yarn"):
+        if kind not in ("default", "linear", "yarn"):  # Of whatever type.
             self._problems.append(f"rope_type: found {kind!r}, supported is 'default', 'linear' or 'yarn'")
             return Rope()
         taken = {ours: settings.pop(theirs, None) for ours, theirs in _ROPE.items()}
-        self._problems += [f"rope setting {name} = {value!r}: not known" for name, value in settings.items()]
-        if kind == "default":
-            return Rope(float(theta))
-        if kind == "linear":
-            return Rope(float(theta), kind, float(taken["factor"] or 1))
-        taken["original_length"] = taken["original_length"] or max_length
-        taken["factor"] = float(taken["factor"] or max_length / taken["original_length"])
-        return Rope(float(theta), kind, **{name: value for name, value in taken.items() if value is not None})
+        self._problems += [
+            f"rope setting {name} = {reprlib.repr(value)}: not known" for name, value in settings.items()
+        ]
+        try:
+            return _rope(kind, theta, taken, max_length)
+        except (TypeError, ValueError) as e:
+            self._problems.append(str(e))
+            return Rope()
 
     def common(self, default_theta: float, default_eps: float) -> dict[str, Any]:
         """The fields of `DecoderConfig` that all families call alike."""
@@ -125,13 +154,26 @@ class Described:
         Raises CheckpointError that lists what is missing, not supported or not known.
         """
         unknown = {n: v for n, v in self._left.items() if n not in HARMLESS and v is not None}
-        problems = self._problems + [f"{n} = {v!r}: not known, logits may depend on it" for n, v in unknown.items()]
+        problems = self._problems + [
+            f"{n} = {reprlib.repr(v)}: not known, logits may depend on it" for n, v in unknown.items()
+        ]
         if problems:
-            raise CheckpointError(listed(f"config.json doesn't describe {self.title} that can be read:", problems))
+            raise CheckpointError(listed(_NOT_READ.format(title=self.title), problems))
         try:
             return make.from_dict({**fields, **overrides})
         except (TypeError, ValueError) as e:
             raise CheckpointError(f"config.json doesn't describe {self.title} that can be: {e}") from e
+
+
+def _rope(kind: str, theta: Any, taken: dict[str, Any], max_length: int) -> Rope:
+    """Raises TypeError or ValueError for what can't be."""
+    if kind == "default":
+        return Rope(float(theta))
+    if kind == "linear":
+        return Rope(float(theta), kind, float(taken["factor"] or 1))
+    taken["original_length"] = taken["original_length"] or max_length
+    taken["factor"] = float(taken["factor"] or max_length / max(taken["original_length"], 1))
+    return Rope(float(theta), kind, **{name: value for name, value in taken.items() if value is not None})
 
 
 def described_rope(rope: Rope) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,9 @@ class HuggingFace:
         """
         kind = described.get("model_type")
         if kind not in self.model_types:
-            raise CheckpointError(f"model_type: found {kind!r}, expected {' or '.join(map(repr, self.model_types))}.")
+            raise CheckpointError(
+                f"model_type: found {reprlib.repr(kind)}, expected {' or '.join(map(repr, self.model_types))}."
+            )
         return self._read(described, **overrides)
 
     def to_described(self, config: DecoderConfig, dtype: Any) -> dict[str, Any]:
@@ -91,6 +94,8 @@ class HuggingFace:
 def check_quantization(described: Mapping[str, Any]) -> None:
     """Raises CheckpointError for tensors in a format that isn't read, by its name."""
     settings = described.get("quantization_config") or {}
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"quantization_config: found {reprlib.repr(settings)}, expected an object.")
     method = settings.get("quant_method")
     if method == "fp8" and settings.get("weight_block_size") != list(FLOAT8_BLOCK):
         found = settings.get("weight_block_size")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from qmoe_jax.models.names import SAME, TRANSPOSED, Packed, Part, Row, Shape
+from qmoe_jax.models.names import NUMBER, SAME, TRANSPOSED, Packed, Part, Row, Shape
 from qmoe_jax.models.quantized_formats import FLOAT8_BLOCK, dequantize_float8, dequantize_mxfp4
 
 LAYER, TENSOR_LAYER = "model/layers_{layer}", "model.layers.{layer}"
 FIELDS = {
-    "layer": r"\d+",
+    "layer": NUMBER,
     "norm": "input_layernorm|post_attention_layernorm",
     "projection": "q_proj|k_proj|v_proj|o_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj",
     "inner_norm": "q_norm|k_norm|q_a_layernorm|kv_a_layernorm",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmoe_jax.errors import DataError
+from qmoe_jax.files import read_bytes, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -47,18 +49,16 @@ class Vocabulary:
         file = pathlib.Path(path)
         file = file / FILE if file.is_dir() else file
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            reason = getattr(e, "strerror", None) or "not text"
-            raise DataError(f"{file}: cannot read the vocabulary ({reason}). Expected a {FILE}.") from e
-        try:
+            text = read_bytes(file, error=DataError).decode("utf-8")
+        except ValueError as e:
+            reason = e if isinstance(e, DataError) else f"{file} is not text."
+            raise DataError(f"{reason} Expected a {FILE}.") from e
+        with _no_panic(f"{file}: not a {FILE}"):
             tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as e:  # The package raises plain Exception.
-            raise DataError(f"{file}: not a {FILE} ({e}).") from e
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            letter = tokenizer.encode("a", add_special_tokens=True)
         settings = _settings(file.with_name(SETTINGS))
-        letter = tokenizer.encode("a", add_special_tokens=True)
         bos = letter.ids[0] if letter.special_tokens_mask[:1] == [1] else None
         if bos is None and settings.get("add_bos_token"):
             bos = _id(tokenizer, settings, "bos_token", file)
@@ -83,11 +83,13 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS; special tokens written in it become their ids."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _no_panic(f"{self.path}: can't tokenise a text"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of several texts; faster than one by one."""
-        return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        with _no_panic(f"{self.path}: can't tokenise a text"):
+            return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Special tokens show as nothing, as do ids past the vocabulary, which a model may predict.
@@ -97,18 +99,24 @@ class Vocabulary:
         listed = [int(i) for i in ids]
         if min(listed, default=0) < 0:
             raise DataError(f"Token id {min(listed)} is negative, expected ids of {self.path} (0 to {self.size - 1}).")
-        return self.tokenizer.decode(listed, skip_special_tokens=True)
+        with _no_panic(f"{self.path}: can't decode ids"):
+            return self.tokenizer.decode(listed, skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """Whatever the `tokenizers` package raises as DataError: plain Exception, or what Rust's panics become."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as e:
+        raise DataError(f"{what} ({e}).") from e
 
 
 def _settings(file: pathlib.Path) -> dict[str, Any]:
     """tokenizer_config.json; empty where there is none. Raises DataError if it isn't JSON."""
-    if not file.exists():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise DataError(f"{file}: not JSON ({e}).") from e
-    return settings if isinstance(settings, dict) else {}
+    return read_json(file, DataError) if os.path.lexists(file) else {}
 
 
 def _id(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], name: str, file: pathlib.Path) -> int | None:
@@ -117,6 +125,8 @@ def _id(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], name: str, fi
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
         return None
+    if not isinstance(token, str):
+        raise DataError(f"{file.with_name(SETTINGS)}: {name} is {reprlib.repr(token)}, expected the text of a token.")
     found = tokenizer.token_to_id(token)
     if found is None:
         raise DataError(f"{file}: has no token {token!r}, which {SETTINGS} names as {name}.")

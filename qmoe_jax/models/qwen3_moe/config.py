@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from qmoe_jax.models.decoder.config import GroupedConfig, Rope
 from qmoe_jax.models.decoder.described import Described, describe
@@ -29,6 +29,8 @@ class Qwen3MoeConfig(GroupedConfig):
     norm_topk_prob: bool = True
     attention_bias: bool = False
     sliding_window: int | None = None
+
+    POSITIVE: ClassVar[tuple[str, ...]] = (*GroupedConfig.POSITIVE, "dense_ff", "decoder_sparse_step")
 
     def is_sparse(self, layer: int) -> bool:
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0

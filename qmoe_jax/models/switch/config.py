@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from qmoe_jax.models.family import Expert
+from qmoe_jax.models.fields import from_dict, problems_of_counts, problems_of_fields
 
 
 def _relu(hidden: Sequence[jax.Array]) -> jax.Array:
@@ -21,6 +22,7 @@ def _gated_gelu(hidden: Sequence[jax.Array]) -> jax.Array:
     return jax.nn.gelu(gate, approximate=True) * up  # The tanh approximation, as T5X has it.
 
 
+_SIZES = ("vocab_size", "d_model", "d_ff", "num_heads", "head_dim", "num_experts", "router_group_size")
 PLAIN = Expert(("wi", "wo"), _relu)
 GATED = Expert(("wi_0", "wi_1", "wo"), _gated_gelu)
 
@@ -77,12 +79,15 @@ class ModelConfig:
     min_expert_capacity: int = 4
 
     def __post_init__(self):
-        # JSON has no tuples.
-        object.__setattr__(self, "encoder_sparse_layers", tuple(self.encoder_sparse_layers))
-        object.__setattr__(self, "decoder_sparse_layers", tuple(self.decoder_sparse_layers))
-        problems = [
+        for name in ("encoder_sparse_layers", "decoder_sparse_layers"):
+            if isinstance(getattr(self, name), list):  # JSON has no tuples.
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if problems := problems_of_fields(self):
+            raise ValueError(f"Model config: {'; '.join(problems)}.")
+        counts = {name: getattr(self, name) for name in ("num_encoder_layers", "num_decoder_layers")}
+        problems = problems_of_counts(counts, self.num_experts) + [
             f"{name}: found {getattr(self, name)}, expected at least 1"
-            for name in ("vocab_size", "d_model", "d_ff", "num_heads", "head_dim", "num_experts", "router_group_size")
+            for name in (*counts, *_SIZES)
             if getattr(self, name) < 1
         ]
         if not 1 <= self.top_k <= self.num_experts:
@@ -118,12 +123,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`. Raises ValueError that names all unknown or missing fields."""
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - set(known))
-        missing = sorted(n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields)
-        if unknown or missing:
-            raise ValueError(f"Model config: unknown fields {unknown}, missing fields {missing}.")
-        return cls(**fields)
+        return from_dict(cls, fields, "Model config")
 
 
 def mixed(num_layers: int, num_sparse: int) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def load_examples(
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     num_read = num_too_long = num_too_short = 0
 
-    documents = read_documents(paths)
+    documents = read_documents(paths, vocabulary.check_text)
     rest: list[int] = []  # of a window
     while len(pairs) < num_documents:
         texts = list(itertools.islice(documents, min(_TOKENIZED_AT_ONCE, num_documents - len(pairs))))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.models.fields import problems_of_values
 from qmoe_jax.models.names import Shape, Tensors
 from qmoe_jax.models.switch.config import ModelConfig
 from qmoe_jax.models.switch.names import TABLE
@@ -26,10 +27,36 @@ NO_TOKEN_IS_DROPPED = 1_000_000
 KERNEL_SHAPES = ((768, 3072), (1024, 4096), (2080, 6144))
 
 
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(
+        """
+        vocab_size d_model d_kv d_ff num_heads num_layers num_decoder_layers num_experts t5x_step
+        relative_attention_num_buckets relative_attention_max_distance
+        """.split(),
+        int,
+    ),
+    "tie_word_embeddings": bool,
+    "is_gated_act": bool,
+    "layer_norm_epsilon": float,
+    "dense_act_fn": str,
+    "feed_forward_proj": str,
+}
+# What a model of this family computes; others are refused, as their logits would be wrong.
+_COMPUTED: dict[str, dict[bool, tuple[Any, ...]]] = {  # by setting, and whether MLPs are gated
+    "layer_norm_epsilon": dict.fromkeys((False, True), (1e-6,)),
+    "relative_attention_max_distance": dict.fromkeys((False, True), (128,)),
+    "dense_act_fn": {False: ("relu",), True: ("gelu_new",)},
+    "feed_forward_proj": {False: ("relu",), True: ("gated-gelu",)},
+    "is_gated_act": {False: (False,), True: (True,)},
+}
+
+
 class HuggingFace:
     """See `family.Names`."""
 
     def parameters(self, shapes: Mapping[str, Shape], described: Mapping[str, Any]) -> dict[str, Tensors]:
+        if odd := problems_of_values(described, _KINDS):
+            raise CheckpointError(listed(f"config.json doesn't describe a {MODEL_TYPE} model:", odd))
         tensors, foreign = TABLE.parameters(shapes)
         _move_shared_biases(tensors)
         # The large published models, all untied, have the head under this name, whatever config.json says.
@@ -53,9 +80,10 @@ class HuggingFace:
         problems = [
             f"{k}: {described[k]}, but the tensors say {v}" for k, v in sizes.items() if described.get(k, v) != v
         ]
-        distance = described.get("relative_attention_max_distance", 128)
-        if distance != 128:
-            problems.append(f"relative_attention_max_distance: {distance}, expected 128")
+        for setting, allowed in _COMPUTED.items():
+            found = described.get(setting)
+            if found is not None and found not in allowed[config.gated]:
+                problems.append(f"{setting}: {found!r}, supported is {allowed[config.gated][0]!r}")
         if problems:
             raise CheckpointError(listed("config.json doesn't fit the tensors beside it:", problems))
         return config

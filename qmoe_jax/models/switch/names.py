@@ -6,10 +6,10 @@ where kernels are [in, out], and each expert's matrix is a tensor of its own.
 
 from __future__ import annotations
 
-from qmoe_jax.models.names import SAME, TRANSPOSED, Row, Table
+from qmoe_jax.models.names import NUMBER, SAME, TRANSPOSED, Row, Table
 
 # {stack}: encoder or decoder. {layer}: all layers count, from 0. {matrix}: wi, wo; gated: wi_0, wi_1, wo.
-_FIELDS = {"stack": "encoder|decoder", "layer": r"\d+", "matrix": "wi|wi_0|wi_1|wo"}
+_FIELDS = {"stack": "encoder|decoder", "layer": NUMBER, "matrix": "wi|wi_0|wi_1|wo"}
 # The embedding comes up to three times.
 _ROWS = (
     ("token_embedder/embedding", "shared.weight", SAME),  # [vocabulary, d_model]

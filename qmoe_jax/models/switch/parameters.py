@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.models.names import NUMBER
 from qmoe_jax.models.switch.config import ModelConfig
 
 RELPOS_BUCKETS = 32
@@ -154,8 +155,12 @@ def _infer_structure(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     structure: dict[str, Any] = {}
     absent = []
     for stack in ("encoder", "decoder"):
-        layers = {int(m[1]) for name in shapes if (m := re.match(rf"{stack}/layers_(\d+)/", name))}
-        experts = rf"{stack}/layers_(\d+)/mlp/(?:expert|router)/"
+        layers = {int(m[1]) for name in shapes if (m := re.match(rf"{stack}/layers_({NUMBER})/", name))}
+        experts = rf"{stack}/layers_({NUMBER})/mlp/(?:expert|router)/"
+        if (last := max(layers, default=-1)) >= len(shapes):
+            raise CheckpointError(
+                f"Not a Switch Transformer: {len(shapes)} parameters, but one of them is of {stack}/layers_{last}."
+            )
         structure[f"num_{stack}_layers"] = max(layers, default=-1) + 1
         structure[f"{stack}_sparse_layers"] = tuple(
             sorted({int(m[1]) for name in shapes if (m := re.match(experts, name))})

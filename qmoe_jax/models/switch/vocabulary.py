@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,13 +11,15 @@ from typing import Any
 import sentencepiece
 
 from qmoe_jax.errors import DataError
+from qmoe_jax.files import read_bytes
 
 PAD = 0  # also the token that starts a decoder
 EOS = 1
 
 # T5X pads the embedding to a multiple of 128 rows, so that it splits evenly over devices.
 _EMBEDDING_MULTIPLE = 128
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_SENTINEL = re.compile(r"<extra_id_([0-9]+)>")
+_MOST_DIGITS = 9  # of a sentinel's number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Vocabulary:
             its end of sequence id 1.
         """
         try:
-            proto = pathlib.Path(path).read_bytes()
-        except OSError as e:
+            proto = read_bytes(path, error=DataError)
+        except DataError as e:
             raise DataError(
-                f"{path}: cannot read the vocabulary ({e.strerror}). Expected a SentencePiece model file, "
-                "usually called spiece.model, spm.model or sentencepiece.model."
+                f"{e} Expected a SentencePiece model file, usually called spiece.model, spm.model or "
+                "sentencepiece.model."
             ) from e
         try:
             # The bytes, not the file name: SentencePiece logs to stderr when it cannot open a file.
@@ -76,6 +77,17 @@ class Vocabulary:
         if not 0 <= k < self.num_sentinels:
             raise DataError(f"Sentinel {k} was asked for, but {self.path} is used with {self.num_sentinels}.")
         return self.size - 1 - k
+
+    def check_text(self, text: str) -> None:
+        """Raises DataError, in words for the place of the text before it, for a sentinel that there isn't."""
+        if "<extra_id_" not in text:
+            return
+        for k in _SENTINEL.findall(text):
+            if len(k) > _MOST_DIGITS or int(k) >= self.num_sentinels:
+                raise DataError(
+                    f"the text has <extra_id_{k[:20]}>, but {self.path} is used with sentinels 0 to "
+                    f"{self.num_sentinels - 1}. Take the document out, or write it in another way."
+                )
 
     def is_sentinel(self, ids: Any) -> Any:
         """Whether ids (a number, or an array of any shape) are sentinels. Same shape, bool."""
@@ -112,7 +124,7 @@ class Vocabulary:
         for split in parts:
             ids = next(encoded)
             for k in split[1::2]:
-                ids = ids + [self.sentinel(int(k))] + next(encoded)
+                ids = ids + [self.sentinel(int(k[:_MOST_DIGITS]))] + next(encoded)
             result.append(ids)
         return result
 
