@@ -264,9 +264,10 @@ class StoredCheckpoint(Checkpoint):
             at[-2:] = at[:-3:-1]
         name = tensors.names[number]
         if tensors.packed:
-            packed, few = tensors.packed[number], at[:-2]
-            values = packed.unpack(*(self.store.read(n, tuple(few)) for n in (name, *packed.beside)))
-            values = values[(..., *at[-2:])]
+            packed, experts = tensors.packed[number], at[:-2]
+            parts, rest = packed.slices(*at[-2:])
+            stored = zip((name, *packed.beside), parts, strict=True)
+            values = packed.unpack(*(self.store.read(n, (*experts, *part)) for n, part in stored))[(..., *rest)]
         else:
             values = self.store.read(name, tuple(at))
         return values.swapaxes(-1, -2) if tensors.transposed else values

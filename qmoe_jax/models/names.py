@@ -51,16 +51,43 @@ class Packed(NamedTuple):
 
     Attributes:
       beside: names of these; templates in a `Row`.
-      shape: of the weights, from the tensor's.
-      unpack: unpack(tensor, *beside) -> weights. Both may be some of the entries of the first axis alone, where
-        weights have three.
+      shape: of the weights [..., out, in], from the tensor's.
+      unpack: unpack(tensor, *beside) -> weights; of the whole, or of slices as `slices` gives them.
+      grains: of the tensor, and of each of those beside it: how many rows and columns of weights an entry stands for.
       dtype: of the weights: one that holds them without rounding.
     """
 
     beside: tuple[str, ...]
     shape: Callable[[Shape], Shape]
     unpack: Callable[..., np.ndarray]
+    grains: tuple[tuple[int, int], ...]
     dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
+
+    def slices(self, rows: slice, columns: slice) -> tuple[list[tuple[slice, slice]], tuple[slice, slice]]:
+        """What is to be read for rows and columns of the weights, bounds given: no more than the blocks these are in.
+
+        Returns:
+          Slices of rows and columns of the tensor and of each beside it; and what of the weights that these make.
+        """
+        parts, rest = zip(
+            *(_aligned(at, [grain[axis] for grain in self.grains]) for axis, at in enumerate((rows, columns))),
+            strict=True,
+        )
+        return list(zip(*parts, strict=True)), rest
+
+
+def _aligned(at: slice, grains: Sequence[int]) -> tuple[list[slice], slice]:
+    """An axis of `Packed.slices`: the slice of each array, and what of the weights that they make."""
+    block, step = max(grains), 1 if at.step is None else at.step
+    if block == 1:
+        return [at] * len(grains), slice(None)
+    wanted = range(at.start, at.stop, step)
+    if not wanted:
+        return [slice(0, 0)] * len(grains), slice(None)
+    low, high = min(wanted), max(wanted) + 1
+    begin, end = low // block * block, -(-high // block) * block  # Beyond the last weight: slices end there themselves.
+    rest = slice(wanted[0] - begin, wanted[-1] - begin + (1 if step > 0 else -1), step)
+    return [slice(begin // grain, end // grain) for grain in grains], rest
 
 
 class Tensors(NamedTuple):
