@@ -268,9 +268,22 @@ class StoredCheckpoint(Checkpoint):
             parts, rest = packed.slices(*at[-2:])
             stored = zip((name, *packed.beside), parts, strict=True)
             values = packed.unpack(*(self.store.read(n, (*experts, *part)) for n, part in stored))[(..., *rest)]
+        elif tensors.merged is not None:
+            values = self._read_merged(name, tensors.merged, at)
         else:
             values = self.store.read(name, tuple(at))
-        return values.swapaxes(-1, -2) if tensors.transposed else values
+        values = values.swapaxes(-1, -2) if tensors.transposed else values
+        return values if tensors.scale == 1 else values.astype(np.float32) * np.float32(tensors.scale)
+
+    def _read_merged(self, name: str, axis: int, at: list[slice]) -> np.ndarray:
+        """Part of a tensor whose axes `axis` and `axis + 1` are taken for one: whole entries of the first are read."""
+        width, (start, stop) = self.store.specs[name].shape[axis + 1], (at[axis].start, at[axis].stop)
+        first = slice(start // width, -(-stop // width))
+        values = self.store.read(name, (*at[:axis], first, slice(None), *at[axis + 1 :]))
+        shape = values.shape
+        values = values.reshape(*shape[:axis], shape[axis] * width, *shape[axis + 2 :])
+        rest = slice(start - first.start * width, stop - first.start * width)
+        return values[(slice(None),) * axis + (rest,)]
 
     def sources(self, layer: str) -> dict[str, Source]:
         found: dict[str, Source] = {}
@@ -287,5 +300,7 @@ def _dtype(tensors: Tensors, store: Store) -> np.dtype:
     """Of a parameter: its tensors', or float32, which holds both 16-bit formats, where they differ."""
     if tensors.packed:
         return tensors.packed[0].dtype
+    if tensors.scale != 1:
+        return np.dtype(np.float32)
     dtypes = {store.specs[name].dtype for name in tensors.names}
     return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)

@@ -100,6 +100,8 @@ class Tensors(NamedTuple):
       part: which outputs they are; None: all.
       packed: of each, how it is unpacked; empty: they hold the weights themselves.
       copies: other names under which the tensor is to be written as well.
+      merged: this axis of the tensor and the next are one of the parameter's, such as heads and their width.
+      scale: what the tensor is to be multiplied by.
     """
 
     names: tuple[str, ...]
@@ -108,11 +110,14 @@ class Tensors(NamedTuple):
     part: Part | None = None
     packed: tuple[Packed, ...] = ()
     copies: tuple[str, ...] = ()
+    merged: int | None = None
+    scale: float = 1.0
 
     @property
     def plain(self) -> bool:
         """The tensor is the parameter."""
-        return not (self.transposed or self.stacked or self.part or self.packed)
+        changed = self.merged is not None or self.scale != 1
+        return not (self.transposed or self.stacked or self.part or self.packed or changed)
 
     def shape(self, shapes: Mapping[str, Shape]) -> Shape:
         """The parameter's. Raises CheckpointError where experts' shapes differ, or can't be split in parts."""
@@ -123,6 +128,10 @@ class Tensors(NamedTuple):
                     f"Tensor {name!r} has shape {list(other)}, but {self.names[0]!r} {list(found[0])}."
                 )
         shape = self.packed[0].shape(found[0]) if self.packed else found[0]
+        if (axis := self.merged) is not None:
+            if len(shape) < axis + 2:
+                raise CheckpointError(f"Tensor {self.names[0]!r} has shape {list(shape)}, expected an axis of heads.")
+            shape = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
         if self.transposed:
             shape = (*shape[:-2], *shape[:-3:-1])
         if self.part is not None:
@@ -142,6 +151,7 @@ class Row(NamedTuple):
     transposed: bool = SAME
     part: Part | None = None
     packed: Packed | None = None
+    merged: int | None = None
 
 
 class Table:
@@ -164,7 +174,7 @@ class Table:
                 every = [match.groupdict() | {"expert": e} for e in (range(num_experts) if stacked else [0])]
                 names = tuple(row.tensor.format(**fields) for fields in every)
                 packed = tuple(_filled(row.packed, fields) for fields in every) if row.packed else ()
-                return Tensors(names, row.transposed, stacked, row.part, packed)
+                return Tensors(names, row.transposed, stacked, row.part, packed, merged=row.merged)
         raise KeyError(parameter)
 
     def parameters(self, names: Iterable[str]) -> tuple[dict[str, Tensors], list[str]]:
@@ -206,9 +216,8 @@ class Table:
                 lacking = next(name for _, name, p in tensors if p is None)
                 missing.append(f"{parameter}: what {lacking} is unpacked with")
                 continue
-            parameters[parameter] = Tensors(
-                tuple(name for _, name, _ in tensors), row.transposed, stacked, row.part, all_packed
-            )
+            names_of = tuple(name for _, name, _ in tensors)
+            parameters[parameter] = Tensors(names_of, row.transposed, stacked, row.part, all_packed, merged=row.merged)
         if missing:
             raise CheckpointError(listed(f"Of {num_experts} experts some are missing:", missing))
         return parameters, [name for name in foreign if name not in beside]
