@@ -99,6 +99,8 @@ def untold(config: config_dict.ConfigDict) -> dict[str, Any]:
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Any]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
     checkpoint = open_checkpoint(path, preset=config.model.preset or None, **untold(config))
+    for why, names in checkpoint.provenance.get("left_out", {}).items():
+        reports.say(f"{path}: left out: {why}: {', '.join(names)}")
     if config.model.preset:
         families.check_preset(checkpoint.config, config.model.preset)
     vocabulary = checkpoint.family.task.vocabulary(_given(config, "vocabulary"))

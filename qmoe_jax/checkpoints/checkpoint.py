@@ -11,8 +11,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import logging
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +26,14 @@ from qmoe_jax.checkpoints.checks import check_finite
 from qmoe_jax.checkpoints.reading import Reading, Source, prefetched
 from qmoe_jax.checkpoints.store import Index, Store, box_of, slices
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError, listed
 from qmoe_jax.models.families import family_of
-from qmoe_jax.models.family import Family
-from qmoe_jax.models.names import Shape, Tensors
+from qmoe_jax.models.family import Family, Names
+from qmoe_jax.models.names import COPY, Shape, Tensors, in_short
 
 Kernels = dict[str, Any]  # matrices of experts by name: arrays [experts, in, out], or `CompressedExperts`
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+logger = logging.getLogger(__name__)
 
 
 class StoredMatrix(NamedTuple):
@@ -217,6 +219,10 @@ class StoredCheckpoint(Checkpoint):
 
     Raises:
       CheckpointError: arrays are missing, foreign, of wrong shape, or don't fit what is told beside them.
+
+    Attributes:
+      left_out: stored arrays that no parameter is made of, names in short by what they are; also in the provenance, and
+        logged. Copies of what is read don't count.
     """
 
     def __init__(
@@ -228,6 +234,7 @@ class StoredCheckpoint(Checkpoint):
             self._tensors: dict[str, Tensors] = names.parameters(stored, store.described)
             shapes: dict[str, Shape] = {name: t.shape(stored) for name, t in self._tensors.items()}
             self.config = names.config(shapes, store.described, **overrides)
+            self.left_out = _left_out(names, self.config, stored, self._tensors)
         except CheckpointError as e:
             raise CheckpointError(f"{self.path}: {e}") from e
         self._specs = {
@@ -235,6 +242,10 @@ class StoredCheckpoint(Checkpoint):
             for name, tensors in self._tensors.items()
         }
         self.provenance = {"checkpoint": self.path, "layout": layout, "step": None}
+        if self.left_out:
+            self.provenance["left_out"] = self.left_out
+        for why, arrays in self.left_out.items():
+            logger.warning("%s: left out: %s: %s", self.path, why, ", ".join(arrays))
 
     @property
     def specs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -294,6 +305,23 @@ class StoredCheckpoint(Checkpoint):
                 return {}
             found[matrix] = source._replace(name=name)
         return found
+
+
+def _left_out(
+    names: Names, config: Any, stored: Iterable[str], parameters: Mapping[str, Tensors]
+) -> dict[str, list[str]]:
+    """See `StoredCheckpoint.left_out`. Raises CheckpointError that lists those of which nobody knows what they are."""
+    used = {name for tensors in parameters.values() for name in tensors.names}
+    used |= {name for tensors in parameters.values() for packed in tensors.packed for name in packed.beside}
+    found: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    for name in stored:
+        if name not in used:
+            why = names.why_left_out(config, name)
+            (unknown if why is None else found.setdefault(why, [])).append(name)
+    if unknown:
+        raise CheckpointError(listed(f"{len(unknown)} arrays are part of no parameter:", unknown))
+    return {why: in_short(arrays) for why, arrays in found.items() if why != COPY}
 
 
 def _dtype(tensors: Tensors, store: Store) -> np.dtype:

@@ -31,7 +31,7 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
       layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
       layout's); and if it can be opened: family, model, summary (of it, in words), preset, parameters, dtypes
       (parameters by dtype), bytes and files on disk, chunks (where experts are in chunks), experts (compressed ones),
-      quantization, provenance.
+      quantization, provenance, left_out (stored tensors that aren't part of the model, by what they are).
 
     Raises:
       CheckpointError: there is no checkpoint of any layout.
@@ -71,6 +71,7 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
         "experts": compressed_experts(checkpoint, density),
         "quantization": dict(checkpoint.quantization),
         "provenance": checkpoint.provenance,
+        "left_out": checkpoint.provenance.get("left_out", {}),
     }
 
 

@@ -304,6 +304,10 @@ class Names(Protocol):
         """
         ...
 
+    def why_left_out(self, config: Any, tensor: str) -> str | None:
+        """What a tensor is that no parameter is made of, on purpose; `names.COPY` of what is read; None: not known."""
+        ...
+
     def lost(self, config: Any) -> list[str]:
         """What the layout doesn't tell of a model that it can hold, in words."""
         ...

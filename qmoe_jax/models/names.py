@@ -22,6 +22,7 @@ from qmoe_jax.errors import CheckpointError, listed
 
 SAME, TRANSPOSED = False, True
 Shape = tuple[int, ...]
+COPY = "a copy"  # why a tensor is left out that holds once more what another one does
 
 
 class Part(NamedTuple):
@@ -243,3 +244,14 @@ class Table:
 
 def _filled(packed: Packed, fields: Mapping[str, object]) -> Packed:
     return packed._replace(beside=tuple(name.format(**fields) for name in packed.beside))
+
+
+def in_short(names: Iterable[str]) -> list[str]:
+    """Names that differ in nothing but numbers as one, with the least and the greatest: 'layers.61.experts.0-255'."""
+    alike: dict[str, list[tuple[int, ...]]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "{}", name), []).append(tuple(map(int, re.findall(r"\d+", name))))
+    return [
+        template.format(*(f"{min(c)}-{max(c)}" if len(set(c)) > 1 else c[0] for c in zip(*numbers, strict=True)))
+        for template, numbers in alike.items()
+    ]

@@ -11,7 +11,7 @@ from qmoe_jax.checkpoints.checkpoint import StoredCheckpoint
 from qmoe_jax.checkpoints.store import box_of, slices
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.families import FAMILIES, mismatches
-from qmoe_jax.models.names import SAME, TRANSPOSED, Packed, Part, Row, Table, Tensors
+from qmoe_jax.models.names import SAME, TRANSPOSED, Packed, Part, Row, Table, Tensors, in_short
 from qmoe_jax.models.switch.config import PRESETS
 
 E, D, F = 3, 4, 6  # experts, in, out
@@ -171,6 +171,20 @@ def test_a_table_is_read_both_ways():
     assert foreign == ["other"]
     assert set(found) == {"embedding", "layers_7/gate", "layers_7/up", "layers_7/w1"}
     assert found["layers_7/w1"] == TABLE.tensors("layers_7/w1", 2)
+
+
+def test_arrays_that_nobody_knows_are_refused(arrays):
+    family = types.SimpleNamespace(names={"some": Names()})
+    family.names["some"].why_left_out = lambda config, name: "spare" if name == "tied.weight" else None
+    checkpoint = StoredCheckpoint(Memory({**arrays, "tied.weight": arrays["embed.weight"]}), "some", family, {})
+    assert checkpoint.left_out == checkpoint.provenance["left_out"] == {"spare": ["tied.weight"]}
+    with pytest.raises(CheckpointError, match="1 arrays are part of no parameter:\n  other"):
+        StoredCheckpoint(Memory({**arrays, "other": arrays["embed.weight"]}), "some", family, {})
+
+
+def test_names_in_short():
+    names = [f"layers.{i}.experts.{e}.up" for i in (3,) for e in range(12)] + ["layers.3.norm", "layers.4.norm"]
+    assert in_short(names) == ["layers.3.experts.0-11.up", "layers.3-4.norm"]
 
 
 def test_scales_that_are_not_there():

@@ -97,5 +97,8 @@ class MaxText:
     def describe(self, config: GroupedConfig, dtypes: Mapping[str, np.dtype], step: int | None) -> dict[str, Any]:
         raise CheckpointError("MaxText's layout is read, not written.")
 
+    def why_left_out(self, config: GroupedConfig, tensor: str) -> str | None:
+        return None
+
     def lost(self, config: GroupedConfig) -> list[str]:
         return []
