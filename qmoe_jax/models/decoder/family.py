@@ -57,6 +57,7 @@ class DecoderFamily:
 
     forward = staticmethod(forward)
     generate = staticmethod(decoding.generate)
+    written = staticmethod(decoding.written)
     expert_parameter = staticmethod(parameters.expert_parameter)
     expert_of = staticmethod(parameters.expert_of)
     is_small = staticmethod(parameters.is_small)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from qmoe_jax.errors import DataError
 if TYPE_CHECKING:
     import tokenizers
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -98,6 +101,20 @@ class Vocabulary:
         if min(listed, default=0) < 0:
             raise DataError(f"Token id {min(listed)} is negative, expected ids of {self.path} (0 to {self.size - 1}).")
         return self.tokenizer.decode(listed, skip_special_tokens=True)
+
+    def is_settled(self, ids: Sequence[int]) -> bool:
+        """Whether the text of ids stays as it is, whatever follows: it doesn't end within a character.
+
+        Nor with tokens that are one byte each: what these stand for, all that follow each other tell together.
+        """
+        shown = (self.tokenizer.id_to_token(i) for i in reversed(ids) if i not in self._special)
+        last = next((token for token in shown if token is not None), "")
+        return not _BYTE.fullmatch(last) and not self.decode(ids).endswith("\N{REPLACEMENT CHARACTER}")
+
+    @functools.cached_property
+    def _special(self) -> set[int]:
+        """Ids that show as nothing."""
+        return {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 def _settings(file: pathlib.Path) -> dict[str, Any]:
