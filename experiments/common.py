@@ -78,7 +78,7 @@ def default_config() -> config_dict.ConfigDict:
             seed=0,
         ),
         model=dict(
-            preset="",  # published size to check the checkpoint against, such as switch_base_128
+            preset="",  # published size to check the checkpoint against, such as switch_base_128; MaxText's may need it
             dtype="float32",  # of activations
             # What checkpoints may not tell, such as top_k.
             **{field: config_dict.placeholder(kind) for field, (kind, _) in families.untold().items()},
@@ -112,7 +112,9 @@ def untold(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Any]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
-    checkpoint = open_checkpoint(path, **untold(config))
+    checkpoint = open_checkpoint(path, preset=config.model.preset or None, **untold(config))
+    for why, names in checkpoint.provenance.get("left_out", {}).items():
+        reports.say(f"{path}: left out: {why}: {', '.join(names)}")
     if config.model.preset:
         families.check_preset(checkpoint.config, config.model.preset)
     vocabulary = checkpoint.family.task.vocabulary(_given(config, "vocabulary"))

@@ -53,6 +53,8 @@ def main(argv):
         raise ValueError(f"a {report['layout']} checkpoint that can't be opened: " + "\n  ".join(report["problems"]))
     for what, found in summary(report):
         reports.say(f"{what:<18}{'-' if found is None else found}")
+    for why, names in report["left_out"].items():
+        reports.say(f"{'left out':<18}{why}: {', '.join(names)}")
     if report["chunks"]:
         alike = collections.Counter(
             (name.split("/")[-2], str(c["shape"]), str(c["chunk"]), c["number"]) for name, c in report["chunks"].items()

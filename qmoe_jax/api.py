@@ -25,10 +25,11 @@ def load(
 
     Args:
       path: a compressed checkpoint, or one of any layout that `checkpoints.LAYOUTS` lists: T5X (step directory, its
-        parent, or file), Hugging Face, a published QMoE model.
+        parent, or file), MaxText, Hugging Face, a published QMoE model.
       dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
       mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
-      **overrides: fields of the architecture that the checkpoint doesn't tell, such as top_k=2.
+      **overrides: fields of the architecture that the checkpoint doesn't tell, such as top_k=2; or
+        preset='qwen3_30b_a3b', see `open_checkpoint`.
 
     Returns:
       The Flax model, and its parameters. Experts of a compressed checkpoint are `CompressedExperts`.

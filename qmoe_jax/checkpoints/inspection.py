@@ -33,8 +33,8 @@ def inspect(path: str | os.PathLike, *, density: bool = False, sample: bool = Fa
       layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
       layout's); and if it can be opened: family, model, summary (of it, in words), preset, parameters, dtypes
       (parameters by dtype), bytes and files on disk, chunks (where experts are in chunks), experts (compressed ones),
-      quantization, provenance, weights_sample (with `sample`; what a compression of these weights has in its
-      provenance by that name).
+      quantization, provenance, left_out (stored tensors that aren't part of the model, by what they are),
+      weights_sample (with `sample`; what a compression of these weights has in its provenance by that name).
 
     Raises:
       CheckpointError: there is no checkpoint of any layout.
@@ -75,6 +75,7 @@ def inspect(path: str | os.PathLike, *, density: bool = False, sample: bool = Fa
         "quantization": dict(checkpoint.quantization),
         "provenance": checkpoint.provenance,
         "weights_sample": digest(samples(checkpoint)) if sample else None,
+        "left_out": checkpoint.provenance.get("left_out", {}),
     }
 
 

@@ -42,6 +42,7 @@ def compression_report(
         "codec": codec,
         "num_calibration_documents": num_calibration,
         **_sizes(accounts, dense_weights),
+        "left_out": checkpoint.provenance.get("left_out", {}),
         "experts_total": sum(len(a.tokens) for a in accounts.values()),
         "experts_quantized": sum(len(a.tokens) - len(a.fallback) for a in accounts.values()),
         "experts_fallback": sum(len(a.fallback) for a in accounts.values()),

@@ -17,7 +17,7 @@ Models open no file: parameters have '/'-joined names, and whoever has them read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -247,6 +247,16 @@ class Task(Protocol):
         """
         ...
 
+    def pieces(self, vocabulary: Any, tokens: np.ndarray, written: Iterable[int]) -> Iterator[str]:
+        """The same text in pieces, each as soon as no token to come can change it; the first is of the prompt.
+
+        Args:
+          vocabulary: of the model.
+          tokens: from `prompt`.
+          written: as it comes.
+        """
+        ...
+
 
 # --- The family ------------------------------------------------------------------------------------------------------
 
@@ -304,6 +314,10 @@ class Names(Protocol):
         """
         ...
 
+    def why_left_out(self, config: Any, tensor: str) -> str | None:
+        """What a tensor is that no parameter is made of, on purpose; `names.COPY` of what is read; None: not known."""
+        ...
+
     def lost(self, config: Any) -> list[str]:
         """What the layout doesn't tell of a model that it can hold, in words."""
         ...
@@ -326,6 +340,8 @@ class Family(Protocol):
       forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
       generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
         max_length].
+      written: written(model, params, tokens, *, max_length, **options) -> the same tokens as they come, an iterator of
+        int32 [batch]; it may end once all rows have ended.
     """
 
     name: str
@@ -340,6 +356,7 @@ class Family(Protocol):
     model_types: tuple[str, ...]
     forward: Callable[..., jax.Array]
     generate: Callable[..., jax.Array]
+    written: Callable[..., Iterator[np.ndarray]]
 
     def summary(self, config: Any) -> list[tuple[str, str]]:
         """What an architecture is, in words: lines of a table, such as ('heads x width', '12 x 64')."""

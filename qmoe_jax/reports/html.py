@@ -21,6 +21,7 @@ def html_report(report: Mapping[str, Any]) -> str:
         "Loss and size": _headline(report) + _comparison(report),
         "Layer by layer": _figures(report) + _layers(report),
         "Experts that fell back": _fallbacks(report),
+        "Left out": _left_out(report),
         "Time": _seconds(report),
         "Memory": _memory(report),
         "Settings": _settings(report.get("config", {})),
@@ -134,6 +135,12 @@ def _fallbacks(report) -> str:
     if not rows:
         return "<p>None: every expert was quantized by its own calibration tokens.</p>\n"
     return _table(("layer", "experts", "why"), rows, "text")
+
+
+def _left_out(report) -> str:
+    if not report.get("left_out"):
+        return "<p>Nothing: the compressed checkpoint has all that the checkpoint has.</p>\n"
+    return _table(("what", "tensors"), [[why, ", ".join(n)] for why, n in report["left_out"].items()], "text")
 
 
 def _seconds(report) -> str:

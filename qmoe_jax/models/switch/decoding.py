@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qmoe_jax.models.common import MASKED, as_tokens, check_ids, check_sampling, sample
@@ -53,6 +54,11 @@ def generate(
     tokens = as_tokens("encoder_input_tokens", encoder_input_tokens, vocab_size)
     settings = (max_length, tuple(prefix), tuple(stop), tuple(banned), float(temperature), float(top_p))
     return _generate(model, settings, params, tokens, key)
+
+
+def written(model: SwitchTransformer, params: Any, tokens: jax.Array, **options: Any) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, int32 [batch] each, when all are there."""
+    yield from np.asarray(generate(model, params, tokens, **options)).T
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
