@@ -285,7 +285,7 @@ class _Pass:
     def sums(self, layer: Layer, x: ListBuffer) -> ListBuffer:
         """Where experts' outputs are added up: x itself, or, where tokens have several choices, a buffer of its own.
 
-        Two choices are added to each other before they are to x: in whichever order they come, the sum is the same.
+        Choices are added to each other, by rising expert, before they are to x.
         """
         return x if layer.choices == 1 else self.buffer(layer.stream)
 
