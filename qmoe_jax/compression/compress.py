@@ -14,6 +14,7 @@ import numpy as np
 
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, CompressedWriter
+from qmoe_jax.compression.choosing import look
 from qmoe_jax.compression.progress import Progress, fingerprint
 from qmoe_jax.compression.report import compression_report
 from qmoe_jax.lock import locked_by_first
@@ -22,7 +23,10 @@ from qmoe_jax.processes import Processes
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
+from qmoe_jax.quantization.super_experts import super_experts
 from qmoe_jax.quantization.trials import trial_experts
+
+LOOKED_AT = 16  # documents: massive activations are made of nearly any text
 
 
 def compress_examples(
@@ -195,6 +199,12 @@ class _Run:
                 f"quantization.target_bits: {self.few} experts of each layer are tried by the first process, which "
                 f"would have {found}: take fewer processes."
             )
+        found: dict[str, list[int]] = {}
+        if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
+            with self.stages("super experts"):
+                peaks = look(self.checkpoint, self.calibration[:LOOKED_AT], self.memory, self.processes).peaks
+            for of in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
+                found.setdefault(of["layer"], []).append(of["expert"])
         quantizer = Quantizer(
             self.quantization,
             self.calibrates,
@@ -206,6 +216,7 @@ class _Run:
             self.control,
             own,
             self.processes,
+            found,
         )
         commits = None
         if progress is not None and writer is not None:
