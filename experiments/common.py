@@ -58,7 +58,7 @@ def default_config() -> config_dict.ConfigDict:
             validation=config_dict.placeholder(str),
             num_calibration=10_000,
             candidates=config_dict.placeholder(int),  # more documents, of which num_calibration are chosen
-            choose_by="tokens",  # so that all token ids are in them, or 'routing': so that all experts get tokens
+            choose_by="routers",  # so that all experts get tokens, by routers alone or by the whole model, 'routing'
             num_validation=128,
             max_length=568,  # tokens; longer documents are skipped
             append_eos=True,  # documents end with an end of sequence

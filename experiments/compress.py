@@ -166,7 +166,7 @@ def run(config, quantization, memory, model, documents, plan, output, save, proc
     )
     if report["experts_starved"]:
         reports.say(
-            f"{report['experts_starved']} experts had fewer than {quantization.min_tokens} tokens: tokens of their "
+            f"{report['experts_starved']} experts had fewer than {report['min_tokens']} tokens: tokens of their "
             "layers joined them (report.json names them)"
         )
     if report["super_experts"]:

@@ -89,7 +89,7 @@ def compress(
     num_calibration: int = 2_000,
     num_validation: int = 128,
     candidates: int | None = None,
-    choose_by: str = "tokens",
+    choose_by: str = "routers",
     target_bits: float | None = None,
     codec: str = "gap",
     memory: Settings | None = None,
@@ -104,7 +104,7 @@ def compress(
       calibration, validation: text files: a name, a pattern, or several (see `data.read_documents`).
       num_calibration, num_validation: documents that are taken from them.
       candidates: read so many, of which `num_calibration` are chosen; None: the first ones are taken.
-      choose_by: 'tokens' or 'routing', see `choosing.choose_examples`.
+      choose_by: 'routers' or 'routing', see `choosing.choose_examples`.
       target_bits: per expert weight, as stored; rate-distortion quantization then finds what gives them. None: the
         paper's recipe, or what `method` says.
       codec: how experts are stored.

@@ -77,6 +77,8 @@ def compress_examples(
       CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind, only what was
         committed.
     """
+    if quantization.calibration.min_tokens is None:
+        quantization = quantization.replace(min_tokens=checkpoint.family.min_tokens)
     if codec is not None and (problem := why_not_stored(quantization, codec)):
         if output is not None:
             raise ValueError(problem)

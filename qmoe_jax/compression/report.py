@@ -46,6 +46,7 @@ def compression_report(
         "experts_total": sum(len(a.tokens) for a in accounts.values()),
         "experts_quantized": sum(len(a.tokens) - len(a.fallback) for a in accounts.values()),
         "experts_fallback": sum(len(a.fallback) for a in accounts.values()),
+        "min_tokens": quantization.calibration.min_tokens,
         "experts_starved": sum(len(a.starved) for a in accounts.values()),
         "super_experts": super_experts({layer: a.peaks for layer, a in accounts.items()}),
         "layers": {layer: _layer(account) for layer, account in accounts.items()},

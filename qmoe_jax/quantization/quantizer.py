@@ -77,12 +77,13 @@ class Quantizer:
     ):
         self.settings, self.num_experts = settings, num_experts
         self.method, self.how = settings.rounding, settings.calibration
+        self.min_tokens = self.how.min_tokens or 0
         self.calibration, self.validation = calibration, validation
         self.codec, self.writer, self.stages = codec, writer, stages
         self.control = control
         self.own, self.processes = own or range(num_experts), processes or Processes()
         self.super_experts = super_experts or {}
-        sample = max(statistics.SAMPLE, self.how.min_tokens)
+        sample = max(statistics.SAMPLE, self.min_tokens)
         self.sample: Mapping[str, np.ndarray] = {
             stream: statistics.sample_rows(np.flatnonzero(mask), sample) for stream, mask in calibration.items()
         }
@@ -97,7 +98,7 @@ class Quantizer:
         overloaded: dict[int, int] = {}
         if self.method.calibrated:
             cap = math.ceil(self.how.token_cap * self.calibration[group.stream].sum() / self.num_experts)
-            cap = max(cap, self.how.min_tokens)
+            cap = max(cap, self.min_tokens)
             overloaded = {e: len(t) for e, t in enumerate(tokens, group.start) if len(t) > cap}
             tokens = [t[:cap] for t in tokens]
         quantized, peaks = self._quantize_group(group, tokens)
@@ -106,7 +107,7 @@ class Quantizer:
             error = self._output_error(group, replacement)
         with self.stages("encoding"):
             counts = dict(enumerate(map(len, tokens), group.start))
-            starved = {e: n for e, n in counts.items() if self.method.calibrated and n < self.how.min_tokens}
+            starved = {e: n for e, n in counts.items() if self.method.calibrated and n < self.min_tokens}
             largest = dict(zip(counts, peaks, strict=True)) if peaks else {}
             account = group_account(
                 quantized, counts, overloaded, starved, largest, error, self.codec, self.method.calibrated
@@ -173,7 +174,7 @@ class Quantizer:
             router_weighted=how.router_weighted,
             shrinkage=how.shrinkage,
             sample_starved=how.sample_starved,
-            min_tokens=how.min_tokens,
+            min_tokens=self.min_tokens,
         )
         importance, weight = {}, self._weight(group)
         with self.stages("hessians"):
