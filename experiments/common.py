@@ -30,7 +30,7 @@ from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
 from qmoe_jax.checkpoints.samples import digest, samples
-from qmoe_jax.compression import planning, rehearsal
+from qmoe_jax.compression import choosing, planning, rehearsal
 from qmoe_jax.compression.compress import check_uncompressed
 from qmoe_jax.compression.progress import fingerprint
 from qmoe_jax.models import families
@@ -71,6 +71,8 @@ def default_config() -> config_dict.ConfigDict:
             calibration=config_dict.placeholder(str),  # JSON lines or plain text; globs and comma lists too
             validation=config_dict.placeholder(str),
             num_calibration=10_000,
+            candidates=config_dict.placeholder(int),  # more documents, of which num_calibration are chosen
+            choose_by="routers",  # so that all experts get tokens, by routers alone or by the whole model, 'routing'
             num_validation=128,
             max_length=568,  # tokens; longer documents are skipped
             append_eos=True,  # documents end with an end of sequence
@@ -122,19 +124,29 @@ def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, A
     return checkpoint, vocabulary
 
 
-def examples(config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint, vocabulary: Any) -> Any:
-    """The 'calibration' or 'validation' documents, as the model's task has them."""
+def examples(
+    config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint, vocabulary: Any, number: int | None = None
+) -> Any:
+    """The 'calibration' or 'validation' documents, as the model's task has them; another number of them if given."""
     if config.data[f"num_{which}"] < 1:
         raise ValueError(f"config.data.num_{which}: found {config.data[f'num_{which}']}, expected at least 1.")
     return checkpoint.family.task.load(
         _given(config, which),
         vocabulary,
-        config.data[f"num_{which}"],
+        number or config.data[f"num_{which}"],
         max_length=config.data.max_length,
         seed=config.data.seed,
         append_eos=config.data.append_eos,
         window=config.data.window,
     )
+
+
+def chosen(
+    config: config_dict.ConfigDict, candidates: Sequence[Example], checkpoint: Checkpoint, memory: streaming.Settings
+) -> list[Example]:
+    """Of candidates, as many as the config says."""
+    data = config.data
+    return choosing.choose_examples(checkpoint, candidates, data.num_calibration, data.choose_by, memory)
 
 
 def without_folders(config: config_dict.ConfigDict) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def main(_):
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
     which = ("calibration", "validation") if quantization.calibrated else ("validation",)
-    documents = {name: common.examples(config, name, checkpoint, vocabulary) for name in which}
+    number = {"calibration": config.data.candidates, "validation": None}
+    documents = {name: common.examples(config, name, checkpoint, vocabulary, number[name]) for name in which}
     reports.say(
         f"{checkpoint.path}: {len(checkpoint.config.sparse_layers)} sparse layers of "
         f"{checkpoint.config.num_experts} experts"
@@ -104,6 +105,9 @@ def main(_):
             f"{config.data.max_length} tokens and {read.num_too_short} empty ones were skipped"
         )
     calibration, validation = documents.get("calibration"), documents["validation"]
+    if calibration is not None and config.data.candidates:
+        calibration = common.chosen(config, calibration, checkpoint, memory)
+        reports.say(f"calibration: {len(calibration)} of them chosen by {config.data.choose_by}")
 
     what_is_given = (checkpoint, calibration, validation, quantization, memory)
     identity = identity_of(*what_is_given, codec=config.codec.name, num_shards=config.codec.num_shards)
@@ -203,6 +207,13 @@ def compare_and_report(report, config, quantization, memory, model, validation, 
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "
         f"{report['experts_fallback']} fell back (report.json says why)"
     )
+    if report["experts_starved"]:
+        reports.say(
+            f"{report['experts_starved']} experts had fewer than {report['min_tokens']} tokens: tokens of their "
+            "layers joined them (report.json names them)"
+        )
+    if report["super_experts"]:
+        reports.say(f"largest outputs: {reports.super_experts(report['super_experts'])}")
     target, stored = report["target_bits"], report["bits_per_weight"] or report["entropy_per_weight"]
     if target is not None and abs(stored / target - 1) > 0.03:
         reports.say(

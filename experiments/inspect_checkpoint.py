@@ -68,6 +68,8 @@ def main(argv):
         ]
         header = ("layer", "codec", "weights", "bytes", "bits/weight", "density")
         reports.say("\n" + reports.table(header, rows))
+    if report["super_experts"]:
+        reports.say(f"\nlargest outputs: {reports.super_experts(report['super_experts'])}")
 
 
 if __name__ == "__main__":

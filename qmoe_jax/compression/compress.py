@@ -15,6 +15,7 @@ import numpy as np
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, CompressedWriter
 from qmoe_jax.checkpoints.samples import Samples, changed, digest, of_layers, samples
+from qmoe_jax.compression.choosing import look
 from qmoe_jax.compression.progress import OtherRunError, Progress, fingerprint
 from qmoe_jax.compression.report import compression_report
 from qmoe_jax.errors import CheckpointError
@@ -24,7 +25,10 @@ from qmoe_jax.processes import Processes
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
+from qmoe_jax.quantization.super_experts import super_experts
 from qmoe_jax.quantization.trials import trial_experts
+
+LOOKED_AT = 16  # documents: massive activations are made of nearly any text
 
 
 def compress_examples(
@@ -76,6 +80,8 @@ def compress_examples(
       CheckpointError: a weight can't be read, or is NaN or Inf, or the weights are replaced while the run reads them;
         then no checkpoint is left behind, only what was committed.
     """
+    if quantization.calibration.min_tokens is None:
+        quantization = quantization.replace(min_tokens=checkpoint.family.min_tokens)
     if codec is not None and (problem := why_not_stored(quantization, codec)):
         if output is not None:
             raise ValueError(problem)
@@ -235,6 +241,12 @@ class _Run:
                 f"quantization.target_bits: {self.few} experts of each layer are tried by the first process, which "
                 f"would have {found}: take fewer processes."
             )
+        found: dict[str, list[int]] = {}
+        if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
+            with self.stages("super experts"):
+                peaks = look(self.checkpoint, self.calibration[:LOOKED_AT], self.memory, self.processes).peaks
+            for of in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
+                found.setdefault(of["layer"], []).append(of["expert"])
         quantizer = Quantizer(
             self.quantization,
             self.calibrates,
@@ -246,6 +258,7 @@ class _Run:
             self.control,
             own,
             self.processes,
+            found,
         )
         commits = None
         if progress is not None and writer is not None:

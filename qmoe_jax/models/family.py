@@ -337,6 +337,7 @@ class Family(Protocol):
       task: what an example is.
       names: by layout of checkpoints, 't5x', 'huggingface' or 'ista': those in which its models can be kept.
       model_types: 'model_type' in the config.json of its models.
+      min_tokens: calibration tokens that an expert needs, where settings don't say; 0: any number will do.
       forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
       generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
         max_length].
@@ -354,6 +355,7 @@ class Family(Protocol):
     task: Task
     names: Mapping[str, Names]
     model_types: tuple[str, ...]
+    min_tokens: int
     forward: Callable[..., jax.Array]
     generate: Callable[..., jax.Array]
     written: Callable[..., Iterator[np.ndarray]]

@@ -49,6 +49,7 @@ class DecoderFamily:
     maxtext: Kept | None = None
 
     published_as: str = "huggingface"
+    min_tokens: int = 512  # Of many small experts some get few.
     UNTOLD: Mapping[str, str] = dataclasses.field(default_factory=dict)  # config.json tells all
     task: Task = NextToken()
     told: tuple[str, ...] = dataclasses.field(init=False)  # all that logits depend on

@@ -39,6 +39,7 @@ class Switch:
     task: Task = SpanCorruption()
     names: Mapping[str, Names] = {"t5x": T5X(), "huggingface": HuggingFace(), "ista": Published()}
     model_types: tuple[str, ...] = (MODEL_TYPE,)
+    min_tokens = 0  # as the paper
 
     infer = staticmethod(parameters.infer_config)
     param_shapes = staticmethod(parameters.param_shapes)
