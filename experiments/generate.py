@@ -21,12 +21,12 @@ from qmoe_jax.models.families import family_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Checkpoint of any layout.")
+CHECKPOINT = common.define_checkpoint("Checkpoint of any layout.")
 common.define_process_flags()
 PROMPT = flags.DEFINE_string(
     "prompt",
-    "def __init__(self, name, value): self.name = <extra_id_0> self.value = <extra_id_1>",
-    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing; or text to continue.",
+    None,
+    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing; or text to continue. Default: the config's.",
 )
 
 
@@ -53,13 +53,14 @@ def write(model, params, vocabulary, prompt: str, settings) -> str:
 def main(_):
     common.agree(common.start_processes(), CONFIG.value)
     config = CONFIG.value
-    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    checkpoint, vocabulary = common.open_model(common.checkpoint_path(CHECKPOINT, config), config)
     mesh = common.mesh(config, checkpoint)
     model = checkpoint.family.model(checkpoint.config, common.activation_dtype(config), mesh)
     params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
     started = time.perf_counter()
-    text = write(model, params, vocabulary, PROMPT.value, config.generation)
-    reports.say(f"prompt: {PROMPT.value}\n\ntext:   {text}\n\n{time.perf_counter() - started:.1f} s with compilation")
+    prompt = config.generation.prompt if PROMPT.value is None else PROMPT.value
+    text = write(model, params, vocabulary, prompt, config.generation)
+    reports.say(f"prompt: {prompt}\n\ntext:   {text}\n\n{time.perf_counter() - started:.1f} s with compilation")
 
 
 if __name__ == "__main__":
