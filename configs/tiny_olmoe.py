@@ -22,6 +22,6 @@ def get_config():
     config.data.calibration = str(EXPERIMENTS / "tiny_model/train.jsonl.gz")
     config.data.validation = str(EXPERIMENTS / "tiny_model/validation.jsonl.gz")
     config.data.window = 256
-    config.data.num_calibration = 800
+    config.data.num_calibration = 400
     config.data.num_validation = 300
     return config

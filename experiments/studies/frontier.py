@@ -3,7 +3,7 @@
     python experiments/studies/frontier.py --config=configs/tiny.py --output=results/frontier
     python experiments/studies/frontier.py --config=configs/tiny_olmoe.py --outside=hqq.json --output=results/frontier
 
-All compress the same checkpoint with the same documents. --outside takes what `studies/outside_hqq.py` wrote with the
+All compress the same checkpoint with the same documents. --outside takes what `studies/outside.py` wrote with the
 same config: it is drawn and listed beside them. OUT gets frontier.json, frontier.md and frontier.png.
 """
 
@@ -15,7 +15,8 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from qmoe_jax import files, reports
+from qmoe_jax import files, reports, streaming
+from qmoe_jax.checkpoints.in_memory import InMemoryCheckpoint
 from qmoe_jax.quantization.methods import TERNARY
 from qmoe_jax.reports.figures import plot_frontier
 
@@ -42,7 +43,7 @@ def read_outside(paths: list[str], bfloat16: dict) -> list[dict]:
             report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
             theirs, own = report["bfloat16"], report["points"]
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"--outside={path}: not written by studies/outside_*.py ({e!r}).") from e
+            raise ValueError(f"--outside={path}: not written by studies/outside.py ({e!r}).") from e
         for field in ("loss", "num_tokens"):
             if abs(theirs[field] - bfloat16[field]) > 1e-5:
                 raise ValueError(
@@ -113,11 +114,19 @@ def main(_):
             for p in points
         ],
     )
-    report = dict(bfloat16=bfloat16, points=points, comparison=comparison, config=common.without_folders(lab.config))
+    silent = without_experts(lab)
+    report = dict(
+        bfloat16=bfloat16,
+        without_experts=silent,
+        points=points,
+        comparison=comparison,
+        config=common.without_folders(lab.config),
+    )
     files.write_json(output / "frontier.json", report)
+    table += f"\n\nbfloat16: {bfloat16:.4f} nats per token; without experts: {silent:.4f}."
     files.write_text(output / "frontier.md", table + "\n")
     plot_frontier(report, output / "frontier.png")
-    reports.say(f"\n{table}\n\nbfloat16: {bfloat16:.4f} nats per token.")
+    reports.say(f"\n{table}")
     if best is not None:
         reports.say(
             f"Within the paper's {paper['bits_per_weight']:.3f} bits, at {best['bits_per_weight']:.3f}: "
@@ -125,6 +134,14 @@ def main(_):
         )
     if (ratio := comparison.get("bits_ratio_at_paper_loss")) is not None:
         reports.say(f"At the paper's loss: {ratio:.0%} of its bits (between the two points next to it).")
+
+
+def without_experts(lab: Laboratory) -> float:
+    """Loss of the model whose experts give nothing: what they are worth, and all that a method can lose."""
+    params = {name: lab.checkpoint.read(name) for name in lab.checkpoint.specs}
+    silent = {name: np.zeros_like(p) if lab.checkpoint.is_expert(name) else p for name, p in params.items()}
+    model = InMemoryCheckpoint(lab.checkpoint.config, silent)
+    return streaming.run(model, lab.validation, lab.memory, what="without experts").summary()["loss"]
 
 
 def bits_at(above: float, points: list[dict]) -> float | None:

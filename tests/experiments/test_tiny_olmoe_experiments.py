@@ -119,7 +119,7 @@ def test_frontier_takes_only_points_of_the_same_model(run, tmp_path):  # noqa: F
     outside = tmp_path / "outside.json"
     flags = (CONFIG, *FEW, f"--outside={outside}", f"--output={tmp_path / 'out'}")
     outside.write_text('{"points": []}')
-    assert_fails(run("studies/frontier", *flags), str(outside), "not written by")
+    assert_fails(run("studies/frontier", *flags), str(outside), "not written by studies/outside.py")
     outside.write_text('{"points": [], "bfloat16": {"loss": 1.0, "num_tokens": 1530}}')
     assert_fails(run("studies/frontier", *flags), str(outside), "another model")
     assert not (tmp_path / "out").exists()
@@ -127,14 +127,14 @@ def test_frontier_takes_only_points_of_the_same_model(run, tmp_path):  # noqa: F
 
 @pytest.mark.skipif(importlib.util.find_spec("hqq") is not None, reason="HQQ is installed")
 def test_hqq_is_named_where_it_is_missing(run, tmp_path):  # noqa: F811
-    assert_fails(run("studies/outside_hqq", f"--output={tmp_path / 'out.json'}"), "pip install hqq")
+    assert_fails(run("studies/outside", f"--output={tmp_path / 'out.json'}"), "pip install hqq")
     assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="HQQ isn't installed")
 def test_hqq(succeed, tmp_path):
     output = tmp_path / "hqq.json"
-    succeed("studies/outside_hqq", CONFIG, *FEW, "--bits=2,4", "--group_sizes=64", f"--output={output}")
+    succeed("studies/outside", CONFIG, *FEW, "--bits=2,4", "--group_sizes=64", f"--output={output}")
     two, four = json.loads(output.read_text())["points"]
     assert (two["bits_per_weight"], four["bits_per_weight"]) == (
         2.5,
