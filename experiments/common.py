@@ -47,6 +47,7 @@ flags.disclaim_key_flags()  # What is defined here is listed by --help of the ex
 OWN_TO_A_HOST = {
     "data": ("vocabulary", "calibration", "validation"),
     "memory": ("weights_bytes", "scratch", "activations"),
+    "model": ("checkpoint",),
 }
 PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
 GRACE = 10.0  # seconds for the main thread to say itself that another process is lost, and what is committed
@@ -80,6 +81,7 @@ def default_config() -> config_dict.ConfigDict:
             seed=0,
         ),
         model=dict(
+            checkpoint=config_dict.placeholder(str),  # unless --checkpoint says another
             preset="",  # published size to check the checkpoint against, such as switch_base_128; MaxText's may need it
             dtype="float32",  # of activations
             # What checkpoints may not tell, such as top_k.
@@ -102,7 +104,13 @@ def default_config() -> config_dict.ConfigDict:
             activations=config_dict.placeholder(str),  # folder for the activations of all tokens; None: in memory
             commit_share=0.03,  # of the time, at most, for committing layers; 1: each layer is committed
         ),
-        generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
+        generation=dict(
+            prompt="def __init__(self, name, value):",  # unless --prompt says another
+            max_length=64,
+            temperature=0.0,
+            top_p=1.0,
+            seed=0,
+        ),
     )
 
 
@@ -110,6 +118,19 @@ def untold(config: config_dict.ConfigDict) -> dict[str, Any]:
     """Fields of the architecture that checkpoints may not tell, and the config gives."""
     given = {field: config.model[field] for field in families.untold()}
     return {field: value for field, value in given.items() if value is not None}
+
+
+def define_checkpoint(help_text: str) -> flags.FlagHolder:
+    """The flag --checkpoint, for `checkpoint_path`."""
+    return flags.DEFINE_string("checkpoint", None, f"{help_text} Default: the config's.")
+
+
+def checkpoint_path(flag: flags.FlagHolder, config: config_dict.ConfigDict) -> str:
+    """What --checkpoint says, or else the config. Raises ValueError if neither does."""
+    path = flag.value or config.model.checkpoint
+    if not path:
+        raise ValueError("No checkpoint is given: give --checkpoint=DIR.")
+    return path
 
 
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Any]:
@@ -154,6 +175,7 @@ def without_folders(config: config_dict.ConfigDict) -> dict[str, Any]:
     fields = config.to_dict()
     files = ("vocabulary", "calibration", "validation")
     fields["data"] |= {f: re.sub(r"[^,]*/", "", fields["data"][f] or "") or None for f in files}
+    fields["model"]["checkpoint"] = pathlib.Path(fields["model"]["checkpoint"] or "").name or None
     return fields
 
 

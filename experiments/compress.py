@@ -37,7 +37,7 @@ from qmoe_jax.reports.html import html_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Uncompressed checkpoint.")
+CHECKPOINT = common.define_checkpoint("Uncompressed checkpoint.")
 common.define_process_flags()
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output, finished or not.")
@@ -53,7 +53,7 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
     if config.model.preset and not flags.FLAGS["checkpoint"].present:
         plan = common.plan_of_preset(config, quantization, memory, codec)
     else:
-        checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+        checkpoint, vocabulary = common.open_model(common.checkpoint_path(CHECKPOINT, config), config)
         streamed, num_calibration = common.streamed_examples(config, quantization, checkpoint, vocabulary)
         plan = common.plan(checkpoint, streamed, num_calibration, quantization, memory, codec)
         plan["expected_seconds"] = common.expected_seconds(
@@ -81,14 +81,15 @@ def main(_):
         return
 
     # --- Input -------------------------------------------------------------------------------------------------------
-    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    path = common.checkpoint_path(CHECKPOINT, config)
+    checkpoint, vocabulary = common.open_model(path, config)
     shards, experts = config.codec.num_shards, checkpoint.config.num_experts
     if shards is not None and not 1 <= shards <= experts:
         raise ValueError(f"config.codec.num_shards: found {shards}, expected 1 to {experts}, the number of experts.")
     unfinished = save and is_unfinished(OUTPUT.value)
     earlier = None if OVERWRITE.value or unfinished else finished_report(OUTPUT.value, save)
     replaces = OVERWRITE.value or unfinished or earlier is not None
-    output = common.prepare_output(OUTPUT.value, replaces, CHECKPOINT.value)
+    output = common.prepare_output(OUTPUT.value, replaces, path)
     memory = memory._replace(scratch=memory.scratch or str(output.parent))
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")

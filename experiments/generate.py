@@ -25,12 +25,13 @@ from qmoe_jax.models.families import family_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Checkpoint of any layout.")
+CHECKPOINT = common.define_checkpoint("Checkpoint of any layout.")
 common.define_process_flags()
 PROMPT = flags.DEFINE_multi_string(
     "prompt",
-    ["def __init__(self, name, value): self.name = <extra_id_0> self.value = <extra_id_1>"],
-    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing, or text to continue; one or several.",
+    None,
+    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing, or text to continue; one or several. Default: the "
+    "config's.",
 )
 
 
@@ -58,12 +59,12 @@ def main(_):
     processes = common.start_processes()
     common.agree(processes, CONFIG.value, prompt=PROMPT.value)
     config = CONFIG.value
-    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    checkpoint, vocabulary = common.open_model(common.checkpoint_path(CHECKPOINT, config), config)
     common.agree_on_model(processes, checkpoint)
     mesh = common.mesh(config, checkpoint)
     model = checkpoint.family.model(checkpoint.config, common.activation_dtype(config), mesh)
     params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
-    for prompt in PROMPT.value:
+    for prompt in PROMPT.value or [config.generation.prompt]:
         started = time.perf_counter()
         text = pieces(model, params, vocabulary, prompt, config.generation)
         reports.say(f"prompt: {prompt}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 BLUE, RED = "#4878a8", "#c44e52"
 MOST_POINTS_AS_VECTORS = 2_000
+LEAST_LOSS = 1e-3  # nats, of a logarithmic axis
 
 
 def plot_compression(report: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -168,18 +170,26 @@ def plot_losses(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
 
 
 def plot_frontier(report: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Loss against stored bits per weight of a frontier report, a line for what was swept; bfloat16 is a level."""
+    """What compression costs against stored bits per weight, of a frontier report; a line for what was swept.
+
+    The cost is on a logarithmic scale; what is less than .001 nats, or a gain, is drawn there.
+    """
     fig, ax = _axes(figsize=(7, 4.4))
-    for name, marker in zip(dict.fromkeys(p["name"] for p in report["points"]), "*sDo", strict=False):
-        points = [p for p in report["points"] if p["name"] == name]
-        x, y = ([p[key] for p in points] for key in ("bits_per_weight", "loss"))
+    for name, marker in zip(dict.fromkeys(p["name"] for p in report["points"]), itertools.cycle("*sDo^vPX")):
+        points = sorted((p for p in report["points"] if p["name"] == name), key=lambda p: p["bits_per_weight"])
+        x, y = [p["bits_per_weight"] for p in points], [max(p["above_bfloat16"], LEAST_LOSS) for p in points]
         ax.plot(x, y, marker=marker, markersize=13 if marker == "*" else 6, label=name)
-    ax.axhline(report["bfloat16"], color="black", linewidth=0.8, linestyle="--", label="bfloat16 (16 bits)")
-    ax.set(xlabel="stored bits per expert weight, metadata included", ylabel="validation loss, nats per token")
+    ax.set(
+        xlabel="stored bits per expert weight, metadata included",
+        ylabel=f"validation loss above bfloat16's {report['bfloat16']:.3f}, nats per token",
+        yscale="log",
+    )
     ax.set_xlim(left=0)
-    ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=130)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
+    fig.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def plot_bars(
