@@ -485,6 +485,7 @@ def start_processes() -> Processes:
 def _lost(what: str) -> None:
     """Ends this process where the main thread isn't told by JAX, or can't be while it computes."""
     time.sleep(GRACE)
+    print(file=sys.stderr)  # A progress bar may stand there.
     _leave(_line(LOST.format(what), None))
 
 

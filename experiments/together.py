@@ -88,6 +88,8 @@ def _receive(address: str, port: int, count: int, patience: float) -> dict[int, 
                 met[i] = peer
             else:
                 late.append(peer)
+    if problem is None and (gone := [peer.name for peer in met.values() if peer.ended()]):
+        problem = f"{gone[0]} has ended while it waited for others"
     for peer in (*met.values(), *late):
         with contextlib.suppress(OSError):
             peer.send({"problem": problem} if problem else {"go": True, "name": _myself(0)})
@@ -104,7 +106,7 @@ def _join(address: str, host: str, port: int, count: int, index: int, patience: 
         try:
             peer = Peer(socket.create_connection((host, port), timeout=min(10, left)))
             peer.send(hello)
-            answer = peer.receive(left)
+            answer = peer.receive(patience + min(5, patience))  # As long as process 0 waits for others, and a little.
         except OSError as e:
             why = str(e)
             time.sleep(min(0.2, left))
@@ -158,6 +160,16 @@ class Peer:
         except ValueError:
             return None
         return value if isinstance(value, dict) else None
+
+    def ended(self) -> bool:
+        """Whether the other side has closed the connection; what it sent stays to be received."""
+        self.socket.settimeout(None)
+        try:
+            return self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def pending(self) -> bool:
         return b"\n" in self._rest
@@ -224,6 +236,10 @@ class Companions:
             silent = [p for p in self.peers.values() if not p.gone and now - p.heard > silence]
             if silent and not what:
                 what = f"{silent[0].name} has been silent for {silence:g} s"
+                with contextlib.suppress(OSError):
+                    silent[0].send(
+                        {"lost": f"{_myself(self.index)} gave this one up, as it was silent for {silence:g} s"}
+                    )
             if what and not self._left.is_set():
                 self.lost = what
                 self._tell({"lost": what})  # Process 0 tells the others, who don't know each other.

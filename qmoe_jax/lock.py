@@ -57,7 +57,8 @@ def locked(output: str | os.PathLike, create: bool = True) -> Iterator[None]:
         yield
     finally:
         del _held[folder]
-        (folder / LOCK).unlink(missing_ok=True)  # While it is held, so that nobody waits for a file that is gone.
+        with contextlib.suppress(OSError):  # A disk that is read-only by now has told of it already.
+            (folder / LOCK).unlink(missing_ok=True)  # While it is held, so that nobody waits for a file that is gone.
         file.close()
         for empty in made:  # What was made for the lock alone.
             with contextlib.suppress(OSError):

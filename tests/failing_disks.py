@@ -1,10 +1,11 @@
 """Compresses the tiny model on a file system of its own that fails after the first commit, and again when it works.
 
-    unshare --mount python tests/failing_disks.py FOLDER
+    unshare --mount setpriv --bounding-set=-dac_override,-dac_read_search python tests/failing_disks.py FOLDER
 
-FOLDER has model/, spm.model, calibration.jsonl and validation.jsonl (`tiny_model.make`); all is done in a tmpfs on /mnt
-that only this process sees. Prints JSON: for each failure its message, what the output held then, and whether the run
-that went on ended in the bytes of one that nothing happened to.
+FOLDER has model/, spm.model, calibration.jsonl and validation.jsonl (`tiny_model.make`). The file system is ext4 in a
+file, mounted on /mnt, which only this process sees. It is root, so as to mount, but may not write where permissions
+forbid it. Prints JSON: for each failure its message, what the output held then, and whether the run that went on ended
+in the bytes of one that nothing happened to.
 """
 
 import json
@@ -22,16 +23,16 @@ import killed_runs
 from qmoe_jax.compression import progress
 from qmoe_jax.errors import CheckpointError
 
-MOUNT, NOBODY = pathlib.Path("/mnt"), 65534
+MOUNT = pathlib.Path("/mnt")
 OUTPUT = MOUNT / "out"
 
 
-def mount(options: str) -> None:
-    """As root, which it is but for its effective user."""
-    user = os.geteuid()
-    os.seteuid(0)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(MOUNT)], check=True)
-    os.seteuid(user)
+def run_command(*command) -> None:
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+
+
+def mount(image: pathlib.Path) -> None:
+    run_command("mount", "-o", "loop", image, MOUNT)
 
 
 def full_disk():
@@ -49,26 +50,18 @@ def free_disk():
 
 
 def read_only():
-    mount("remount,ro")
-
-
-def writable():
-    mount("remount,rw")
-
-
-def _allow(mode: int) -> None:
-    os.seteuid(0)
-    for folder in (OUTPUT, OUTPUT / "layers", OUTPUT / "progress"):
-        folder.chmod(mode)
-    os.seteuid(NOBODY)
+    """As the system does where a disk has errors; what isn't on disk by then is lost."""
+    run_command("mount", "-o", "remount,abort", MOUNT)
 
 
 def permission_lost():
-    _allow(0o555)
+    for folder in (OUTPUT, OUTPUT / "layers", OUTPUT / "progress"):
+        folder.chmod(0o555)
 
 
 def permission_given():
-    _allow(0o755)
+    for folder in (OUTPUT, OUTPUT / "layers", OUTPUT / "progress"):
+        folder.chmod(0o755)
 
 
 def clock_set_back():
@@ -79,15 +72,7 @@ def clock_set_back():
     raise OSError("stopped, and the clock set back")
 
 
-FAILURES = {
-    "full disk": (full_disk, free_disk),
-    "read-only": (read_only, writable),
-    "permission": (permission_lost, permission_given),
-    "clock": (clock_set_back, lambda: None),
-}
-
-
-def fails(cause) -> str:
+def fails(folder: pathlib.Path, cause) -> str:
     """The message of a run to which that happens after its first commit."""
     commit = progress.Progress.commit
 
@@ -98,9 +83,9 @@ def fails(cause) -> str:
 
     progress.Progress.commit = then
     try:
-        killed_runs.run(MOUNT, OUTPUT)
+        killed_runs.run(folder, OUTPUT)
     except (OSError, CheckpointError) as e:
-        return "; ".join([str(e), *e.__notes__])
+        return "; ".join([str(e), *getattr(e, "__notes__", ["no note"])])
     return ""
 
 
@@ -109,20 +94,32 @@ def files() -> dict[str, bytes]:
 
 
 def main(folder: pathlib.Path) -> None:
-    mount("size=16m,mode=755")
-    shutil.copytree(folder, MOUNT, dirs_exist_ok=True)
-    for path in (MOUNT, *MOUNT.rglob("*")):
-        shutil.chown(path, NOBODY)
-    os.seteuid(NOBODY)  # Nothing is forbidden to root.
-    killed_runs.run(MOUNT, OUTPUT)
+    image = folder / "disk"
+    with image.open("wb") as f:
+        f.truncate(16 << 20)
+    run_command("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", image)
+    mount(image)
+
+    def mount_again():
+        run_command("umount", MOUNT)
+        mount(image)
+
+    failures = {
+        "full disk": (full_disk, free_disk),
+        "read-only": (read_only, mount_again),
+        "permission": (permission_lost, permission_given),
+        "clock": (clock_set_back, lambda: None),
+    }
+    killed_runs.run(folder, OUTPUT)
     whole, found = files(), {}
-    for name, (cause, cure) in FAILURES.items():
+    for name, (cause, cure) in failures.items():
         shutil.rmtree(OUTPUT)
-        message = fails(cause)
+        message = fails(folder, cause)
         held = sorted(p.name for p in OUTPUT.iterdir())
         cure()
-        killed_runs.run(MOUNT, OUTPUT)
+        killed_runs.run(folder, OUTPUT)
         found[name] = {"message": message, "held": held, "same": files() == whole}
+    run_command("umount", MOUNT)
     print(json.dumps(found))
 
 

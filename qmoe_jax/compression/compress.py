@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -190,7 +191,8 @@ def _committed(
                 )
             else:
                 e.add_note(f"{output}: no sparse layer is committed yet")
-                progress.remove()
+                with contextlib.suppress(OSError):  # It needn't be what went wrong.
+                    progress.remove()
         raise
 
 

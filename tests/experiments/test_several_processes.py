@@ -66,7 +66,7 @@ def alone(arguments, monkeypatch):
 
 
 @pytest.fixture
-def together(arguments, tmp_path):
+def together(arguments):
     """together(output, flags of the first, flags of the second) -> two processes with four devices each."""
 
     def start(output, *own):
@@ -76,8 +76,7 @@ def together(arguments, tmp_path):
             argv += [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={i}"]
             return ["-c", f"import sys; sys.argv = {argv!r}\n" + CODE]
 
-        cache = str(tmp_path / "cache")  # Both runs compile the same.
-        return distributed.start(2, command, devices=4, JAX_COMPILATION_CACHE_DIR=cache)
+        return distributed.start(2, command, devices=4)
 
     return start
 
@@ -142,7 +141,8 @@ def test_a_process_that_is_stopped_is_given_up_after_the_stated_time_and_ends_wh
     assert processes[0].returncode == 1 and re.search(r"process 1 \(.*\) has been silent for 4 s", lines(first))
     processes[1].send_signal(signal.SIGCONT)
     second = processes[1].communicate(timeout=120)[0]
-    assert processes[1].returncode == 1 and "process 0" in lines(second)
+    assert processes[1].returncode == 1
+    assert re.search(r"process 0 \(.*\) (gave this one up, as it was silent for 4 s|has ended)", lines(second))
 
 
 def test_two_processes_write_the_checkpoint_of_one_and_it_survives_a_kill(alone, together, tmp_path):

@@ -76,6 +76,24 @@ def test_those_who_do_not_come_are_named_after_the_stated_time():
     assert "process 1 has not been let in by process 0" in str(alone) and "within 0.3 s" in str(alone)
 
 
+def test_one_that_went_away_while_it_waited_is_named():
+    address = distributed.free_address()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(together.meet, address, 3, 0, LONG)
+        while True:
+            try:
+                connection = socket.create_connection(("localhost", int(address.rpartition(":")[2])))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        together.Peer(connection).send({"index": 1, "count": 3, "pid": 77, "host": "there"})
+        connection.close()
+        third = pool.submit(together.meet, address, 3, 2, LONG)
+        for each in (first, third):
+            with pytest.raises(together.MeetingError, match=r"process 1 \(pid 77 on there\) has ended while it waited"):
+                each.result(timeout=LONG)
+
+
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None], ids=["http", "closes", "silent"])
 def test_something_else_that_listens_there_is_not_taken_for_process_0(answer):
     with socket.create_server(("localhost", 0)) as other:
