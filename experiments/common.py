@@ -407,6 +407,13 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
             if jax.distributed.is_initialized():
                 _leave(f"error: {e}")
             sys.exit(f"error: {e}")
+        except (MemoryError, jax.errors.JaxRuntimeError) as e:
+            if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            message = f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'no room for an array'})"
+            if jax.distributed.is_initialized():
+                _leave(message)
+            sys.exit(message)
         except KeyboardInterrupt:
             if jax.distributed.is_initialized():
                 _leave("interrupted")

@@ -16,6 +16,7 @@ from absl import app, flags
 import common
 import qmoe_jax
 from qmoe_jax import reports
+from qmoe_jax.models.common import check_length
 from qmoe_jax.models.expert_parallel import place_param
 from qmoe_jax.models.families import family_of
 
@@ -50,7 +51,18 @@ def write(model, params, vocabulary, prompt: str, settings) -> str:
     return task.completed(vocabulary, tokens, np.asarray(written)[0])
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises ValueError for bytes of the command line that are no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        byte = ord(prompt[e.start]) & 0xFF
+        raise ValueError(f"--prompt: not UTF-8 (byte {byte:#04x} at character {e.start}).") from e
+
+
 def main(_):
+    check_prompt(PROMPT.value)
+    check_length("config.generation.max_length", CONFIG.value.generation.max_length)
     common.agree(common.start_processes(), CONFIG.value)
     config = CONFIG.value
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
