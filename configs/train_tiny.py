@@ -18,6 +18,7 @@ MODEL = pathlib.Path(__file__).resolve().parents[1] / "experiments/tiny_model"
 
 def get_config() -> config_dict.ConfigDict:
     return config_dict.create(
+        family="switch",
         seed=0,
         data=dict(
             vocabulary=str(MODEL / "spm.model"),
@@ -37,6 +38,7 @@ def get_config() -> config_dict.ConfigDict:
         train=dict(
             steps=3_000,
             tokens_per_batch=5_120,  # padding included
+            optimizer="adafactor",
             learning_rate=0.02,  # relative to a parameter's scale
             warmup_steps=100,
             expert_output_scale=2.5,

@@ -4,12 +4,16 @@ a command line starts and ends.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import pathlib
 import platform
 import re
 import shutil
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,15 +24,19 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
+import interrupts
+import together
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
-from qmoe_jax.compression import planning, rehearsal
+from qmoe_jax.checkpoints.samples import digest, samples
+from qmoe_jax.compression import choosing, planning, rehearsal
 from qmoe_jax.compression.compress import check_uncompressed
+from qmoe_jax.compression.progress import fingerprint
 from qmoe_jax.models import families
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
 from qmoe_jax.models.family import Example
-from qmoe_jax.processes import Processes
+from qmoe_jax.processes import Processes, ProcessLost
 from qmoe_jax.quantization import settings as quantization_fields
 from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.version import __version__
@@ -39,8 +47,15 @@ flags.disclaim_key_flags()  # What is defined here is listed by --help of the ex
 OWN_TO_A_HOST = {
     "data": ("vocabulary", "calibration", "validation"),
     "memory": ("weights_bytes", "scratch", "activations"),
+    "model": ("checkpoint",),
 }
 PROBED_EXPERTS, PROBED_TOKENS = 4, 4_096
+GRACE = 10.0  # seconds for the main thread to say itself that another process is lost, and what is committed
+LOST = (
+    "Another process of this run has ended, or can't be reached: {}; its own message says why. What was committed is "
+    "kept: run the same command again, with as many processes as you like."
+)
+_companions: together.Companions | None = None
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -57,6 +72,8 @@ def default_config() -> config_dict.ConfigDict:
             calibration=config_dict.placeholder(str),  # JSON lines or plain text; globs and comma lists too
             validation=config_dict.placeholder(str),
             num_calibration=10_000,
+            candidates=config_dict.placeholder(int),  # more documents, of which num_calibration are chosen
+            choose_by="routers",  # so that all experts get tokens, by routers alone or by the whole model, 'routing'
             num_validation=128,
             max_length=568,  # tokens; longer documents are skipped
             append_eos=True,  # documents end with an end of sequence
@@ -64,7 +81,8 @@ def default_config() -> config_dict.ConfigDict:
             seed=0,
         ),
         model=dict(
-            preset="",  # published size to check the checkpoint against, such as switch_base_128
+            checkpoint=config_dict.placeholder(str),  # unless --checkpoint says another
+            preset="",  # published size to check the checkpoint against, such as switch_base_128; MaxText's may need it
             dtype="float32",  # of activations
             # What checkpoints may not tell, such as top_k.
             **{field: config_dict.placeholder(kind) for field, (kind, _) in families.untold().items()},
@@ -86,7 +104,13 @@ def default_config() -> config_dict.ConfigDict:
             activations=config_dict.placeholder(str),  # folder for the activations of all tokens; None: in memory
             commit_share=0.03,  # of the time, at most, for committing layers; 1: each layer is committed
         ),
-        generation=dict(max_length=64, temperature=0.0, top_p=1.0, seed=0),
+        generation=dict(
+            prompt="def __init__(self, name, value):",  # unless --prompt says another
+            max_length=64,
+            temperature=0.0,
+            top_p=1.0,
+            seed=0,
+        ),
     )
 
 
@@ -96,9 +120,24 @@ def untold(config: config_dict.ConfigDict) -> dict[str, Any]:
     return {field: value for field, value in given.items() if value is not None}
 
 
+def define_checkpoint(help_text: str) -> flags.FlagHolder:
+    """The flag --checkpoint, for `checkpoint_path`."""
+    return flags.DEFINE_string("checkpoint", None, f"{help_text} Default: the config's.")
+
+
+def checkpoint_path(flag: flags.FlagHolder, config: config_dict.ConfigDict) -> str:
+    """What --checkpoint says, or else the config. Raises ValueError if neither does."""
+    path = flag.value or config.model.checkpoint
+    if not path:
+        raise ValueError("No checkpoint is given: give --checkpoint=DIR.")
+    return path
+
+
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Any]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
-    checkpoint = open_checkpoint(path, **untold(config))
+    checkpoint = open_checkpoint(path, preset=config.model.preset or None, **untold(config))
+    for why, names in checkpoint.provenance.get("left_out", {}).items():
+        reports.say(f"{path}: left out: {why}: {', '.join(names)}")
     if config.model.preset:
         families.check_preset(checkpoint.config, config.model.preset)
     vocabulary = checkpoint.family.task.vocabulary(_given(config, "vocabulary"))
@@ -106,14 +145,16 @@ def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, A
     return checkpoint, vocabulary
 
 
-def examples(config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint, vocabulary: Any) -> Any:
-    """The 'calibration' or 'validation' documents, as the model's task has them."""
+def examples(
+    config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint, vocabulary: Any, number: int | None = None
+) -> Any:
+    """The 'calibration' or 'validation' documents, as the model's task has them; another number of them if given."""
     if config.data[f"num_{which}"] < 1:
         raise ValueError(f"config.data.num_{which}: found {config.data[f'num_{which}']}, expected at least 1.")
     return checkpoint.family.task.load(
         _given(config, which),
         vocabulary,
-        config.data[f"num_{which}"],
+        number or config.data[f"num_{which}"],
         max_length=config.data.max_length,
         seed=config.data.seed,
         append_eos=config.data.append_eos,
@@ -121,11 +162,20 @@ def examples(config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint,
     )
 
 
+def chosen(
+    config: config_dict.ConfigDict, candidates: Sequence[Example], checkpoint: Checkpoint, memory: streaming.Settings
+) -> list[Example]:
+    """Of candidates, as many as the config says."""
+    data = config.data
+    return choosing.choose_examples(checkpoint, candidates, data.num_calibration, data.choose_by, memory)
+
+
 def without_folders(config: config_dict.ConfigDict) -> dict[str, Any]:
     """The config as JSON values, its files by name only: for reports that others are to read."""
     fields = config.to_dict()
     files = ("vocabulary", "calibration", "validation")
     fields["data"] |= {f: re.sub(r"[^,]*/", "", fields["data"][f] or "") or None for f in files}
+    fields["model"]["checkpoint"] = pathlib.Path(fields["model"]["checkpoint"] or "").name or None
     return fields
 
 
@@ -290,6 +340,18 @@ def agree(processes: Processes, config: config_dict.ConfigDict, **flag_values: A
     processes.agree(said | {"version of qmoe_jax": __version__, "version of jax": jax.__version__})
 
 
+def agree_on_model(processes: Processes, checkpoint: Checkpoint, documents: Sequence[Example] = ()) -> None:
+    """Sees to it that all processes have read the same model and documents, wherever those lie.
+
+    Raises ValueError that names what differs.
+    """
+    if processes.count > 1:
+        told = fingerprint(checkpoint, (), documents, {})
+        manifest = getattr(checkpoint, "manifest", None)  # It has the checksums of all weights.
+        told["weights"] = manifest["sha256"] if manifest else digest(samples(checkpoint))
+        processes.agree(told)
+
+
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in fields.items():
@@ -316,6 +378,26 @@ def prepare_output(path: str, overwrite: bool, *inputs: str) -> pathlib.Path:
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(f"--output={path} exists and is not empty. Choose another, or give --overwrite.")
     return output
+
+
+def check_file(path: str | None, flag: str) -> None:
+    """Raises OSError where a file that a command writes at its end, if it is asked for, can't be written.
+
+    Args:
+      path: None: it isn't asked for.
+      flag: that names it, for the message.
+    """
+    if path is None:
+        return
+    file = pathlib.Path(path).absolute()
+    if file.is_dir():
+        raise IsADirectoryError(f"--{flag}={path} is a directory, expected a file.")
+    there = next(p for p in file.parents if p.exists() or p.is_symlink())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as e:
+        raise OSError(f"--{flag}={path} can't be written: {there}: {os.strerror(e.errno or 0)}.") from e
 
 
 def environment() -> dict[str, Any]:
@@ -361,64 +443,112 @@ def define_process_flags() -> None:
     )
     flags.DEFINE_integer("num_processes", None, "How many processes there are.")
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.")
+    flags.DEFINE_float("start_timeout", together.PATIENCE, "Seconds in which all processes have to come.")
+    flags.DEFINE_float(
+        "silence_timeout", together.SILENCE, "Seconds without a sign of life after which a process is given up."
+    )
 
 
 def start_processes() -> Processes:
     """Joins the other processes of the run, if the flags tell of any. Only the first one prints what it does.
 
     Call it before anything else that uses a device.
+
+    Raises ValueError or OSError where the processes don't find each other, or don't fit together; see `together`. Those
+    of a cluster ('auto') are as JAX finds them.
     """
+    global _companions
     values: dict[str, Any] = {
         name: flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")
     }
     if values["coordinator_address"] != "auto" and len({v is None for v in values.values()}) > 1:
         lacking = ", ".join(f"--{name}" for name, value in values.items() if value is None)
         raise ValueError(f"{lacking}: not given. Several processes need all three of --{', --'.join(values)}.")
+    if values["coordinator_address"] is not None:
+        jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM for itself.
     if values["coordinator_address"] == "auto":
         jax.distributed.initialize()
     elif values["coordinator_address"] is not None:
-        jax.distributed.initialize(**values)
+        silence = flags.FLAGS["silence_timeout"].value
+        _companions = together.meet(*values.values(), patience=flags.FLAGS["start_timeout"].value)
+        if values["process_id"]:
+            values["coordinator_address"] = together.relay(values["coordinator_address"])
+        # JAX's own limit is further, as it ends in an abort.
+        jax.distributed.initialize(**values, heartbeat_timeout_seconds=int(10 * silence + 100))
+        _companions.watch(_lost, silence)
     processes = Processes()
     if not processes.first:
         sys.stdout = open(os.devnull, "w")
     return processes
 
 
-def _leave(message: str) -> None:
-    """Ends this process of several at once: leaving in order would wait for the others, who wait for this one."""
-    print(f"process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+def _lost(what: str) -> None:
+    """Ends this process where the main thread isn't told by JAX, or can't be while it computes."""
+    time.sleep(GRACE)
+    _leave(_line(LOST.format(what), None))
+
+
+def _leave(message: str, code: int = 1) -> None:
+    """Ends this process: one of several at once, as leaving in order would wait for the others, who wait for it."""
+    together = jax.distributed.is_initialized()
+    print(f"process {jax.process_index()}: {message}" if together else message, file=sys.stderr, flush=True)
+    if together:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _line(message: str, error: BaseException | None) -> str:
+    """With what was noted on the way: what is committed."""
+    if isinstance(error, ProcessLost) and _companions and (lost := _companions.what_was_lost(2)):
+        message = LOST.format(lost)
+    notes = getattr(error, "__notes__", [])
+    return "; ".join([f"error: {message.rstrip('.') if notes else message}", *notes])
+
+
+def _keep_programs() -> None:
+    """The next run takes the programs that this one compiles, from the user's cache (XDG_CACHE_HOME or ~/.cache).
+
+    JAX's own variables go before: JAX_COMPILATION_CACHE_DIR for another place, JAX_ENABLE_COMPILATION_CACHE=false.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    with contextlib.suppress(OSError):  # Where there is no such folder, each run compiles for itself.
+        processor = pathlib.Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
+        kind = hashlib.sha256(processor.encode()).hexdigest()[:8]
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "qmoe_jax")
+        programs = cache / f"programs_{kind}"  # A home may be shared by hosts whose processors differ.
+        programs.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(programs))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Turns what a user can mend (bad input, no space, no permission), and Ctrl-C, into one line and exit 1.
+    """Turns what a user can mend (bad input, no space, no permission), Ctrl-C and SIGTERM into one line.
 
-    The line goes to standard error. With --verbosity=1 the traceback is shown instead.
+    Exit code 1, 130 and 143. The line goes to standard error, with what is committed. With --verbosity=1 the traceback
+    is shown instead.
     """
 
     def run(argv):
+        interrupts.raise_them()
+        resources.keep_one_heap()
+        _keep_programs()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it does, and traces of what it raises.
         try:
             main(argv)
+            if _companions is not None:
+                Processes().wait()  # None leaves while another one may still need it.
+                _companions.farewell()
         except (ValueError, OSError) as e:
             if logging.get_verbosity() >= logging.DEBUG:
                 raise
-            if jax.distributed.is_initialized():
-                _leave(f"error: {e}")
-            sys.exit(f"error: {e}")
-        except (MemoryError, jax.errors.JaxRuntimeError) as e:
-            if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            message = f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'no room for an array'})"
-            if jax.distributed.is_initialized():
-                _leave(message)
-            sys.exit(message)
-        except KeyboardInterrupt:
-            if jax.distributed.is_initialized():
-                _leave("interrupted")
-            sys.exit("error: interrupted")
-        except Exception:
+            _leave(_line(str(e), e))
+        except KeyboardInterrupt as e:
+            _leave(_line(interrupts.message(e), e), interrupts.exit_code(e))
+        except Exception as e:
+            if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+                _leave(_line(f"out of memory ({(str(e) or 'no room for an array').splitlines()[0]})", e))
             if jax.distributed.is_initialized():
                 _leave(traceback.format_exc())
             raise

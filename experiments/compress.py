@@ -9,9 +9,15 @@ compressed checkpoint, report.json, report.html, report.png and TensorBoard even
 set, e.g. --config.quantization.method=rtn.
 
 A run that was interrupted (killed, out of space, the host lost) goes on after the last layer that it committed when the
-same command is given again, and gives the same bytes. OUT/progress/ is there as long as it isn't through.
+same command is given again, and gives the same bytes. OUT/progress/ is there as long as it isn't through; then the same
+command says that it is finished.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
+import json
 import pathlib
 
 from absl import app, flags
@@ -19,8 +25,9 @@ from absl import app, flags
 import common
 from qmoe_jax import files, reports, resources, streaming
 from qmoe_jax.checkpoints.compressed import is_compressed
+from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.compression import planning
-from qmoe_jax.compression.compress import compress_examples
+from qmoe_jax.compression.compress import compress_examples, identity_of
 from qmoe_jax.compression.progress import is_unfinished, remove_progress
 from qmoe_jax.lock import locked_by_first
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
@@ -30,7 +37,7 @@ from qmoe_jax.reports.html import html_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Uncompressed checkpoint.")
+CHECKPOINT = common.define_checkpoint("Uncompressed checkpoint.")
 common.define_process_flags()
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output, finished or not.")
@@ -46,7 +53,7 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
     if config.model.preset and not flags.FLAGS["checkpoint"].present:
         plan = common.plan_of_preset(config, quantization, memory, codec)
     else:
-        checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+        checkpoint, vocabulary = common.open_model(common.checkpoint_path(CHECKPOINT, config), config)
         streamed, num_calibration = common.streamed_examples(config, quantization, checkpoint, vocabulary)
         plan = common.plan(checkpoint, streamed, num_calibration, quantization, memory, codec)
         plan["expected_seconds"] = common.expected_seconds(
@@ -59,7 +66,6 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
 
 def main(_):
     processes = common.start_processes()
-    resources.give_freed_memory_back()
     config = CONFIG.value
     common.agree(processes, config, overwrite=OVERWRITE.value, plan=PLAN.value)
     quantization = common.quantization_settings(config)
@@ -70,21 +76,26 @@ def main(_):
         raise ValueError(f"config.save: {problem}")
 
     if PLAN.value:
+        common.check_file(PLAN_JSON.value, "plan_json")
         plan_only(config, quantization, memory, config.codec.name if save else None)
         return
 
     # --- Input -------------------------------------------------------------------------------------------------------
-    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    path = common.checkpoint_path(CHECKPOINT, config)
+    checkpoint, vocabulary = common.open_model(path, config)
     shards, experts = config.codec.num_shards, checkpoint.config.num_experts
     if shards is not None and not 1 <= shards <= experts:
         raise ValueError(f"config.codec.num_shards: found {shards}, expected 1 to {experts}, the number of experts.")
     unfinished = save and is_unfinished(OUTPUT.value)
-    output = common.prepare_output(OUTPUT.value, OVERWRITE.value or unfinished, CHECKPOINT.value)
+    earlier = None if OVERWRITE.value or unfinished else finished_report(OUTPUT.value, save)
+    replaces = OVERWRITE.value or unfinished or earlier is not None
+    output = common.prepare_output(OUTPUT.value, replaces, path)
     memory = memory._replace(scratch=memory.scratch or str(output.parent))
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
     which = ("calibration", "validation") if quantization.calibrated else ("validation",)
-    documents = {name: common.examples(config, name, checkpoint, vocabulary) for name in which}
+    number = {"calibration": config.data.candidates, "validation": None}
+    documents = {name: common.examples(config, name, checkpoint, vocabulary, number[name]) for name in which}
     reports.say(
         f"{checkpoint.path}: {len(checkpoint.config.sparse_layers)} sparse layers of "
         f"{checkpoint.config.num_experts} experts"
@@ -95,6 +106,20 @@ def main(_):
             f"{config.data.max_length} tokens and {read.num_too_short} empty ones were skipped"
         )
     calibration, validation = documents.get("calibration"), documents["validation"]
+    if calibration is not None and config.data.candidates:
+        calibration = common.chosen(config, calibration, checkpoint, memory)
+        reports.say(f"calibration: {len(calibration)} of them chosen by {config.data.choose_by}")
+
+    what_is_given = (checkpoint, calibration, validation, quantization, memory)
+    identity = identity_of(*what_is_given, codec=config.codec.name, num_shards=config.codec.num_shards)
+    identity |= {"weights (a sample)": digest(samples(checkpoint)), "compare": config.compare}
+    if earlier is not None:
+        if earlier["identity"] != json.loads(json.dumps(identity)):
+            common.prepare_output(OUTPUT.value, False)  # Refuses.
+        if processes.first:
+            remove_progress(output)  # A run that was killed may have left some.
+        reports.say(f"{output}: finished already, by the same command; report.json has its results")
+        return
 
     streamed = [*(calibration or ()), *validation]
     num_calibration = len(streamed) - len(validation)
@@ -103,10 +128,22 @@ def main(_):
 
     with locked_by_first(output, processes):
         model, documents = (checkpoint, vocabulary), (calibration, validation)
-        run(config, quantization, memory, model, documents, plan, output, save, processes)
+        run(config, quantization, memory, model, documents, plan, identity, output, save, processes)
 
 
-def run(config, quantization, memory, model, documents, plan, output, save, processes) -> None:
+def finished_report(path: str, save: bool) -> dict | None:
+    """The report of a compression that is finished, and was saved or not; None if there is none."""
+    output = pathlib.Path(path)
+    if is_compressed(output) != save:
+        return None
+    try:
+        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return report if isinstance(report, dict) and "identity" in report else None
+
+
+def run(config, quantization, memory, model, documents, plan, identity, output, save, processes) -> None:
     """Compresses, compares and reports, while nobody else writes to the output."""
     (checkpoint, vocabulary), (calibration, validation) = model, documents
     if OVERWRITE.value and processes.first:
@@ -130,7 +167,18 @@ def run(config, quantization, memory, model, documents, plan, output, save, proc
     )
 
     report["plan"] = plan | {"measured_peak_host_bytes": report["peak_rss_bytes"]}
+    report["identity"] = identity  # what the same command has again
+    try:
+        compare_and_report(report, config, quantization, memory, model, validation, output, save, processes)
+    except BaseException as e:
+        if save and processes.first:
+            e.add_note(f"{output}: the checkpoint is written; run the same command again for its reports")
+        raise
 
+
+def compare_and_report(report, config, quantization, memory, model, validation, output, save, processes) -> None:
+    """What comes after the checkpoint."""
+    checkpoint, vocabulary = model
     # --- Compare and report ------------------------------------------------------------------------------------------
     if config.compare:
         stages = resources.Stages()
@@ -160,6 +208,13 @@ def run(config, quantization, memory, model, documents, plan, output, save, proc
         f"experts: {report['experts_quantized']} of {report['experts_total']} quantized, "
         f"{report['experts_fallback']} fell back (report.json says why)"
     )
+    if report["experts_starved"]:
+        reports.say(
+            f"{report['experts_starved']} experts had fewer than {report['min_tokens']} tokens: tokens of their "
+            "layers joined them (report.json names them)"
+        )
+    if report["super_experts"]:
+        reports.say(f"largest outputs: {reports.super_experts(report['super_experts'])}")
     target, stored = report["target_bits"], report["bits_per_weight"] or report["entropy_per_weight"]
     if target is not None and abs(stored / target - 1) > 0.03:
         reports.say(

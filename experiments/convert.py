@@ -10,6 +10,10 @@ OUT gets the checkpoint, convert.json and, where the checkpoint has none of its 
 SHA256SUMS`). A conversion that was stopped goes on where it was when the same command is given again.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import math
 import pathlib
 
@@ -18,6 +22,7 @@ from absl import app, flags
 import common
 from qmoe_jax import codecs, reports, resources
 from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
+from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.lock import locked
 from qmoe_jax.models import families
 
@@ -108,6 +113,15 @@ def main(_):
     identity = conversion.fingerprint(checkpoint, FORMAT.value, options)
     progress = conversion.read_progress(output)
     continued = progress is not None and progress["identity"] == identity
+    weights = samples(checkpoint)
+    if continued and OVERWRITE.value and conversion.replaced(progress, weights):
+        continued = False
+    if progress is None and not OVERWRITE.value and not DRY_RUN.value:
+        finished = conversion.read_report(output)
+        if finished is not None and finished.get("identity") == [identity, digest(weights)]:
+            open_checkpoint(output)  # Raises if it isn't whole.
+            reports.say(f"{output}: finished already: {FORMAT.value} checkpoint of {checkpoint.path}")
+            return
     if progress is not None and not continued and not OVERWRITE.value:
         raise FileExistsError(
             f"--output={output} holds an unfinished conversion of something else, or with other settings. Give those "
@@ -123,11 +137,11 @@ def main(_):
         return
 
     with locked(output):
-        write(checkpoint, writer, output, identity, progress if continued else None)
+        write(checkpoint, writer, output, [identity, digest(weights)], progress if continued else None)
 
 
 def write(
-    checkpoint: Checkpoint, writer: conversion.Writer, output: pathlib.Path, identity: str, progress: dict | None
+    checkpoint: Checkpoint, writer: conversion.Writer, output: pathlib.Path, identity: list[str], progress: dict | None
 ) -> None:
     """Converts, going on after `progress`, and reports, while nobody else writes to the output."""
     stages = resources.Stages()
@@ -135,13 +149,21 @@ def write(
         reports.say(f"{output}: going on after {len(progress['parts'])} of {len(writer.parts)} parts")
     elif OVERWRITE.value:
         clear(output)
-    with reports.progress(len(writer.parts), "converting", unit="part") as bar:
-        files = conversion.run(writer, output, identity, bar.update)
+    try:
+        with reports.progress(len(writer.parts), "converting", unit="part") as bar:
+            files = conversion.run(writer, output, identity[0], bar.update, keep_progress=True)
+    except BaseException as e:
+        done = len((conversion.read_progress(output) or {"parts": ()})["parts"])
+        e.add_note(
+            f"{output}: {done} of {len(writer.parts)} parts are written; run the same command to go on after them"
+        )
+        raise
 
     before, after = sizes(checkpoint), sizes(open_checkpoint(output))
     report = {
         "checkpoint": checkpoint.path,
         "format": FORMAT.value,
+        "identity": identity,  # what the same command has again
         "before": before,
         "after": after,
         "lost": writer.lost,

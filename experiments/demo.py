@@ -6,13 +6,17 @@ last.
 OUT gets the compressed checkpoint, demo.json, demo.md and demo.png.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 
 from absl import app, flags
 
 import common
 import qmoe_jax
-from generate import PROMPT, write
+from generate import PROMPT, pieces
 from qmoe_jax import files, reports, resources, streaming
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.quantization.methods import TERNARY
@@ -68,11 +72,12 @@ def main(_):
     reports.say(f"\n{table}\n\nLosses are nats per predicted token; rates are against bfloat16; MB is the whole model.")
 
     model, params = qmoe_jax.load(output)
+    (prompt,) = PROMPT.value
     for temperature in (0.0, 0.7):
         config.generation.temperature = temperature
-        text = write(model, params, vocabulary, PROMPT.value, config.generation)
+        text = "".join(pieces(model, params, vocabulary, prompt, config.generation))
         reports.say(f"\nFilled in by the compressed model (temperature {temperature}):\n  {text}")
-    reports.say(f"\nprompt: {PROMPT.value}\n{output}: compressed checkpoint, demo.json, demo.md, demo.png")
+    reports.say(f"\nprompt: {prompt}\n{output}: compressed checkpoint, demo.json, demo.md, demo.png")
 
 
 if __name__ == "__main__":

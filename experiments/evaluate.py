@@ -3,6 +3,10 @@
 python experiments/evaluate.py --config=configs/tiny.py --checkpoint=DIR --report=FILE
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 from collections.abc import Sequence
 
@@ -16,7 +20,7 @@ from qmoe_jax.models.family import Example, Task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Checkpoint of any layout.")
+CHECKPOINT = common.define_checkpoint("Checkpoint of any layout.")
 common.define_process_flags()
 REPORT = flags.DEFINE_string("report", None, "JSON file for the report; none is written by default.")
 
@@ -31,11 +35,14 @@ def unigram_entropy(task: Task, examples: Sequence[Example]) -> float:
 def main(_):
     processes = common.start_processes()
     common.agree(processes, CONFIG.value)
+    if processes.first:
+        common.check_file(REPORT.value, "report")
     config = CONFIG.value
     memory = common.memory_settings(config)
-    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    checkpoint, vocabulary = common.open_model(common.checkpoint_path(CHECKPOINT, config), config)
     memory = memory._replace(mesh=common.mesh(config, checkpoint, jax.local_devices()))
     validation = common.examples(config, "validation", checkpoint, vocabulary)
+    common.agree_on_model(processes, checkpoint, validation)
     stages = resources.Stages()
     losses = streaming.run(checkpoint, validation, memory, stages=stages)
     report = {

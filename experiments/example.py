@@ -5,6 +5,10 @@
 Seconds on two CPU cores. Read it from top to bottom; compress.py does the same to all layers, and stores them.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 
 import flax

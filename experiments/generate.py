@@ -2,19 +2,23 @@
 
     python experiments/generate.py --checkpoint=DIR --prompt="Return the <extra_id_0> of the list."
 
-A prompt without <extra_id_N> is continued; only models trained by span corruption know these. Instead of taking the
-likeliest token, --config.generation.temperature and .top_p sample.
+A prompt without <extra_id_N> is continued; only models trained by span corruption know these. Decoders write while they
+go on, a character when all of its bytes are there. Several prompts, --prompt=A --prompt=B, are gone through one by one.
+Instead of taking the likeliest token, --config.generation.temperature and .top_p sample.
 """
+
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
 
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
-import numpy as np
 from absl import app, flags
 
 import common
-import qmoe_jax
 from qmoe_jax import reports
 from qmoe_jax.models.common import check_length
 from qmoe_jax.models.expert_parallel import place_param
@@ -22,23 +26,24 @@ from qmoe_jax.models.families import family_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Checkpoint of any layout.")
+CHECKPOINT = common.define_checkpoint("Checkpoint of any layout.")
 common.define_process_flags()
-PROMPT = flags.DEFINE_string(
+PROMPT = flags.DEFINE_multi_string(
     "prompt",
-    "def __init__(self, name, value): self.name = <extra_id_0> self.value = <extra_id_1>",
-    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing; or text to continue.",
+    None,
+    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing, or text to continue; one or several. Default: the "
+    "config's.",
 )
 
 
-def write(model, params, vocabulary, prompt: str, settings) -> str:
-    """The prompt with what the model makes of it."""
-    task = family_of(model).task
+def pieces(model, params, vocabulary, prompt: str, settings) -> Iterator[str]:
+    """The prompt with what the model makes of it, in pieces as they come."""
+    family = family_of(model)
     try:
-        tokens, options = task.prompt(vocabulary, prompt)
+        tokens, options = family.task.prompt(vocabulary, prompt)
     except ValueError as e:
         raise ValueError(f"--prompt: {e}") from e
-    written = qmoe_jax.generate(
+    written = family.written(
         model,
         params,
         tokens[None],
@@ -48,7 +53,7 @@ def write(model, params, vocabulary, prompt: str, settings) -> str:
         key=jax.random.key(settings.seed),
         **options,
     )
-    return task.completed(vocabulary, tokens, np.asarray(written)[0])
+    return family.task.pieces(vocabulary, tokens, (row[0] for row in written))
 
 
 def check_prompt(prompt: str) -> None:
@@ -61,17 +66,24 @@ def check_prompt(prompt: str) -> None:
 
 
 def main(_):
-    check_prompt(PROMPT.value)
+    for prompt in PROMPT.value or ():
+        check_prompt(prompt)
     check_length("config.generation.max_length", CONFIG.value.generation.max_length)
-    common.agree(common.start_processes(), CONFIG.value)
+    processes = common.start_processes()
+    common.agree(processes, CONFIG.value, prompt=PROMPT.value)
     config = CONFIG.value
-    checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)
+    checkpoint, vocabulary = common.open_model(common.checkpoint_path(CHECKPOINT, config), config)
+    common.agree_on_model(processes, checkpoint)
     mesh = common.mesh(config, checkpoint)
     model = checkpoint.family.model(checkpoint.config, common.activation_dtype(config), mesh)
     params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
-    started = time.perf_counter()
-    text = write(model, params, vocabulary, PROMPT.value, config.generation)
-    reports.say(f"prompt: {PROMPT.value}\n\ntext:   {text}\n\n{time.perf_counter() - started:.1f} s with compilation")
+    for prompt in PROMPT.value or [config.generation.prompt]:
+        started = time.perf_counter()
+        text = pieces(model, params, vocabulary, prompt, config.generation)
+        reports.say(f"prompt: {prompt}\n")
+        for i, piece in enumerate(text):
+            print(piece if i else f"text:   {piece}", end="", flush=True)
+        reports.say(f"\n\n{time.perf_counter() - started:.1f} s with compilation")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,13 @@
 
 Layout, architecture and the published model that has it, parameters, dtypes, chunks, bytes; of compressed experts bits
 per weight, density and codec by layer; what is missing or foreign. Exit code 1 if it can't be opened. --density reads
-compressed experts, to count what a report beside them doesn't tell; --report=FILE writes all of it as JSON.
+compressed experts, to count what a report beside them doesn't tell; --sample hashes some of the weights, which a
+checkpoint that is compressed from them notes; --report=FILE writes all of it as JSON.
 """
+
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
 
 import collections
 
@@ -16,6 +21,7 @@ from qmoe_jax import files, reports
 from qmoe_jax.checkpoints.inspection import inspect
 
 DENSITY = flags.DEFINE_bool("density", False, "Decode compressed experts to count non-zero weights.")
+SAMPLE = flags.DEFINE_bool("sample", False, "Hash a sample of the weights, to tell models of one shape apart.")
 REPORT = flags.DEFINE_string("report", None, "JSON file for all that is found.")
 
 
@@ -28,6 +34,8 @@ def summary(report: dict) -> list[list]:
         *report["summary"],
         ["parameters", f"{parameters['all']:,}, of which experts {parameters['experts']:,}"],
         ["dtypes", "; ".join(f"{name}: {count:,}" for name, count in report["dtypes"].items())],
+        *([["weights (sample)", report["weights_sample"]]] if report["weights_sample"] else []),
+        *([["made of weights", origin]] if (origin := report["provenance"].get("weights_sample")) else []),
         ["on disk", f"{on_disk['bytes']:,} bytes in {on_disk['files']:,} files" if on_disk["files"] else None],
     ]
 
@@ -35,7 +43,8 @@ def summary(report: dict) -> list[list]:
 def main(argv):
     if len(argv) != 2:
         raise ValueError("expected one path: python experiments/inspect_checkpoint.py PATH")
-    report = inspect(argv[1], density=DENSITY.value)
+    common.check_file(REPORT.value, "report")
+    report = inspect(argv[1], density=DENSITY.value, sample=SAMPLE.value)
     if REPORT.value:
         files.write_json(REPORT.value, report)
     for name in report["foreign"]:
@@ -44,6 +53,8 @@ def main(argv):
         raise ValueError(f"a {report['layout']} checkpoint that can't be opened: " + "\n  ".join(report["problems"]))
     for what, found in summary(report):
         reports.say(f"{what:<18}{'-' if found is None else found}")
+    for why, names in report["left_out"].items():
+        reports.say(f"{'left out':<18}{why}: {', '.join(names)}")
     if report["chunks"]:
         alike = collections.Counter(
             (name.split("/")[-2], str(c["shape"]), str(c["chunk"]), c["number"]) for name, c in report["chunks"].items()
@@ -57,6 +68,8 @@ def main(argv):
         ]
         header = ("layer", "codec", "weights", "bytes", "bits/weight", "density")
         reports.say("\n" + reports.table(header, rows))
+    if report["super_experts"]:
+        reports.say(f"\nlargest outputs: {reports.super_experts(report['super_experts'])}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ Tables: 1 expert groups, 2 special-token masking, 3 natural sparsity, 4 losses, 
 OUT gets NAME.json, NAME.md and NAME.png.
 """
 
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
+
 import pathlib
 import subprocess
 import sys
@@ -24,7 +28,7 @@ from studies.laboratory import Laboratory, Result
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
+CHECKPOINT = common.define_checkpoint("Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/reproduce", "Directory for JSON, Markdown and PNG.")
 TABLE = flags.DEFINE_enum("table", None, [str(i) for i in range(1, 8)], "Table of the paper.")
 FIGURE = flags.DEFINE_enum("figure", None, ["5"], "Figure of the paper.")
@@ -311,7 +315,7 @@ def figure_5(output: pathlib.Path) -> None:
     if MODELS.get(CONFIG.value.model.preset):
         generation.append(f"--preset={CONFIG.value.model.preset}")
     else:
-        generation.append(f"--checkpoint={CHECKPOINT.value}")
+        generation.append(f"--checkpoint={common.checkpoint_path(CHECKPOINT, CONFIG.value)}")
     if SMALL.value:
         kernels += ["--shapes=base wo,base wi", "--loads=1x1", "--rounds=2", "--dense_megabytes=32"]
         generation += ["--new_tokens=8", "--rounds=1", "--batches=1", "--dtypes=float32"]
@@ -330,12 +334,13 @@ def main(_):
     if len(asked) != 1:
         known = "|".join(sorted(open_questions.STUDIES))
         raise ValueError(f"Give one of --table=1 to 7, --figure=5, --study={known}.")
-    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
+    path = common.checkpoint_path(CHECKPOINT, CONFIG.value)
+    output = common.prepare_output(OUTPUT.value, True, path)
     output.mkdir(parents=True, exist_ok=True)
     if FIGURE.value:
         figure_5(output)
         return
-    lab = Laboratory(CONFIG.value, CHECKPOINT.value, small=SMALL.value)
+    lab = Laboratory(CONFIG.value, path, small=SMALL.value)
     if TABLE.value:
         name, result = f"table_{TABLE.value}", TABLES[TABLE.value](lab)
     else:

@@ -1,27 +1,31 @@
-"""Trains a small Switch Transformer by span corruption and saves it as a native T5X checkpoint.
+"""Trains a small mixture of experts from nothing.
 
-    python experiments/train.py --config=configs/train_tiny.py --workdir=DIR
+    python experiments/train.py --config=configs/train_tiny.py --workdir=DIR     a Switch Transformer, span corruption
+    python experiments/train.py --config=configs/train_olmoe.py --workdir=DIR    an OLMoE, next token
 
-DIR gets checkpoint_N/ (legacy T5X layout, bfloat16), report.json, training.png and TensorBoard events.
+DIR gets the checkpoint in bfloat16 (checkpoint_N/ in T5X's legacy layout; or config.json, model.safetensors and the
+tokenizer, as Hugging Face has them), report.json, training.png and TensorBoard events.
 """
+
+import interrupts  # noqa: F401, before all that takes time
+
+# isort: split
 
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from flax import traverse_util
 
 import common
 from qmoe_jax import files, reports, resources
-from qmoe_jax.checkpoints.t5x import write_t5x
-from qmoe_jax.data import read_documents
-from qmoe_jax.models.switch import EOS, Vocabulary, training_batches
-from qmoe_jax.models.switch.config import ModelConfig
-from qmoe_jax.models.switch.model import SwitchTransformer
+from qmoe_jax.models.families import FAMILIES, family_of
 from qmoe_jax.reports.events import events
 from qmoe_jax.reports.figures import plot_training
+from training.next_token import NextToken
+from training.span_corruption import SpanCorruption
 
 CONFIG = common.define_config(
     "config", str(pathlib.Path(__file__).parents[1] / "configs/train_tiny.py"), "What to train and how."
@@ -29,43 +33,27 @@ CONFIG = common.define_config(
 WORKDIR = flags.DEFINE_string("workdir", "out/train_tiny", "Where checkpoint, report and figure go.")
 
 
-def balance_loss(logits: jax.Array, mask: jax.Array, top_k: int = 1) -> jax.Array:
-    """experts * sum_e f_e P_e, with f_e the share of real tokens routed to e and P_e its mean probability.
+def make_optimizer(settings) -> optax.GradientTransformation:
+    """Adafactor as T5X has it, or AdamW with clipped gradients; the learning rate rises, then falls as a cosine."""
+    warmup = min(settings.warmup_steps, settings.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, settings.steps)
+    if settings.optimizer == "adafactor":
+        # Steps relative to a parameter's own scale, since embeddings start at 1 and queries at 1 / 45.
+        return optax.adafactor(schedule, multiply_by_parameter_scale=True)
+    if settings.optimizer == "adamw":
+        matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # Norms aren't drawn to zero.
+        adamw = optax.adamw(schedule, b2=0.95, weight_decay=settings.weight_decay, mask=matrices)
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    raise ValueError(f"config.train.optimizer: found {settings.optimizer!r}, expected 'adafactor' or 'adamw'.")
 
-    (Fedus et al. 2021, equation 4.) `logits` are [batch, length, experts], `mask` is bool [batch, length].
-    """
-    experts = logits.shape[-1]
-    probabilities = jax.nn.softmax(logits)
-    chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], experts).sum(-2)
-    weight = (mask / jnp.sum(mask))[..., None]
-    return experts * jnp.sum(jnp.sum(chosen * weight, (0, 1)) * jnp.sum(probabilities * weight, (0, 1)))
 
-
-def make_train_step(model, optimizer, settings):
+def make_train_step(task, optimizer, settings):
     """A jitted step: (params, optimizer state, batch) -> (params, optimizer state, metrics)."""
 
     def loss_fn(params, batch):
-        """Cross-entropy per predicted token, plus the weighted balance and z losses, means over sparse layers."""
-        encoder_input, decoder_input, targets = batch
-        logits, state = model.apply(
-            {"params": params}, *batch, capacity_factor=settings.capacity_factor, mutable=["intermediates"]
-        )
-        real = {"encoder": encoder_input > 0, "decoder": targets > 0}
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        loss = jnp.mean(cross_entropy, where=real["decoder"])
-        routers = [
-            (layer["mlp"]["router_logits"][0], real[stack], stack)
-            for stack in real
-            for layer in state["intermediates"][stack].values()
-            if "mlp" in layer
-        ]
-        # Experts that choose are balanced already.
-        choose = [stack for stack in real if stack == "decoder" or model.config.experts_choose is None]
-        balance = [balance_loss(r, mask, model.config.top_k) for r, mask, stack in routers if stack in choose]
-        balance = jnp.mean(jnp.stack(balance))
-        z = jnp.stack([jnp.mean(jax.nn.logsumexp(r, -1) ** 2, where=mask) for r, mask, _ in routers]).mean()
-        total = loss + settings.balance_loss * balance + settings.router_z_loss * z
-        return total, {"loss": loss, "balance": balance}
+        losses = task.losses(params, batch)
+        total = losses.loss + settings.balance_loss * losses.balance + settings.router_z_loss * losses.z
+        return total, {"loss": losses.loss, "balance": losses.balance}
 
     def train_step(params, state, batch):
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
@@ -75,39 +63,33 @@ def make_train_step(model, optimizer, settings):
     return jax.jit(train_step, donate_argnums=(0, 1))
 
 
-def scale_experts(params, scale: float):
-    """The same parameters, with the experts' output matrices wo multiplied by `scale`."""
-    is_output = lambda path: [key.key for key in path[-3:]] == ["expert", "wo", "kernel"]
-    return jax.tree_util.tree_map_with_path(lambda path, p: p * scale if is_output(path) else p, params)
+def scale_experts(params, config, scale: float):
+    """The same parameters, with the experts' output matrices multiplied by `scale`."""
+    family, flat = family_of(config), traverse_util.flatten_dict(params, sep="/")
+    is_output = lambda name: (family.expert_of(name) or (None, None))[1] == config.expert.last
+    scaled = {name: p * scale if is_output(name) else p for name, p in flat.items()}
+    return traverse_util.unflatten_dict(scaled, sep="/")
 
 
 def main(_):
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value)
     stages = resources.Stages()
-    vocabulary = Vocabulary.load(config.data.vocabulary)
-    documents = vocabulary.encode_batch(list(read_documents(config.data.train)))
-    documents = [np.array([*ids, EOS], np.int32) for ids in documents if ids]
-    tokens = sum(map(len, documents))
+    if config.family not in FAMILIES:
+        raise ValueError(f"config.family: found {config.family!r}, expected one of {', '.join(FAMILIES)}.")
+    task = SpanCorruption(config) if config.family == "switch" else NextToken(config)
 
     # --- Model -------------------------------------------------------------------------------------------------------
-    model = SwitchTransformer(ModelConfig.from_dict({**config.model, "vocab_size": vocabulary.size}))
-    example = jnp.ones((1, 8), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(config.seed), example, example)["params"]
-    params = scale_experts(params, config.train.expert_output_scale)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.train.learning_rate, min(config.train.warmup_steps, config.train.steps // 2), config.train.steps
-    )
-    # As T5X: steps relative to a parameter's own scale, since embeddings start at 1 and queries at 1 / 45.
-    optimizer = optax.adafactor(schedule, multiply_by_parameter_scale=True)
-    train_step = make_train_step(model, optimizer, config.train)
+    params = task.init(jax.random.key(config.seed))
+    params = scale_experts(params, task.model.config, config.train.expert_output_scale)
+    optimizer = make_optimizer(config.train)
+    train_step = make_train_step(task, optimizer, config.train)
     state = optimizer.init(params)
     parameters = sum(p.size for p in jax.tree.leaves(params))
-    reports.say(f"{parameters / 1e6:.2f} M parameters, {tokens / 1e6:.2f} M tokens of text")
+    reports.say(f"{parameters / 1e6:.2f} M parameters, {task.tokens / 1e6:.2f} M tokens of text")
 
     # --- Train -------------------------------------------------------------------------------------------------------
-    rng = np.random.RandomState(config.seed)
-    batches = training_batches(documents, vocabulary, config.train.tokens_per_batch, rng)
+    batches = task.batches(np.random.RandomState(config.seed))
     history = []
     with (
         stages("training"),
@@ -115,7 +97,7 @@ def main(_):
         reports.progress(config.train.steps, "training", "step") as bar,
     ):
         for step in range(config.train.steps):
-            params, state, metrics = train_step(params, state, next(batches)[1:])
+            params, state, metrics = train_step(params, state, next(batches))
             if step % config.train.log_every == 0 or step == config.train.steps - 1:
                 scalars = {k: float(v) for k, v in metrics.items()}
                 history.append({"step": step, **scalars})
@@ -125,9 +107,9 @@ def main(_):
 
     # --- Save --------------------------------------------------------------------------------------------------------
     with stages("saving"):
-        write_t5x(workdir, params, step=config.train.steps, dtype="bfloat16", overwrite=True)
+        task.save(workdir, params, config.train.steps)
         plot_training(history, workdir / "training.png")
-    report = {"parameters": parameters, "tokens": tokens, "seconds": stages.report(), "history": history}
+    report = {"parameters": parameters, "tokens": task.tokens, "seconds": stages.report(), "history": history}
     files.write_json(workdir / "report.json", report)
     reports.say(f"{workdir}: saved; the last batch's loss was {history[-1]['loss']:.4f}.")
     reports.say("Validation loss: python experiments/evaluate.py --checkpoint=" + str(workdir))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
+from qmoe_jax.compression.choosing import choose_examples
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.expert_parallel import check_mesh, place_param
 from qmoe_jax.models.families import family_of
@@ -25,10 +26,11 @@ def load(
 
     Args:
       path: a compressed checkpoint, or one of any layout that `checkpoints.LAYOUTS` lists: T5X (step directory, its
-        parent, or file), Hugging Face, a published QMoE model.
+        parent, or file), MaxText, Hugging Face, a published QMoE model.
       dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
       mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
-      **overrides: fields of the architecture that the checkpoint doesn't tell, such as top_k=2.
+      **overrides: fields of the architecture that the checkpoint doesn't tell, such as top_k=2; or
+        preset='qwen3_30b_a3b', see `open_checkpoint`.
 
     Returns:
       The Flax model, and its parameters. Experts of a compressed checkpoint are `CompressedExperts`.
@@ -87,6 +89,8 @@ def compress(
     validation: Any,
     num_calibration: int = 2_000,
     num_validation: int = 128,
+    candidates: int | None = None,
+    choose_by: str = "routers",
     target_bits: float | None = None,
     codec: str = "gap",
     memory: Settings | None = None,
@@ -100,6 +104,8 @@ def compress(
       vocabulary: the model's vocabulary file.
       calibration, validation: text files: a name, a pattern, or several (see `data.read_documents`).
       num_calibration, num_validation: documents that are taken from them.
+      candidates: read so many, of which `num_calibration` are chosen; None: the first ones are taken.
+      choose_by: 'routers' or 'routing', see `choosing.choose_examples`.
       target_bits: per expert weight, as stored; rate-distortion quantization then finds what gives them. None: the
         paper's recipe, or what `method` says.
       codec: how experts are stored.
@@ -122,14 +128,18 @@ def compress(
     task = opened.family.task
     words = task.vocabulary(vocabulary)
     words.check(opened.config.vocab_size)
-    documents = task.load(calibration, words, num_calibration) if settings.calibrated else None
+    memory, documents = memory or Settings(), None
+    if settings.calibrated:
+        documents = task.load(calibration, words, candidates or num_calibration)
+        if candidates:
+            documents = choose_examples(opened, documents, num_calibration, choose_by, memory)
     return compress_examples(
         opened,
         words,
         documents,
         task.load(validation, words, num_validation),
         settings,
-        memory or Settings(),
+        memory,
         codec=codec,
         output=output,
         provenance=opened.provenance,

@@ -2,6 +2,7 @@
 
 import distributed
 import numpy as np
+import pytest
 
 from qmoe_jax.processes import Processes, share
 
@@ -38,6 +39,31 @@ def test_one_process_tells_itself():
     assert p.gather([1]) == [[1]] and p.from_first(2) == 2
     outgoing = [{"h": np.ones((2, 3))}]
     assert p.exchange(outgoing)[0]["h"] is outgoing[0]["h"]
+
+
+class Told(Processes):
+    """A process that hears what others were given."""
+
+    def __init__(self, *others):
+        self.count, self.index, self.others = 1 + len(others), 0, others
+
+    def gather(self, value):
+        return [value, *self.others]
+
+
+def test_what_differs_is_named_with_what_each_process_has():
+    given = {"damping": 0.1, "seed": 0, "documents": "3f" * 32, "codec": "gap", "shards": None, "save": True}
+    Told(given, dict(given)).agree(given)
+    for name, other in (("damping", 0.2), ("codec", "dictionary"), ("shards", 2), ("save", False), ("seed", 1)):
+        said = rf"{name}: process 0 has {given[name]}, process 1 has {given[name]}, process 2 has {other}\."
+        with pytest.raises(ValueError, match=rf"not given the same\. {said} Give all of them one command"):
+            Told(given, given | {name: other}).agree(given)
+    with pytest.raises(
+        ValueError, match=r"documents: process 0 has 3f3f3f3f3f3f\.\.\., process 1 has aaaaaaaaaaaa\.\.\."
+    ):
+        Told(given | {"documents": "a" * 64}).agree(given)
+    with pytest.raises(ValueError, match="seed: process 0 has 0, process 1 has None; steps: process 0 has None"):
+        Told({n: v for n, v in given.items() if n != "seed"} | {"steps": 3}).agree(given)
 
 
 def test_shares_are_consecutive_and_equal():

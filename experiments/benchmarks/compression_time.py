@@ -21,7 +21,7 @@ from studies.laboratory import Laboratory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
+CHECKPOINT = common.define_checkpoint("Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/benchmark_compression", "Directory for the report.")
 ROUNDS = flags.DEFINE_integer("rounds", 4, "How often each is run.", lower_bound=2)
 TARGET_BITS = flags.DEFINE_float("target_bits", 0.7, "Stored bits per weight, of rate-distortion quantization.")
@@ -30,8 +30,9 @@ PAPER, OURS = "the paper's recipe", "rate-distortion"
 
 
 def main(_):
-    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
-    lab = Laboratory(CONFIG.value, CHECKPOINT.value)
+    path = common.checkpoint_path(CHECKPOINT, CONFIG.value)
+    output = common.prepare_output(OUTPUT.value, True, path)
+    lab = Laboratory(CONFIG.value, path)
     methods = {
         PAPER: dict(method="gptq", codec="dictionary"),
         OURS: dict(method="rd", codec="gap", target_bits=TARGET_BITS.value),

@@ -61,7 +61,6 @@ def read_all(checkpoint, memory) -> dict:
 
 
 def main(_):
-    resources.give_freed_memory_back()
     config = CONFIG.value
     quantization, memory = common.quantization_settings(config), common.memory_settings(config)
     checkpoint, vocabulary = common.open_model(CHECKPOINT.value, config)

@@ -20,7 +20,7 @@ from studies.laboratory import Laboratory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "experiments/tiny_model"), "Native T5X checkpoint.")
+CHECKPOINT = common.define_checkpoint("Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/ablation", "Directory for the table.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the corruption of calibration documents.")
 TARGET = flags.DEFINE_float("target_bits", 0.7, "Stored bits per weight of the rate-distortion rows.")
@@ -49,8 +49,9 @@ ROWS = {
 
 
 def main(_):
-    output = common.prepare_output(OUTPUT.value, True, CHECKPOINT.value)
-    lab = Laboratory(CONFIG.value, CHECKPOINT.value)
+    path = common.checkpoint_path(CHECKPOINT, CONFIG.value)
+    output = common.prepare_output(OUTPUT.value, True, path)
+    lab = Laboratory(CONFIG.value, path)
     calibrations = [lab.calibration(seed=int(seed)) for seed in SEEDS.value]
 
     found = []

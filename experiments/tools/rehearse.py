@@ -105,7 +105,6 @@ def _paper(minutes: float | None) -> str:
 
 
 def main(_):
-    resources.give_freed_memory_back()
     device = jax.local_devices()[0]
     is_cpu = device.platform == "cpu"
     experts = EXPERTS.value or (2 if is_cpu else 16)

@@ -9,19 +9,20 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from qmoe_jax.checkpoints import compressed, huggingface, ista, t5x
+from qmoe_jax.checkpoints import compressed, huggingface, ista, maxtext, t5x
 from qmoe_jax.checkpoints.checkpoint import Checkpoint
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, CompressedWriter
 from qmoe_jax.checkpoints.conversion import Writer
 from qmoe_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from qmoe_jax.checkpoints.ista import IstaCheckpoint
 from qmoe_jax.checkpoints.layout import Layout
+from qmoe_jax.checkpoints.maxtext import MaxTextCheckpoint
 from qmoe_jax.checkpoints.t5x import NativeCheckpoint, open_t5x, write_t5x
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.families import check_preset, infer_config, param_shapes
 
 # The first that fits a path is taken.
-LAYOUTS: list[Layout] = [compressed.LAYOUT, huggingface.LAYOUT, ista.LAYOUT, t5x.LAYOUT]
+LAYOUTS: list[Layout] = [compressed.LAYOUT, huggingface.LAYOUT, ista.LAYOUT, t5x.LAYOUT, maxtext.LAYOUT]
 
 # How another layout's checkpoint is written as one of these; see `conversion.Writer`.
 TARGETS: dict[str, type[Writer]] = {layout.name: layout.writer for layout in LAYOUTS if layout.writer}
@@ -32,12 +33,13 @@ def published_chunks(layout: str) -> Callable[[tuple[int, ...]], tuple[int, ...]
     return next(known.chunks for known in LAYOUTS if known.name == layout)
 
 
-def open_checkpoint(path: str | os.PathLike, **overrides: Any) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike, *, preset: str | None = None, **overrides: Any) -> Checkpoint:
     """Opens a checkpoint of any layout; only its index is read.
 
     Args:
-      path: a compressed checkpoint; a directory of Hugging Face's, or of a published QMoE model; or a T5X checkpoint
-        (step directory, its parent, or a single file; gs:// too).
+      path: a compressed checkpoint; a directory of Hugging Face's, or of a published QMoE model; or a checkpoint of
+        MaxText or T5X (step directory, its parent, or T5X's single file; gs:// too).
+      preset: name of the published architecture, for layouts that may not tell it: MaxText's without config.json.
       **overrides: fields of the config that the checkpoint can't tell, such as top_k=2.
 
     Raises:
@@ -45,7 +47,8 @@ def open_checkpoint(path: str | os.PathLike, **overrides: Any) -> Checkpoint:
     """
     for layout in LAYOUTS:
         if layout.fits(path):
-            return layout.open(path, **overrides)
+            given = {"preset": preset} if layout.takes_preset else {}
+            return layout.open(path, **given, **overrides)
     return NativeCheckpoint(path, **overrides)  # Says best what is wrong with the path.
 
 
@@ -58,6 +61,7 @@ __all__ = [
     "CompressedWriter",
     "HuggingFaceCheckpoint",
     "IstaCheckpoint",
+    "MaxTextCheckpoint",
     "NativeCheckpoint",
     "check_preset",
     "infer_config",

@@ -11,8 +11,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import logging
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +26,14 @@ from qmoe_jax.checkpoints.checks import check_finite, check_tree
 from qmoe_jax.checkpoints.reading import Reading, Source, prefetched
 from qmoe_jax.checkpoints.store import Index, Store, box_of, slices
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError, listed
 from qmoe_jax.models.families import family_of
-from qmoe_jax.models.family import Family
-from qmoe_jax.models.names import Shape, Tensors
+from qmoe_jax.models.family import Family, Names
+from qmoe_jax.models.names import COPY, Shape, Tensors, in_short
 
 Kernels = dict[str, Any]  # matrices of experts by name: arrays [experts, in, out], or `CompressedExperts`
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+logger = logging.getLogger(__name__)
 
 
 class StoredMatrix(NamedTuple):
@@ -223,6 +225,10 @@ class StoredCheckpoint(Checkpoint):
 
     Raises:
       CheckpointError: arrays are missing, foreign, of wrong shape, or don't fit what is told beside them.
+
+    Attributes:
+      left_out: stored arrays that no parameter is made of, names in short by what they are; also in the provenance, and
+        logged. Copies of what is read don't count.
     """
 
     def __init__(
@@ -234,6 +240,7 @@ class StoredCheckpoint(Checkpoint):
             self._tensors: dict[str, Tensors] = names.parameters(stored, store.described)
             shapes: dict[str, Shape] = {name: t.shape(stored) for name, t in self._tensors.items()}
             self.config = names.config(shapes, store.described, **overrides)
+            self.left_out = _left_out(names, self.config, stored, self._tensors)
         except ValueError as e:  # A CheckpointError, or a config's own.
             raise CheckpointError(f"{self.path}: {e}") from e
         self._specs = {
@@ -242,6 +249,10 @@ class StoredCheckpoint(Checkpoint):
         }
         self.provenance = {"checkpoint": self.path, "layout": layout, "step": None}
         check_tree(self)
+        if self.left_out:
+            self.provenance["left_out"] = self.left_out
+        for why, arrays in self.left_out.items():
+            logger.warning("%s: left out: %s: %s", self.path, why, ", ".join(arrays))
 
     @property
     def specs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -262,6 +273,10 @@ class StoredCheckpoint(Checkpoint):
             experts[i] = self._read(tensors, expert, box[1:], spec.shape[1:])
         return experts[rest]
 
+    def stored_names(self, name: str) -> Sequence[str]:
+        """The stored arrays that a parameter comes from: one, or one for each expert."""
+        return self._tensors[name].names
+
     def _read(self, tensors: Tensors, number: int, box: tuple[range, ...], shape: Shape) -> np.ndarray:
         """Part of a parameter [..., in, out], or of an expert's: that of its tensor of that number."""
         at = list(slices(box))
@@ -271,12 +286,26 @@ class StoredCheckpoint(Checkpoint):
             at[-2:] = at[:-3:-1]
         name = tensors.names[number]
         if tensors.packed:
-            packed, few = tensors.packed[number], at[:-2]
-            values = packed.unpack(*(self.store.read(n, tuple(few)) for n in (name, *packed.beside)))
-            values = values[(..., *at[-2:])]
+            packed, experts = tensors.packed[number], at[:-2]
+            parts, rest = packed.slices(*at[-2:])
+            stored = zip((name, *packed.beside), parts, strict=True)
+            values = packed.unpack(*(self.store.read(n, (*experts, *part)) for n, part in stored))[(..., *rest)]
+        elif tensors.merged is not None:
+            values = self._read_merged(name, tensors.merged, at)
         else:
             values = self.store.read(name, tuple(at))
-        return values.swapaxes(-1, -2) if tensors.transposed else values
+        values = values.swapaxes(-1, -2) if tensors.transposed else values
+        return values if tensors.scale == 1 else values.astype(np.float32) * np.float32(tensors.scale)
+
+    def _read_merged(self, name: str, axis: int, at: list[slice]) -> np.ndarray:
+        """Part of a tensor whose axes `axis` and `axis + 1` are taken for one: whole entries of the first are read."""
+        width, (start, stop) = self.store.specs[name].shape[axis + 1], (at[axis].start, at[axis].stop)
+        first = slice(start // width, -(-stop // width))
+        values = self.store.read(name, (*at[:axis], first, slice(None), *at[axis + 1 :]))
+        shape = values.shape
+        values = values.reshape(*shape[:axis], shape[axis] * width, *shape[axis + 2 :])
+        rest = slice(start - first.start * width, stop - first.start * width)
+        return values[(slice(None),) * axis + (rest,)]
 
     def sources(self, layer: str) -> dict[str, Source]:
         found: dict[str, Source] = {}
@@ -289,9 +318,28 @@ class StoredCheckpoint(Checkpoint):
         return found
 
 
+def _left_out(
+    names: Names, config: Any, stored: Iterable[str], parameters: Mapping[str, Tensors]
+) -> dict[str, list[str]]:
+    """See `StoredCheckpoint.left_out`. Raises CheckpointError that lists those of which nobody knows what they are."""
+    used = {name for tensors in parameters.values() for name in tensors.names}
+    used |= {name for tensors in parameters.values() for packed in tensors.packed for name in packed.beside}
+    found: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    for name in stored:
+        if name not in used:
+            why = names.why_left_out(config, name)
+            (unknown if why is None else found.setdefault(why, [])).append(name)
+    if unknown:
+        raise CheckpointError(listed(f"{len(unknown)} arrays are part of no parameter:", unknown))
+    return {why: in_short(arrays) for why, arrays in found.items() if why != COPY}
+
+
 def _dtype(tensors: Tensors, store: Store) -> np.dtype:
     """Of a parameter: its tensors', or float32, which holds both 16-bit formats, where they differ."""
     if tensors.packed:
         return tensors.packed[0].dtype
+    if tensors.scale != 1:
+        return np.dtype(np.float32)
     dtypes = {store.specs[name].dtype for name in tensors.names}
     return np.dtype(dtypes.pop()) if len(dtypes) == 1 else np.dtype(np.float32)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmoe_jax.checkpoints.checkpoint import BFLOAT16, Checkpoint
+from qmoe_jax.checkpoints.samples import Samples, changed, samples
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.files import write_json
@@ -213,8 +214,23 @@ def fingerprint(checkpoint: Checkpoint, target: str, options: Options) -> str:
     return digest.hexdigest()
 
 
+def replaced(progress: dict[str, Any], weights: Samples) -> list[str]:
+    """Parameters that an unfinished conversion began with and are others now; what was unreadable may be mended.
+
+    Args:
+      progress: see `read_progress`.
+      weights: samples of the checkpoint as it is now; see `samples`.
+    """
+    before = progress.get("weights", {})
+    return changed({name: sample for name, sample in before.items() if sample is not None}, weights)
+
+
 def run(
-    writer: Writer, output: pathlib.Path, identity: str, step: Callable[[], object] = lambda: None
+    writer: Writer,
+    output: pathlib.Path,
+    identity: str,
+    step: Callable[[], object] = lambda: None,
+    keep_progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Writes all parts but those that an earlier run with the same `identity` finished, and then the rest.
 
@@ -223,12 +239,27 @@ def run(
       output: its directory.
       identity: `fingerprint`.
       step: called after each part.
+      keep_progress: what is known of the parts stays in `output`, until `write_report`.
 
     Returns:
       Bytes and SHA-256 of every file, by path below `output`.
+
+    Raises:
+      CheckpointError: a parameter can't be read; weights were replaced since those of finished parts were read.
     """
-    progress = read_progress(output)
-    done = progress["parts"] if progress and progress["identity"] == identity else {}
+    progress, weights = read_progress(output), samples(writer.checkpoint)
+    if progress and progress["identity"] != identity:
+        progress = None
+    if progress:
+        if names := replaced(progress, weights):
+            raise CheckpointError(
+                f"{output} holds an unfinished conversion of other weights, which were replaced since: {names[0]}"
+                f"{f' and {len(names) - 1} more parameters' if names[1:] else ''}. Put the old ones back to go on, or "
+                "give another output, or --overwrite to start anew."
+            )
+        if progress.get("finished") and _intact(output, progress["finished"]):  # It lacked its report only.
+            return progress["finished"]
+    done = progress["parts"] if progress else {}
     done = {name: files for name, files in done.items() if _intact(output, files)}
     if progress and done:
         writer.keep(list(done), progress.get("state"))
@@ -240,13 +271,21 @@ def run(
             if written is None:
                 written = _described(output, writer.write(part.name))
             finished[part.name] = written
-            progress = {"identity": identity, "parts": done | finished, "state": writer.layers()}
-            write_json(output / PROGRESS, progress)
+            known = {"identity": identity, "weights": weights, "parts": done | finished, "state": writer.layers()}
+            write_json(output / PROGRESS, known)
             step()
+        if names := replaced(known, samples(writer.checkpoint)):
+            raise CheckpointError(
+                f"{writer.checkpoint.path}: weights were replaced while they were read: {names[0]} isn't what it was. "
+                "Put the old ones back and give the same command again, or start anew."
+            )
         last = writer.finish()
     files = {writer.final(name): d for part in finished.values() for name, d in part.items()}
     files |= _described(output, last)
-    (output / PROGRESS).unlink(missing_ok=True)
+    if keep_progress:
+        write_json(output / PROGRESS, known | {"finished": files})
+    else:
+        (output / PROGRESS).unlink(missing_ok=True)
     return files
 
 
@@ -260,7 +299,10 @@ def read_progress(output: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_report(writer: Writer, output: pathlib.Path, report: dict[str, Any], files: dict[str, Any]) -> list[str]:
-    """Writes what a conversion did, and the SHA-256 of its files in the form of `sha256sum`; returns the names."""
+    """Writes what a conversion did, and the SHA-256 of its files in the form of `sha256sum`; returns the names.
+
+    Then it is finished: nothing is left of its progress.
+    """
     sums = "".join(f"{d['sha256']}  {name}\n" for name, d in sorted(files.items()))
     if writer.closed:
         text = f"{README}\n\n```\n{json.dumps(report, indent=1)}\n```\n\n```\n{sums}```\n"
@@ -271,7 +313,20 @@ def write_report(writer: Writer, output: pathlib.Path, report: dict[str, Any], f
     for name, text in written.items():
         with replacing(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    (output / PROGRESS).unlink(missing_ok=True)
     return list(written) if writer.closed else [REPORT, *written]
+
+
+def read_report(output: pathlib.Path) -> dict[str, Any] | None:
+    """The report of a conversion that is finished, from where `write_report` has put it; None if there is none."""
+    try:
+        text = (output / REPORT).read_text(encoding="utf-8") if (output / REPORT).is_file() else ""
+        if not text and (page := (output / "README.md").read_text(encoding="utf-8")).startswith(README):
+            text = page.split("```")[1]
+        report = json.loads(text)
+    except (OSError, ValueError, IndexError, RecursionError):
+        return None
+    return report if isinstance(report, dict) else None
 
 
 def written_before(output: pathlib.Path) -> list[str]:
@@ -286,7 +341,8 @@ def written_before(output: pathlib.Path) -> list[str]:
     progress = read_progress(output)
     if progress:
         markers.append(PROGRESS)
-        sums |= {name: d["sha256"] for part in progress["parts"].values() for name, d in part.items()}
+        parts = [*progress["parts"].values(), progress.get("finished", {})]
+        sums |= {name: d["sha256"] for part in parts for name, d in part.items()}
     if _is_report(output / REPORT):
         markers += [name for name in (REPORT, CHECKSUMS) if (output / name).is_file()]
         sums |= _sums(output / CHECKSUMS)

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from qmoe_jax.checkpoints import LAYOUTS, Checkpoint, open_checkpoint
+from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.families import PRESETS, mismatches
@@ -20,18 +21,21 @@ _BESIDE = ("convert.json", "SHA256SUMS", "report.*", "README*", "LICENSE*", ".gi
 _TOKENIZER = ("tokenizer*", "spiece.model", "spm.model", "special_tokens_map.json", "added_tokens.json")
 
 
-def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]:
+def inspect(path: str | os.PathLike, *, density: bool = False, sample: bool = False) -> dict[str, Any]:
     """What the checkpoint at `path` is, as JSON values.
 
     Args:
       path: of a checkpoint of any layout.
       density: read and decode compressed experts, to count non-zero weights.
+      sample: hash a sample of the weights; see `samples`, which says how much is read.
 
     Returns:
       layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
       layout's); and if it can be opened: family, model, summary (of it, in words), preset, parameters, dtypes
       (parameters by dtype), bytes and files on disk, chunks (where experts are in chunks), experts (compressed ones),
-      quantization, provenance.
+      super_experts (that a report beside them names), quantization, provenance,
+      left_out (stored tensors that aren't part of the model, by what they are),
+      weights_sample (with `sample`; what a compression of these weights has in its provenance by that name).
 
     Raises:
       CheckpointError: there is no checkpoint of any layout.
@@ -69,8 +73,11 @@ def inspect(path: str | os.PathLike, *, density: bool = False) -> dict[str, Any]
         "on_disk": on_disk(checkpoint),
         "chunks": chunks(checkpoint),
         "experts": compressed_experts(checkpoint, density),
+        "super_experts": _reported(pathlib.Path(checkpoint.path)).get("super_experts", []) if compressed else [],
         "quantization": dict(checkpoint.quantization),
         "provenance": checkpoint.provenance,
+        "weights_sample": digest(samples(checkpoint)) if sample else None,
+        "left_out": checkpoint.provenance.get("left_out", {}),
     }
 
 
@@ -113,7 +120,7 @@ def compressed_experts(checkpoint: Checkpoint, density: bool) -> dict[str, dict[
 
     The share is what a report beside the checkpoint says, unless it is to be counted; None if neither tells.
     """
-    zeros = _reported_zeros(pathlib.Path(checkpoint.path) / "report.json")
+    zeros = _reported_zeros(pathlib.Path(checkpoint.path))
     layers = {}
     for layer, matrices in checkpoint.expert_sizes.items():
         weights, nbytes = sum(math.prod(m.shape) for m in matrices.values()), sum(m.nbytes for m in matrices.values())
@@ -139,9 +146,17 @@ def count_nonzeros(checkpoint: Checkpoint, layer: str) -> int:
     )
 
 
-def _reported_zeros(report: pathlib.Path) -> dict[str, float]:
+def _reported(path: pathlib.Path) -> dict[str, Any]:
+    """The report beside a compressed checkpoint; empty if there is none."""
     try:
-        layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
-        return {layer: float(account["zeros"]) for layer, account in layers.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _reported_zeros(path: pathlib.Path) -> dict[str, float]:
+    try:
+        return {layer: float(account["zeros"]) for layer, account in _reported(path)["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}

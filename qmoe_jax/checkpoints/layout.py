@@ -17,10 +17,11 @@ class Layout(NamedTuple):
     Attributes:
       name: such as 't5x'.
       fits: fits(path), whether a path has it.
-      open: open(path, **overrides).
+      open: open(path, **overrides); with `preset`, the name of a published architecture, where `takes_preset`.
       files: globs of what belongs to it in its folder.
       writer: writes another layout's checkpoint as this one; None: nothing does.
       chunks: chunks(shape), how a matrix of all experts [experts, in, out] is cut into what is read at once.
+      takes_preset: its files may not tell the architecture.
     """
 
     name: str
@@ -29,3 +30,4 @@ class Layout(NamedTuple):
     files: tuple[str, ...]
     writer: type[Writer] | None = None
     chunks: Callable[[Shape], Shape] = lambda shape: (1, *shape[1:])
+    takes_preset: bool = False

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,15 +14,21 @@ import numpy as np
 
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, CompressedWriter
-from qmoe_jax.compression.progress import Progress, fingerprint
+from qmoe_jax.checkpoints.samples import Samples, changed, digest, of_layers, samples
+from qmoe_jax.compression.choosing import look
+from qmoe_jax.compression.progress import OtherRunError, Progress, fingerprint
 from qmoe_jax.compression.report import compression_report
+from qmoe_jax.errors import CheckpointError
 from qmoe_jax.lock import locked_by_first
 from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
+from qmoe_jax.quantization.super_experts import super_experts
 from qmoe_jax.quantization.trials import trial_experts
+
+LOOKED_AT = 16  # documents: massive activations are made of nearly any text
 
 
 def compress_examples(
@@ -69,10 +75,13 @@ def compress_examples(
       ValueError: experts are to be stored that the codec doesn't hold; no calibration for a method that needs it;
         experts are compressed already; activations become NaN or Inf.
       InUseError: another process is writing to `output`.
-      OtherRunError: the interrupted run in `output` had other data or settings, or another checkpoint.
-      CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind, only what was
-        committed.
+      OtherRunError: the interrupted run in `output` had other data or settings, or another checkpoint, or other
+        weights at the same path (by samples of them; see `checkpoints.samples`).
+      CheckpointError: a weight can't be read, or is NaN or Inf, or the weights are replaced while the run reads them;
+        then no checkpoint is left behind, only what was committed.
     """
+    if quantization.calibration.min_tokens is None:
+        quantization = quantization.replace(min_tokens=checkpoint.family.min_tokens)
     if codec is not None and (problem := why_not_stored(quantization, codec)):
         if output is not None:
             raise ValueError(problem)
@@ -82,15 +91,18 @@ def compress_examples(
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     examples = [*(calibration or ()), *validation] if quantization.calibrated else list(validation)
     run = _Run(checkpoint, vocabulary, examples, len(examples) - len(validation), quantization, memory, codec, what)
-    settings = {"quantization": quantization.to_dict(), "codec": codec, "num_shards": num_shards}
-    identity = fingerprint(checkpoint, run.calibration, run.validation, settings | run.rounding_settings())
-    run.processes.agree(identity)
+    identity = identity_of(
+        checkpoint, calibration, validation, quantization, memory, codec=codec, num_shards=num_shards
+    )
+    run.processes.agree(identity | {"weights (a sample)": digest(run.weights)})
     if output is None:
         losses = run.through()
     else:
         with locked_by_first(output, run.processes):
             progress = Progress(output, identity, resume, run.processes, memory.commit_share)
-            losses = _committed(run, output, progress, provenance or {}, num_shards)
+            check_weights(progress.committed, run.weights, output)
+            origin = {**(provenance or {}), "weights_sample": digest(run.weights)}
+            losses = _committed(run, output, progress, origin, num_shards)
             if not keep_progress and run.processes.first:
                 progress.remove()
     losses = streaming.DocumentLosses(*(a[run.num_calibration :] for a in losses))
@@ -99,11 +111,49 @@ def compress_examples(
     )
 
 
+def identity_of(
+    checkpoint: Checkpoint,
+    calibration: Sequence[Example] | None,
+    validation: Sequence[Example],
+    quantization: QuantizationSettings,
+    memory: streaming.Settings,
+    *,
+    codec: str | None = "gap",
+    num_shards: int | None = None,
+) -> dict[str, Any]:
+    """What two compressions have in common that give the same bytes, as JSON values; arguments as `compress_examples`'.
+
+    Samples of the weights aren't in it: see `checkpoints.samples`.
+    """
+    if codec is not None and why_not_stored(quantization, codec):
+        codec = None
+    settings = {
+        "quantization": quantization.to_dict(),
+        "codec": codec,
+        "num_shards": num_shards,
+        # Of memory, what influences how sums are rounded.
+        "model.dtype": str(jnp.dtype(memory.dtype)),
+        "memory.tokens_per_batch": memory.tokens_per_batch,
+        "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
+    }
+    return fingerprint(checkpoint, (calibration or ()) if quantization.calibrated else (), validation, settings)
+
+
 def check_uncompressed(checkpoint: Checkpoint) -> None:
     """Raises ValueError for a checkpoint whose experts are compressed already."""
     if not any(map(checkpoint.is_expert, checkpoint.specs)):
         raise ValueError(
             f"{checkpoint.path}: its experts are compressed already. Give the checkpoint it was made from."
+        )
+
+
+def check_weights(committed: Mapping[str, Any] | None, weights: Samples, output: str | os.PathLike) -> None:
+    """Raises OtherRunError where what is committed came from other weights."""
+    if committed and (names := changed(committed.get("weights", {}), weights)):
+        raise OtherRunError(
+            f"{output} holds an unfinished compression of other weights, which were replaced since: {names[0]}"
+            f"{f' and {len(names) - 1} more parameters' if names[1:] else ''}. Put the old ones back to go on, or give "
+            "another output, or --overwrite to start anew."
         )
 
 
@@ -125,15 +175,16 @@ def _committed(
                 stored = progress.stored()
                 writer.keep(stored["kept"] if stored else {})
                 raise
-    except BaseException:
-        stored = progress.stored()
-        if stored and run.processes.first:
-            reports.say(
-                f"{output}: {len(stored['kept'])} of {total} sparse layers are committed; run the same command to go "
-                "on after them"
-            )
-        elif run.processes.first:
-            progress.remove()
+    except BaseException as e:
+        if run.processes.first:
+            if stored := progress.stored():
+                e.add_note(
+                    f"{output}: {len(stored['kept'])} of {total} sparse layers are committed; run the same command to "
+                    "go on after them"
+                )
+            else:
+                e.add_note(f"{output}: no sparse layer is committed yet")
+                progress.remove()
         raise
 
 
@@ -146,6 +197,7 @@ class _Run:
         self.quantization, self.codec = quantization, codec
         self.memory = memory._replace(round_weights=True)
         self.stages, self.processes = resources.Stages(), Processes()
+        self.weights = samples(checkpoint)
         self.accounts: dict[str, Any] = {}
         alone = checkpoint.family.streamed(self.config, memory.dtype).one_process
         if self.processes.count > 1 and alone:
@@ -168,22 +220,16 @@ class _Run:
             calibrates = {stream: mask & ~special[stream] for stream, mask in calibrates.items()}
         self.calibrates = calibrates
 
-    @property
-    def calibration(self) -> Sequence[Example]:
-        return self.examples[: self.num_calibration]
-
-    @property
-    def validation(self) -> Sequence[Example]:
-        return self.examples[self.num_calibration :]
-
-    def rounding_settings(self) -> dict[str, Any]:
-        """Settings of memory that influence how sums are rounded."""
-        memory = self.memory
-        return {
-            "model.dtype": str(jnp.dtype(memory.dtype)),
-            "memory.tokens_per_batch": memory.tokens_per_batch,
-            "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
-        }
+    def weights_of(self, layers: Iterable[str]) -> Samples:
+        """Samples of what these layers came from. Raises CheckpointError, in all processes, where one has changed."""
+        before = of_layers(self.weights, self.checkpoint, layers)
+        names = self.processes.gather(changed(before, samples(self.checkpoint)))
+        if found := next(filter(None, names), None):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: weights were replaced while the run read them: {found[0]} isn't what it was, "
+                "or can't be read. Put the old ones back and give the same command again, or start anew."
+            )
+        return before
 
     def through(
         self, writer: CompressedWriter | None = None, progress: Progress | None = None
@@ -195,6 +241,12 @@ class _Run:
                 f"quantization.target_bits: {self.few} experts of each layer are tried by the first process, which "
                 f"would have {found}: take fewer processes."
             )
+        found: dict[str, list[int]] = {}
+        if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
+            with self.stages("super experts"):
+                peaks = look(self.checkpoint, self.calibration[:LOOKED_AT], self.memory, self.processes).peaks
+            for of in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
+                found.setdefault(of["layer"], []).append(of["expert"])
         quantizer = Quantizer(
             self.quantization,
             self.calibrates,
@@ -206,10 +258,11 @@ class _Run:
             self.control,
             own,
             self.processes,
+            found,
         )
         commits = None
         if progress is not None and writer is not None:
-            commits = LayerCommits(progress, writer, quantizer)
+            commits = LayerCommits(progress, writer, quantizer, self.weights_of)
         losses = streaming.run(
             self.checkpoint,
             self.examples,
@@ -225,6 +278,7 @@ class _Run:
             raise RuntimeError(f"Sparse layers {sorted(missing)} were not quantized.")
         if writer is not None:
             with self.stages("writing"):
+                self.weights_of(self.config.sparse_layers)
                 names = [n for n in self.checkpoint.specs if not self.checkpoint.is_expert(n)]
                 writer.finish({n: self.checkpoint.read(n) for n in names} if self.processes.first else {})
         self.accounts = quantizer.accounts
@@ -237,8 +291,14 @@ class LayerCommits:
     See `streaming.Commits`.
     """
 
-    def __init__(self, progress: Progress, writer: CompressedWriter, quantizer: Quantizer):
-        self.progress, self.writer, self.quantizer = progress, writer, quantizer
+    def __init__(
+        self,
+        progress: Progress,
+        writer: CompressedWriter,
+        quantizer: Quantizer,
+        weights_of: Callable[[Iterable[str]], Samples],
+    ):
+        self.progress, self.writer, self.quantizer, self.weights_of = progress, writer, quantizer, weights_of
         self.done = 0
         if progress.committed:
             quantizer.restore(progress.committed["quantizer"])
@@ -249,7 +309,8 @@ class LayerCommits:
 
     def commit(self, done: int, arrays: Mapping[str, streaming.OwnRows]) -> None:
         if self.progress.due(arrays):
-            state = {"done": done, "kept": self.writer.layers, "quantizer": self.quantizer.state()}
+            kept = self.writer.layers
+            state = {"done": done, "kept": kept, "quantizer": self.quantizer.state(), "weights": self.weights_of(kept)}
             self.progress.commit(state, arrays)
 
 

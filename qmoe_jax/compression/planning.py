@@ -162,7 +162,9 @@ def tokens_per_expert(config: Config, work: Workload, quantization: Quantization
     if not quantization.calibrated:
         return 0
     calibration = max(work.calibration.values())
-    return min(quantization.calibration.token_cap * calibration / config.num_experts, calibration)
+    least = quantization.calibration.min_tokens
+    least = family_of(config).min_tokens if least is None else least
+    return max(least, min(quantization.calibration.token_cap * calibration / config.num_experts, calibration))
 
 
 def _dense_layer(config: Config) -> int:

@@ -10,6 +10,7 @@ from qmoe_jax import resources
 from qmoe_jax.checkpoints import Checkpoint
 from qmoe_jax.quantization.account import LayerAccount
 from qmoe_jax.quantization.settings import QuantizationSettings
+from qmoe_jax.quantization.super_experts import super_experts
 from qmoe_jax.streaming import DocumentLosses
 
 
@@ -42,9 +43,13 @@ def compression_report(
         "codec": codec,
         "num_calibration_documents": num_calibration,
         **_sizes(accounts, dense_weights),
+        "left_out": checkpoint.provenance.get("left_out", {}),
         "experts_total": sum(len(a.tokens) for a in accounts.values()),
         "experts_quantized": sum(len(a.tokens) - len(a.fallback) for a in accounts.values()),
         "experts_fallback": sum(len(a.fallback) for a in accounts.values()),
+        "min_tokens": quantization.calibration.min_tokens,
+        "experts_starved": sum(len(a.starved) for a in accounts.values()),
+        "super_experts": super_experts({layer: a.peaks for layer, a in accounts.items()}),
         "layers": {layer: _layer(account) for layer, account in accounts.items()},
         "seconds": dict(seconds),
         "peak_rss_bytes": resources.peak_rss_bytes(),
@@ -60,6 +65,8 @@ def _layer(account: LayerAccount) -> dict[str, Any]:
         "tokens_per_expert": list(a.tokens.values()),
         "fallback": {str(e): why for e, why in a.fallback.items()},
         "overloaded": {str(e): n for e, n in a.overloaded.items()},
+        "starved": {str(e): n for e, n in a.starved.items()},
+        "peak_per_expert": list(a.peaks.values()) or None,
         "output_error": a.output_error.total(),
         "output_error_per_expert": a.output_error.relative(),
     }

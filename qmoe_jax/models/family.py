@@ -17,7 +17,7 @@ Models open no file: parameters have '/'-joined names, and whoever has them read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -247,6 +247,16 @@ class Task(Protocol):
         """
         ...
 
+    def pieces(self, vocabulary: Any, tokens: np.ndarray, written: Iterable[int]) -> Iterator[str]:
+        """The same text in pieces, each as soon as no token to come can change it; the first is of the prompt.
+
+        Args:
+          vocabulary: of the model.
+          tokens: from `prompt`.
+          written: as it comes.
+        """
+        ...
+
 
 # --- The family ------------------------------------------------------------------------------------------------------
 
@@ -304,6 +314,10 @@ class Names(Protocol):
         """
         ...
 
+    def why_left_out(self, config: Any, tensor: str) -> str | None:
+        """What a tensor is that no parameter is made of, on purpose; `names.COPY` of what is read; None: not known."""
+        ...
+
     def lost(self, config: Any) -> list[str]:
         """What the layout doesn't tell of a model that it can hold, in words."""
         ...
@@ -323,9 +337,12 @@ class Family(Protocol):
       task: what an example is.
       names: by layout of checkpoints, 't5x', 'huggingface' or 'ista': those in which its models can be kept.
       model_types: 'model_type' in the config.json of its models.
+      min_tokens: calibration tokens that an expert needs, where settings don't say; 0: any number will do.
       forward: forward(model, params, *tokens, **options) -> logits, float32 [batch, length, vocabulary].
       generate: generate(model, params, tokens, *, max_length, **options) -> what the model writes, int32 [batch,
         max_length].
+      written: written(model, params, tokens, *, max_length, **options) -> the same tokens as they come, an iterator of
+        int32 [batch]; it may end once all rows have ended.
     """
 
     name: str
@@ -338,8 +355,10 @@ class Family(Protocol):
     task: Task
     names: Mapping[str, Names]
     model_types: tuple[str, ...]
+    min_tokens: int
     forward: Callable[..., jax.Array]
     generate: Callable[..., jax.Array]
+    written: Callable[..., Iterator[np.ndarray]]
 
     def summary(self, config: Any) -> list[tuple[str, str]]:
         """What an architecture is, in words: lines of a table, such as ('heads x width', '12 x 64')."""

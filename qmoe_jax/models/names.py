@@ -23,6 +23,7 @@ from qmoe_jax.errors import CheckpointError, listed
 SAME, TRANSPOSED = False, True
 NUMBER = r"\d{1,9}"  # of a layer or an expert
 Shape = tuple[int, ...]
+COPY = "a copy"  # why a tensor is left out that holds once more what another one does
 
 
 class Part(NamedTuple):
@@ -52,16 +53,43 @@ class Packed(NamedTuple):
 
     Attributes:
       beside: names of these; templates in a `Row`.
-      shape: of the weights, from the tensor's.
-      unpack: unpack(tensor, *beside) -> weights. Both may be some of the entries of the first axis alone, where
-        weights have three.
+      shape: of the weights [..., out, in], from the tensor's.
+      unpack: unpack(tensor, *beside) -> weights; of the whole, or of slices as `slices` gives them.
+      grains: of the tensor, and of each of those beside it: how many rows and columns of weights an entry stands for.
       dtype: of the weights: one that holds them without rounding.
     """
 
     beside: tuple[str, ...]
     shape: Callable[[Shape], Shape]
     unpack: Callable[..., np.ndarray]
+    grains: tuple[tuple[int, int], ...]
     dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
+
+    def slices(self, rows: slice, columns: slice) -> tuple[list[tuple[slice, slice]], tuple[slice, slice]]:
+        """What is to be read for rows and columns of the weights, bounds given: no more than the blocks these are in.
+
+        Returns:
+          Slices of rows and columns of the tensor and of each beside it; and what of the weights that these make.
+        """
+        parts, rest = zip(
+            *(_aligned(at, [grain[axis] for grain in self.grains]) for axis, at in enumerate((rows, columns))),
+            strict=True,
+        )
+        return list(zip(*parts, strict=True)), rest
+
+
+def _aligned(at: slice, grains: Sequence[int]) -> tuple[list[slice], slice]:
+    """An axis of `Packed.slices`: the slice of each array, and what of the weights that they make."""
+    block, step = max(grains), 1 if at.step is None else at.step
+    if block == 1:
+        return [at] * len(grains), slice(None)
+    wanted = range(at.start, at.stop, step)
+    if not wanted:
+        return [slice(0, 0)] * len(grains), slice(None)
+    low, high = min(wanted), max(wanted) + 1
+    begin, end = low // block * block, -(-high // block) * block  # Beyond the last weight: slices end there themselves.
+    rest = slice(wanted[0] - begin, wanted[-1] - begin + (1 if step > 0 else -1), step)
+    return [slice(begin // grain, end // grain) for grain in grains], rest
 
 
 class Tensors(NamedTuple):
@@ -74,6 +102,8 @@ class Tensors(NamedTuple):
       part: which outputs they are; None: all.
       packed: of each, how it is unpacked; empty: they hold the weights themselves.
       copies: other names under which the tensor is to be written as well.
+      merged: this axis of the tensor and the next are one of the parameter's, such as heads and their width.
+      scale: what the tensor is to be multiplied by.
     """
 
     names: tuple[str, ...]
@@ -82,11 +112,14 @@ class Tensors(NamedTuple):
     part: Part | None = None
     packed: tuple[Packed, ...] = ()
     copies: tuple[str, ...] = ()
+    merged: int | None = None
+    scale: float = 1.0
 
     @property
     def plain(self) -> bool:
         """The tensor is the parameter."""
-        return not (self.transposed or self.stacked or self.part or self.packed)
+        changed = self.merged is not None or self.scale != 1
+        return not (self.transposed or self.stacked or self.part or self.packed or changed)
 
     def shape(self, shapes: Mapping[str, Shape]) -> Shape:
         """The parameter's. Raises CheckpointError where experts' shapes differ, or can't be split in parts."""
@@ -97,6 +130,10 @@ class Tensors(NamedTuple):
                     f"Tensor {name!r} has shape {list(other)}, but {self.names[0]!r} {list(found[0])}."
                 )
         shape = self.packed[0].shape(found[0]) if self.packed else found[0]
+        if (axis := self.merged) is not None:
+            if len(shape) < axis + 2:
+                raise CheckpointError(f"Tensor {self.names[0]!r} has shape {list(shape)}, expected an axis of heads.")
+            shape = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
         if self.transposed:
             shape = (*shape[:-2], *shape[:-3:-1])
         if self.part is not None:
@@ -116,6 +153,7 @@ class Row(NamedTuple):
     transposed: bool = SAME
     part: Part | None = None
     packed: Packed | None = None
+    merged: int | None = None
 
 
 class Table:
@@ -138,7 +176,7 @@ class Table:
                 every = [match.groupdict() | {"expert": e} for e in (range(num_experts) if stacked else [0])]
                 names = tuple(row.tensor.format(**fields) for fields in every)
                 packed = tuple(_filled(row.packed, fields) for fields in every) if row.packed else ()
-                return Tensors(names, row.transposed, stacked, row.part, packed)
+                return Tensors(names, row.transposed, stacked, row.part, packed, merged=row.merged)
         raise KeyError(parameter)
 
     def parameters(self, names: Iterable[str]) -> tuple[dict[str, Tensors], list[str]]:
@@ -185,9 +223,8 @@ class Table:
                 lacking = next(name for _, name, p in tensors if p is None)
                 missing.append(f"{parameter}: what {lacking} is unpacked with")
                 continue
-            parameters[parameter] = Tensors(
-                tuple(name for _, name, _ in tensors), row.transposed, stacked, row.part, all_packed
-            )
+            names_of = tuple(name for _, name, _ in tensors)
+            parameters[parameter] = Tensors(names_of, row.transposed, stacked, row.part, all_packed, merged=row.merged)
         if missing:
             raise CheckpointError(listed(f"Of {num_experts} experts some are missing:", missing))
         return parameters, [name for name in foreign if name not in beside]
@@ -213,3 +250,14 @@ class Table:
 
 def _filled(packed: Packed, fields: Mapping[str, object]) -> Packed:
     return packed._replace(beside=tuple(name.format(**fields) for name in packed.beside))
+
+
+def in_short(names: Iterable[str]) -> list[str]:
+    """Names that differ in nothing but numbers as one, with the least and the greatest: 'layers.61.experts.0-255'."""
+    alike: dict[str, list[tuple[int, ...]]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "{}", name), []).append(tuple(map(int, re.findall(r"\d+", name))))
+    return [
+        template.format(*(f"{min(c)}-{max(c)}" if len(set(c)) > 1 else c[0] for c in zip(*numbers, strict=True)))
+        for template, numbers in alike.items()
+    ]

@@ -45,6 +45,7 @@ def dequantize_float8(
 
 # --- MXFP4: 4 bits and a power of two for 32 of them (OCP Microscaling Formats 1.0), as gpt-oss is published ---------
 
+MXFP4_BLOCK = 32
 _HALF = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 MXFP4_VALUES = np.array(_HALF + [-v for v in _HALF], np.float32)
 

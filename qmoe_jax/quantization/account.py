@@ -12,7 +12,7 @@ from qmoe_jax.processes import Processes
 from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.output_error import OutputError
 
-_BY_EXPERT = ("tokens", "fallback", "overloaded")
+_BY_EXPERT = ("tokens", "fallback", "overloaded", "starved", "peaks")
 
 
 class LayerAccount(NamedTuple):
@@ -22,6 +22,8 @@ class LayerAccount(NamedTuple):
       tokens: calibration tokens in each expert's Hessian.
       fallback: why, for each expert that wasn't quantized by its own tokens: most are rounded to nearest.
       overloaded: how many calibration tokens were routed to each expert that had more than may be in its Hessian.
+      starved: how many tokens of its own each expert had that got tokens of the layer's beside them (`min_tokens`).
+      peaks: each expert's largest output, see `statistics.output_peaks`; empty without calibration.
       zeros: share of zero weights.
       entropy: empirical entropy of the symbols of all its matrices, in bits per weight (mean over matrices).
       weights: how many weights it has.
@@ -32,6 +34,8 @@ class LayerAccount(NamedTuple):
     tokens: dict[int, int]
     fallback: dict[int, str]
     overloaded: dict[int, int]
+    starved: dict[int, int]
+    peaks: dict[int, float]
     zeros: float
     entropy: float
     weights: int
@@ -60,7 +64,7 @@ class GroupAccount(NamedTuple):
     """The same of a group of experts, with the experts themselves.
 
     Attributes:
-      tokens, fallback, overloaded: as in `LayerAccount`.
+      tokens, fallback, overloaded, starved, peaks: as in `LayerAccount`.
       zeros, weights: how many.
       entropies: by matrix name, of each expert.
       nbytes: by matrix name, as stored; empty if nothing is.
@@ -71,6 +75,8 @@ class GroupAccount(NamedTuple):
     tokens: dict[int, int]
     fallback: dict[int, str]
     overloaded: dict[int, int]
+    starved: dict[int, int]
+    peaks: dict[int, float]
     zeros: int
     weights: int
     entropies: dict[str, list[float]]
@@ -80,21 +86,21 @@ class GroupAccount(NamedTuple):
 
 
 def group_account(
-    start: int,
     quantized: Mapping[str, Quantized],
-    tokens: Sequence[int],
+    tokens: dict[int, int],
     overloaded: dict[int, int],
+    starved: dict[int, int],
+    peaks: dict[int, float],
     error: OutputError,
     codec: str | None,
     calibrated: bool,
 ) -> GroupAccount:
-    """Encodes experts from `start` on, and counts what they came to.
+    """Encodes experts, and counts what they came to.
 
     Args:
-      start: first expert.
       quantized: by matrix name.
-      tokens: of each expert, how many calibrate it.
-      overloaded: as in `LayerAccount`.
+      tokens: how many calibrate each of them.
+      overloaded, starved, peaks: as in `LayerAccount`.
       error: of each expert.
       codec: by name; None: nothing is stored.
       calibrated: experts should have tokens.
@@ -106,17 +112,19 @@ def group_account(
             m: CompressedExperts.from_symbols(symbols[m], np.asarray(q.levels), codec) for m, q in quantized.items()
         }
     fallback = {}
-    for i, count in enumerate(tokens):
+    for i, (e, count) in enumerate(tokens.items()):
         failed = [m for m, q in quantized.items() if bool(q.fallback[i])]
         if failed:
             unusable = f"the Hessian of {', '.join(failed)} is zero or its Cholesky factorisation failed"
-            fallback[start + i] = "no calibration tokens" if count == 0 else unusable
+            fallback[e] = "no calibration tokens" if count == 0 else unusable
         elif count == 0 and calibrated:
-            fallback[start + i] = "no calibration tokens; a sample of the layer's stood for them"
+            fallback[e] = "no calibration tokens; a sample of the layer's stood for them"
     return GroupAccount(
-        tokens=dict(enumerate(tokens, start)),
+        tokens=tokens,
         fallback=fallback,
         overloaded=overloaded,
+        starved=starved,
+        peaks=peaks,
         zeros=sum(int((np.asarray(q.Q) == 0).sum()) for q in quantized.values()),
         weights=sum(s.size for s in symbols.values()),
         entropies={m: [entropy(s) for s in matrix] for m, matrix in symbols.items()},
@@ -149,6 +157,8 @@ def layer_account(groups: Sequence[GroupAccount]) -> LayerAccount:
         tokens={e: n for g in groups for e, n in g.tokens.items()},
         fallback={e: why for g in groups for e, why in g.fallback.items()},
         overloaded={e: n for g in groups for e, n in g.overloaded.items()},
+        starved={e: n for g in groups for e, n in g.starved.items()},
+        peaks={e: p for g in groups for e, p in g.peaks.items()},
         zeros=sum(g.zeros for g in groups) / weights,
         entropy=float(np.mean(list(entropies.values()))),
         weights=weights,

@@ -54,6 +54,7 @@ class Quantizer:
       stages: where seconds are counted.
       control: finds the Lagrangian for a target rate.
       own: the experts of every layer that this process quantizes, None: all.
+      super_experts: by layer; see the method's `super_weight`.
       processes: which together quantize all of them.
 
     Attributes:
@@ -72,15 +73,19 @@ class Quantizer:
         control: RateControl | None = None,
         own: range | None = None,
         processes: Processes | None = None,
+        super_experts: Mapping[str, Sequence[int]] | None = None,
     ):
         self.settings, self.num_experts = settings, num_experts
         self.method, self.how = settings.rounding, settings.calibration
+        self.min_tokens = self.how.min_tokens or 0
         self.calibration, self.validation = calibration, validation
         self.codec, self.writer, self.stages = codec, writer, stages
         self.control = control
         self.own, self.processes = own or range(num_experts), processes or Processes()
+        self.super_experts = super_experts or {}
+        sample = max(statistics.SAMPLE, self.min_tokens)
         self.sample: Mapping[str, np.ndarray] = {
-            stream: statistics.sample_rows(np.flatnonzero(mask)) for stream, mask in calibration.items()
+            stream: statistics.sample_rows(np.flatnonzero(mask), sample) for stream, mask in calibration.items()
         }
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[GroupAccount]] = {}  # by layer
@@ -93,16 +98,19 @@ class Quantizer:
         overloaded: dict[int, int] = {}
         if self.method.calibrated:
             cap = math.ceil(self.how.token_cap * self.calibration[group.stream].sum() / self.num_experts)
+            cap = max(cap, self.min_tokens)
             overloaded = {e: len(t) for e, t in enumerate(tokens, group.start) if len(t) > cap}
             tokens = [t[:cap] for t in tokens]
-        quantized = self._quantize_group(group, tokens)
+        quantized, peaks = self._quantize_group(group, tokens)
         replacement = group.kernels | {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
         with self.stages("output error"):
             error = self._output_error(group, replacement)
         with self.stages("encoding"):
-            counts = [len(t) for t in tokens]
+            counts = dict(enumerate(map(len, tokens), group.start))
+            starved = {e: n for e, n in counts.items() if self.method.calibrated and n < self.min_tokens}
+            largest = dict(zip(counts, peaks, strict=True)) if peaks else {}
             account = group_account(
-                group.start, quantized, counts, overloaded, error, self.codec, self.method.calibrated
+                quantized, counts, overloaded, starved, largest, error, self.codec, self.method.calibrated
             )
             self._groups.setdefault(group.layer, []).append(account)
         return replacement
@@ -136,7 +144,8 @@ class Quantizer:
 
     # --- One group ----------------------------------------------------------------------------------------------------
 
-    def _quantize_group(self, group: ExpertGroup, tokens: list[np.ndarray]) -> dict[str, Quantized]:
+    def _quantize_group(self, group: ExpertGroup, tokens: list[np.ndarray]) -> tuple[dict[str, Quantized], list[float]]:
+        """By matrix name; and each expert's largest output, where there is calibration."""
         count = group.stop - group.start
         if count == 1:  # XLA computes one alone differently than several.
             twice = {m: np.repeat(k, 2, axis=0) for m, k in group.kernels.items()}
@@ -144,16 +153,20 @@ class Quantizer:
             tokens = 2 * tokens
         sharding = expert_sharding(len(tokens))
         kernels = {m: jax.device_put(jnp.asarray(k, jnp.float32), sharding) for m, k in group.kernels.items()}
+        peaks: list[float] = []
         if self.method.calibrated:
-            quantized = self._calibrated(group, kernels, tokens, sharding)
+            quantized, peaks = self._calibrated(group, kernels, tokens, sharding)
         else:
             with self.stages("quantization"):
                 quantized = {m: self._round(m, kernels[m].swapaxes(1, 2), None, None) for m in group.expert.matrices}
-        return quantized if count > 1 else jax.tree.map(lambda a: a[:1], quantized)
+        return (quantized if count > 1 else jax.tree.map(lambda a: a[:1], quantized)), peaks[:count]
 
-    def _calibrated(self, group: ExpertGroup, kernels, tokens, sharding) -> dict[str, Quantized]:
+    def _calibrated(self, group: ExpertGroup, kernels, tokens, sharding) -> tuple[dict[str, Quantized], list[float]]:
         """The inner matrices, and then the last one with what these give it."""
         how, expert = self.how, group.expert
+        with self.stages("super experts"):
+            own = [statistics.Samples(rows, np.ones(len(rows), np.float32)) for rows in tokens]
+            peaks = statistics.output_peaks(expert, kernels, group.inputs, own, sharding).tolist()
         samples = statistics.weighted_tokens(
             tokens,
             [g[np.isin(t, own)] for g, t, own in zip(group.gates, group.tokens, tokens, strict=True)],
@@ -161,14 +174,15 @@ class Quantizer:
             router_weighted=how.router_weighted,
             shrinkage=how.shrinkage,
             sample_starved=how.sample_starved,
+            min_tokens=self.min_tokens,
         )
-        importance = {}
+        importance, weight = {}, self._weight(group)
         with self.stages("hessians"):
             H = statistics.input_hessians(group.inputs, samples, sharding)
             if self.method.uses_importance:
                 importance = statistics.hidden_importance(expert, kernels, group.inputs, samples, sharding)
             jax.block_until_ready((H, importance))
-        quantized = {m: self._quantize(m, kernels[m], H, importance.get(m)) for m in expert.inner}
+        quantized = {m: self._quantize(m, kernels[m], H, importance.get(m), weight=weight) for m in expert.inner}
         now = kernels
         if how.sequential:
             now = kernels | {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
@@ -177,10 +191,18 @@ class Quantizer:
                 expert, kernels, now, group.inputs, samples, sharding, residuals=how.asymmetric
             )
             jax.block_until_ready((H, R))
-        quantized[expert.last] = self._quantize(expert.last, kernels[expert.last], H, R=R)
-        return quantized
+        quantized[expert.last] = self._quantize(expert.last, kernels[expert.last], H, R=R, weight=weight)
+        return quantized, peaks
 
-    def _quantize(self, matrix: str, kernel, H, importance=None, *, R=None) -> Quantized:
+    def _weight(self, group: ExpertGroup) -> np.ndarray | None:
+        """What each expert's squared error counts, float32 [experts]; None: all equally."""
+        more = [e in self.super_experts.get(group.layer, ()) for e in range(group.start, group.stop)]
+        if not any(more):
+            return None
+        weight = getattr(self.method, "super_weight", 1.0)
+        return np.resize(np.where(more, np.float32(weight), np.float32(1)), len(group.tokens))
+
+    def _quantize(self, matrix: str, kernel, H, importance=None, *, R=None, weight=None) -> Quantized:
         """One matrix of all experts of the group.
 
         Args:
@@ -189,6 +211,7 @@ class Quantizer:
           H: Hessians [experts, in, in].
           importance: [experts, out], what an output's squared error counts; None: all equally.
           R: see `asymmetric`.
+          weight: see `_weight`.
         """
         with self.stages("quantization"):
             W = kernel.swapaxes(1, 2)  # [experts, out, in]: the quantizer's rows are outputs.
@@ -196,15 +219,16 @@ class Quantizer:
                 W = match_outputs(W, H, R, damping=self.how.damping, block_size=self.how.block_size)
             if importance is None and self.method.uses_importance:
                 importance = jax.device_put(jnp.ones(W.shape[:2]), expert_sharding(len(W)))
-            return self._round(matrix, W, H, importance)
+            return self._round(matrix, W, H, importance, weight)
 
-    def _round(self, matrix: str, W, H, importance) -> Quantized:
+    def _round(self, matrix: str, W, H, importance, weight=None) -> Quantized:
         """The method itself; weights are those that the stored symbols and levels stand for."""
+        weighted = importance if weight is None else importance * weight[:, None]
         if self.method.target_bits is None:
-            quantized = self.method(W, H, importance)
+            quantized = self.method(W, H, weighted)
         else:
             lagrangian = self._find_lagrangian(matrix, W, H, importance)
-            quantized = cast(Priced, self.method).at(W, H, importance, lagrangian)
+            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian)
         return jax.block_until_ready(_as_stored(quantized))
 
     def _output_error(self, group: ExpertGroup, replacement) -> OutputError:

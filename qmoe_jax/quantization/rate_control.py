@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
 # Lagrangians of one trial, in log2: about the one that is likely, and about one that is a guess.
 TRIAL = (-2.25, -0.75, 0.75, 2.25)
@@ -142,7 +141,7 @@ class Curve:
 
     def __init__(self, logs: Sequence[float] = (), bits: Sequence[float] = ()):
         self.logs, self.bits = list(logs), list(bits)
-        self._between: PchipInterpolator | None = None  # made when it is asked for
+        self._between: Callable[[float], Any] | None = None  # made when it is asked for
 
     def add(self, log: float, bits: float) -> None:
         if any(abs(log - known) < CLOSE / 2 for known in self.logs):
@@ -166,6 +165,8 @@ class Curve:
         logs, bits = self.logs, np.minimum.accumulate(self.bits)
         if logs[0] < log < logs[-1]:
             if self._between is None:
+                from scipy.interpolate import PchipInterpolator  # 45 MB that other methods don't need
+
                 self._between = PchipInterpolator(logs, bits)  # monotone, as the points are
             return float(self._between(log))
         end = 0 if log <= logs[0] else -1

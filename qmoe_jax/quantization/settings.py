@@ -26,6 +26,8 @@ class Calibration:
       sequential: the last matrix' Hessian is of the outputs of the quantized ones before it.
       asymmetric: the last matrix is first fitted to give, on those, the outputs that it gave before; `sequential` too.
       shrinkage: weight, in tokens, of a sample of the layer's tokens that joins every expert's Hessians.
+      min_tokens: an expert with fewer gets tokens of the layer's for those that it lacks. None: as many as the family
+        of models wants.
     """
 
     block_size: int = 128
@@ -36,6 +38,7 @@ class Calibration:
     sequential: bool = False
     asymmetric: bool = False
     shrinkage: float = 0.0
+    min_tokens: int | None = None
 
     def __post_init__(self):
         if self.block_size < 1:
@@ -45,6 +48,8 @@ class Calibration:
                 raise ValueError(
                     f"quantization.{name}: found {getattr(self, name)!r}, expected a finite number, at least 0."
                 )
+        if self.min_tokens is not None and (type(self.min_tokens) is not int or self.min_tokens < 0):
+            raise ValueError(f"quantization.min_tokens: found {self.min_tokens!r}, expected a number of tokens, or 0.")
         if not 0 < self.token_cap < math.inf:
             raise ValueError(f"quantization.token_cap: found {self.token_cap!r}, expected a finite number above 0.")
         if self.asymmetric and not self.sequential:

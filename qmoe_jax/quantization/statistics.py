@@ -36,9 +36,9 @@ class Samples(NamedTuple):
     weights: np.ndarray  # float32 [tokens]
 
 
-def sample_rows(rows: np.ndarray) -> np.ndarray:
-    """Up to `SAMPLE` of these rows, evenly spread; of a sample, itself."""
-    return rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(int)]
+def sample_rows(rows: np.ndarray, most: int = SAMPLE) -> np.ndarray:
+    """Up to `most` of these rows, evenly spread; of a sample, itself."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
 
 
 def weighted_tokens(
@@ -49,6 +49,7 @@ def weighted_tokens(
     router_weighted: bool,
     shrinkage: float,
     sample_starved: bool = True,
+    min_tokens: int = 0,
 ) -> list[Samples]:
     """The tokens of each expert, with weights.
 
@@ -61,12 +62,19 @@ def weighted_tokens(
       shrinkage: weight, in the expert's mean tokens, of a sample from all calibration tokens. It gives directions that
         an expert has not seen the weight that they have in the layer.
       sample_starved: an expert without tokens of its own gets the sample in any case.
+      min_tokens: an expert that has fewer gets tokens from all calibration tokens, evenly spread, for those that it
+        lacks; each weighs as its own do in the mean.
     """
     weights = [g.astype(np.float32) ** 2 if router_weighted else np.ones(len(g), np.float32) for g in gates]
     sample = sample_rows(calibration)
 
     def with_sample(rows, weight):
-        mean, total = (weight.mean(), shrinkage) if len(rows) else (1.0, shrinkage or float(sample_starved))
+        mean = weight.mean() if len(rows) else 1.0
+        if len(rows) < min_tokens and len(calibration):
+            more = sample_rows(calibration, min_tokens - len(rows))
+            each = np.full(len(more), mean * (min_tokens - len(rows)) / len(more), np.float32)
+            rows, weight = np.concatenate([rows, more]), np.concatenate([weight, each])
+        total = shrinkage if len(rows) else shrinkage or float(sample_starved)
         if not total or not len(sample):
             return Samples(rows, weight)
         each = np.full(len(sample), total * mean / len(sample), np.float32)
@@ -156,8 +164,27 @@ def hidden_statistics(
         found = _hidden(expert, X, now)
         H.add(n, found, weight, total)
         if residuals:
-            R = accumulate_weighted(R, n, _lacking(expert, X, found, kernels), found, weight, total)
+            R = _add(R, n, _lacking(expert, X, found, kernels), found, weight, total)
     return H.whole(), R if residuals else None
+
+
+def output_peaks(
+    expert: Expert, kernels: Kernels, inputs: np.ndarray, samples: Sequence[Samples], sharding: NamedSharding
+) -> np.ndarray:
+    """The largest |output| that an expert has for any of its tokens, before gates: float32 [experts].
+
+    Massive activations of a whole model come from few experts' outputs (Su et al. 2025, arXiv:2507.23279).
+    """
+    peaks = np.zeros(len(samples), np.float32)
+    for X, weight, _, _ in _chunks(inputs, samples, sharding):
+        peaks = np.maximum(peaks, _largest_outputs(expert, X, kernels, weight))
+    return peaks
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _largest_outputs(expert, X, kernels, weight):
+    kernels = {m: k.astype(jnp.float32) for m, k in kernels.items()}
+    return jnp.max(jnp.abs(expert(X, kernels, dot)) * (weight > 0)[..., None], axis=(1, 2))
 
 
 class _Hessian:
@@ -181,9 +208,12 @@ class _Hessian:
         return _from_panels(self.panels)
 
 
-@functools.partial(jax.jit, static_argnames="start")
+@functools.partial(jax.jit, static_argnames="start", donate_argnums=0)
 def _add_panel(S, n, X, weight, total, start):
     return accumulate_weighted(S, n, X[..., start : start + S.shape[1]], X[..., start:], weight, total)
+
+
+_add = jax.jit(accumulate_weighted, donate_argnums=0)
 
 
 @jax.jit

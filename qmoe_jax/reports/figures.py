@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 BLUE, RED = "#4878a8", "#c44e52"
 MOST_POINTS_AS_VECTORS = 2_000
+LEAST_LOSS = 1e-3  # nats, of a logarithmic axis
 
 
 def plot_compression(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     """A compression report by layer: what outputs lose, bits and zeros per weight, calibration tokens per expert."""
-    fig, axes = plt.subplots(2, 2, figsize=(11, 6.8))
+    fig, axes = _axes(2, 2, figsize=(11, 6.8))
     for ax, (title, draw) in zip(axes.flat, COMPRESSION_PANELS.items(), strict=True):
         draw(ax, report["layers"])
         ax.set_title(title, loc="left")
     fig.suptitle(f"{report['method']}, {report['bits']:g} bits: loss {report['loss']:.4f}, {report['zeros']:.1%} zeros")
     fig.tight_layout()
     fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def compression_svgs(report: Mapping[str, Any]) -> dict[str, str]:
     """The same panels by title, each as an <svg> element whose ink is the colour of the text around it."""
     return {title: _svg(title, draw, report["layers"]) for title, draw in COMPRESSION_PANELS.items()}
+
+
+def _axes(rows: int = 1, columns: int = 1, squeeze: bool = True, **figure) -> tuple[Any, Any]:
+    """A figure that no window shows, and its axes. Matplotlib, .7 s to import, is there when something is drawn."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(**figure)
+    return fig, fig.subplots(rows, columns, squeeze=squeeze)
 
 
 def _output_error(ax, layers) -> None:
@@ -129,13 +134,14 @@ def _svg(title: str, draw: Callable[[Any, Mapping[str, Any]], None], layers: Map
         "svg.hashsalt": title,  # Names inside one page don't clash, and are the same every time.
         "font.size": 11,
     }
+    import matplotlib
+
     with matplotlib.rc_context(style):
-        fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        fig, ax = _axes(figsize=(6.4, 3.6), layout="constrained")
         draw(ax, layers)
         buffer = io.StringIO()
         unknown = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         fig.savefig(buffer, format="svg", transparent=True, dpi=200, metadata=unknown)
-        plt.close(fig)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # The page gives the size; what it is called is for screen readers.
@@ -144,41 +150,46 @@ def _svg(title: str, draw: Callable[[Any, Mapping[str, Any]], None], layers: Map
 
 def plot_training(history: list[Mapping[str, float]], path: str | os.PathLike) -> None:
     """Training loss by step."""
-    fig, ax = plt.subplots(figsize=(7, 4))
+    fig, ax = _axes(figsize=(7, 4))
     ax.plot([h["step"] for h in history], [h["loss"] for h in history])
     ax.set(xlabel="step", ylabel="training loss (nats per predicted token)")
     fig.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(fig)
 
 
 def plot_losses(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Loss by name, as bars above the first report's loss (bfloat16)."""
     base, *others = reports
     losses = [reports[name]["loss"] for name in others]
-    fig, ax = plt.subplots(figsize=(7, 3.4))
+    fig, ax = _axes(figsize=(7, 3.4))
     bars = ax.barh(others[::-1], [loss - reports[base]["loss"] for loss in losses][::-1], color=BLUE)
     ax.bar_label(bars, [f"{loss:.3f}" for loss in losses[::-1]], padding=3)
     ax.set_xlabel(f"validation loss above {base} ({reports[base]['loss']:.3f} nats per token)")
     ax.margins(x=0.12)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def plot_frontier(report: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Loss against stored bits per weight of a frontier report, a line for what was swept; bfloat16 is a level."""
-    fig, ax = plt.subplots(figsize=(7, 4.4))
-    for name, marker in zip(dict.fromkeys(p["name"] for p in report["points"]), "*sDo", strict=False):
-        points = [p for p in report["points"] if p["name"] == name]
-        x, y = ([p[key] for p in points] for key in ("bits_per_weight", "loss"))
+    """What compression costs against stored bits per weight, of a frontier report; a line for what was swept.
+
+    The cost is on a logarithmic scale; what is less than .001 nats, or a gain, is drawn there.
+    """
+    fig, ax = _axes(figsize=(7, 4.4))
+    for name, marker in zip(dict.fromkeys(p["name"] for p in report["points"]), itertools.cycle("*sDo^vPX")):
+        points = sorted((p for p in report["points"] if p["name"] == name), key=lambda p: p["bits_per_weight"])
+        x, y = [p["bits_per_weight"] for p in points], [max(p["above_bfloat16"], LEAST_LOSS) for p in points]
         ax.plot(x, y, marker=marker, markersize=13 if marker == "*" else 6, label=name)
-    ax.axhline(report["bfloat16"], color="black", linewidth=0.8, linestyle="--", label="bfloat16 (16 bits)")
-    ax.set(xlabel="stored bits per expert weight, metadata included", ylabel="validation loss, nats per token")
+    ax.set(
+        xlabel="stored bits per expert weight, metadata included",
+        ylabel=f"validation loss above bfloat16's {report['bfloat16']:.3f}, nats per token",
+        yscale="log",
+    )
     ax.set_xlim(left=0)
-    ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
+    fig.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def plot_bars(
@@ -192,7 +203,7 @@ def plot_bars(
     """Groups of bars: height by label, by series; a label that a series lacks leaves a gap."""
     labels = list(dict.fromkeys(label for heights in series.values() for label in heights))
     width = 0.8 / len(series)
-    fig, ax = plt.subplots(figsize=(max(6, 1.1 * len(labels) * max(1, len(series) / 2)), 4))
+    fig, ax = _axes(figsize=(max(6, 1.1 * len(labels) * max(1, len(series) / 2)), 4))
     for i, (name, heights) in enumerate(series.items()):
         x = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
         bars = ax.bar(x, [heights.get(label, np.nan) for label in labels], width, label=name)
@@ -209,12 +220,11 @@ def plot_bars(
         ax.legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=130)
-    plt.close(fig)
 
 
 def plot_rehearsal(models: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Projected minutes of each stage of a compression, a panel for each model."""
-    fig, axes = plt.subplots(1, len(models), figsize=(1.5 + 3.6 * len(models), 3.4), squeeze=False)
+    fig, axes = _axes(1, len(models), figsize=(1.5 + 3.6 * len(models), 3.4), squeeze=False)
     for ax, (name, model) in zip(axes.flat, models.items(), strict=True):
         minutes = {stage: s / 60 for stage, s in model["projected_seconds"].items()}
         colours = [RED if stage == "total" else BLUE for stage in minutes]
@@ -224,4 +234,3 @@ def plot_rehearsal(models: Mapping[str, Any], path: str | os.PathLike) -> None:
         ax.set_title(name, loc="left")
     fig.tight_layout()
     fig.savefig(path, dpi=120)
-    plt.close(fig)

@@ -21,6 +21,9 @@ def html_report(report: Mapping[str, Any]) -> str:
         "Loss and size": _headline(report) + _comparison(report),
         "Layer by layer": _figures(report) + _layers(report),
         "Experts that fell back": _fallbacks(report),
+        "Left out": _left_out(report),
+        "Experts with few tokens": _starved(report),
+        "Super experts": _super_experts(report),
         "Time": _seconds(report),
         "Memory": _memory(report),
         "Settings": _settings(report.get("config", {})),
@@ -134,6 +137,34 @@ def _fallbacks(report) -> str:
     if not rows:
         return "<p>None: every expert was quantized by its own calibration tokens.</p>\n"
     return _table(("layer", "experts", "why"), rows, "text")
+
+
+def _left_out(report) -> str:
+    if not report.get("left_out"):
+        return "<p>Nothing: the compressed checkpoint has all that the checkpoint has.</p>\n"
+    return _table(("what", "tensors"), [[why, ", ".join(n)] for why, n in report["left_out"].items()], "text")
+
+
+def _starved(report) -> str:
+    rows = [
+        [name, ", ".join(f"{e} ({n})" for e, n in layer["starved"].items())]
+        for name, layer in report["layers"].items()
+        if layer.get("starved")
+    ]
+    if not rows:
+        return "<p>None: no expert's tokens were made up by tokens of its layer.</p>\n"
+    return _table(("layer", "experts (tokens of their own); tokens of the layer stood for the rest"), rows, "text")
+
+
+def _super_experts(report) -> str:
+    found = report.get("super_experts")
+    if not found:
+        return "<p>Not looked for: that takes calibration.</p>\n"
+    rows = [[f["layer"], f["expert"], f["peak"], f["times_median"]] for f in found]
+    return _table(("layer", "expert", "largest output", "times the median"), rows) + (
+        "<p>By the rule of arXiv:2507.23279: above the 99.5th percentile of all experts' largest outputs, and above a "
+        "tenth of the largest. Some expert always is; massive activations are hundreds of times the median.</p>\n"
+    )
 
 
 def _seconds(report) -> str:

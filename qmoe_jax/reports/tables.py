@@ -46,6 +46,16 @@ def method_title(report: Mapping[str, Any]) -> str:
     return f"{report.get('title', report['method'])}, {report['bits']:g} bits"
 
 
+def super_experts(found: Sequence[Mapping[str, Any]]) -> str:
+    """Such as 'LAYER expert 68: 1234 (310 times the median)'."""
+
+    def said(of: Mapping[str, Any]) -> str:
+        times = "" if of["times_median"] is None else f" ({of['times_median']:.0f} times the median)"
+        return f"{of['layer']} expert {of['expert']}: {of['peak']:.4g}{times}"
+
+    return "; ".join(map(said, found))
+
+
 def comparison_rows(report: Mapping[str, Any]) -> list[list[Any]]:
     """Rows under `COMPRESSION_HEADER`: the report's baselines, where it has them, and what it is of."""
     baselines = report.get("baselines", {})

@@ -46,8 +46,8 @@ class Quantizer(Protocol):
     own: range
     sample: Mapping[str, np.ndarray]
 
-    def __call__(self, group: ExpertGroup) -> dict[str, Any]:
-        """The kernels that are used in place of the group's."""
+    def __call__(self, group: ExpertGroup) -> dict[str, Any] | None:
+        """The kernels that are used in place of the group's; None: its outputs are left out."""
         ...
 
     def finish(self, layer: str) -> None:
@@ -112,16 +112,18 @@ def run(
             if routed is not None:
                 y = forward.sums(layer, x)
                 for delivery in forward.deliveries(layer, routed, y):
-                    group = delivery.kernels
+                    group: dict[str, Any] | None = delivery.kernels
                     if quantizer is not None:
                         group = quantizer(delivery.group(layer.name, layer.stream, layer.expert))
-                    forward.add_experts(layer, delivery, group)
+                    if group is not None:
+                        forward.add_experts(layer, delivery, group)
                     del delivery, group  # Not kept while the next ones are read.
                 if quantizer is not None:
                     quantizer.finish(layer.name)
                 forward.finish(layer, x, y)
                 del routed, y  # Buffers as large as x.
             done += 1
+            resources.give_freed_memory_back()
             if commits is not None and layer.expert is not None:
                 forward.commit(commits, done)
         return forward.losses()
@@ -285,7 +287,7 @@ class _Pass:
     def sums(self, layer: Layer, x: ListBuffer) -> ListBuffer:
         """Where experts' outputs are added up: x itself, or, where tokens have several choices, a buffer of its own.
 
-        Two choices are added to each other before they are to x: in whichever order they come, the sum is the same.
+        Choices are added to each other, by rising expert, before they are to x.
         """
         return x if layer.choices == 1 else self.buffer(layer.stream)
 

@@ -110,7 +110,9 @@ def edit_manifest(path, edit, sign=True):
 # --- Round trip ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("codec", "num_levels"), [("dictionary", 2), ("gap", 2), ("gap", 3)])
+@pytest.mark.parametrize(
+    ("codec", "num_levels"), [("dictionary", 2), pytest.param("gap", 2, marks=pytest.mark.long), ("gap", 3)]
+)
 def test_what_is_read_is_what_was_written(codec, num_levels, tmp_path):
     experts = random_layers(codec, num_levels)
     write(tmp_path / "out", experts)
@@ -198,8 +200,15 @@ def test_writing_again_replaces_what_was_there(copy, experts):
 # --- Shards ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", ["dictionary", "gap"])
-@pytest.mark.parametrize("num_shards", [3, 8])
+@pytest.mark.parametrize(
+    ("num_shards", "codec"),
+    [
+        pytest.param(3, "dictionary", marks=pytest.mark.long),
+        (3, "gap"),
+        (8, "dictionary"),
+        pytest.param(8, "gap", marks=pytest.mark.long),
+    ],
+)
 def test_shards_hold_consecutive_experts_and_are_read_alone(num_shards, codec, tmp_path):
     experts = random_layers(codec)
     write(tmp_path / "whole", experts)

@@ -1,5 +1,7 @@
 """Hugging Face's checkpoints of every decoder-only family: opened, streamed, compressed, and written again."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,9 +9,11 @@ import pytest
 import qmoe_jax
 from qmoe_jax import streaming
 from qmoe_jax.checkpoints import TARGETS, CheckpointError, conversion, open_checkpoint
+from qmoe_jax.checkpoints.inspection import inspect
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.families import mismatches
 from qmoe_jax.quantization.settings import QuantizationSettings
+from qmoe_jax.reports.html import html_report
 
 FIXTURES = ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3_fp8", "gpt_oss", "gpt_oss_mxfp4"]
 
@@ -76,3 +80,42 @@ def test_layouts_without_it_refuse_it(case, tmp_path):
     checkpoint, _ = case
     with pytest.raises(CheckpointError, match=f"is {checkpoint.family.title}, which the layout 't5x' doesn't hold"):
         TARGETS["t5x"](checkpoint, tmp_path, conversion.Options())
+
+
+def test_what_is_left_out_is_named_everywhere(fixture_path, tmp_path, caplog):
+    """A DeepSeek-V3 with a multi-token head, as it is published: the layer after the last."""
+    from safetensors.numpy import load_file, save_file
+
+    source = fixture_path("deepseek_v3_tiny") / "checkpoint"
+    described = json.loads((source / "config.json").read_text())
+    layer = described["num_hidden_layers"]
+    tensors = load_file(source / "model.safetensors")
+    last = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{layer - 1}.")}
+    head = {n.replace(f"layers.{layer - 1}.", f"layers.{layer}."): t for n, t in last.items()}
+    head |= {f"model.layers.{layer}.{n}.weight": tensors["model.norm.weight"] for n in ("enorm", "hnorm")}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(tensors | head, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(described | {"num_nextn_predict_layers": 1}))
+    with caplog.at_level("WARNING"):
+        checkpoint = open_checkpoint(folder)
+    (named,) = checkpoint.left_out.items()
+    experts = f"model.layers.{layer}.mlp.experts.0-{checkpoint.config.num_experts - 1}.up_proj.weight"
+    assert named[0] == "multi-token head" and {experts, f"model.layers.{layer}.enorm.weight"} <= set(named[1])
+    assert "left out: multi-token head" in caplog.text and experts in caplog.text
+    assert inspect(folder)["left_out"] == checkpoint.left_out
+
+    examples = [(np.arange(1, 9, dtype=np.int32),)]
+    report = compress_examples(
+        checkpoint, None, None, examples, QuantizationSettings(method="rtn"), streaming.Settings(),
+        output=tmp_path / "out", provenance=checkpoint.provenance,
+    )  # fmt: skip
+    assert report["left_out"] == inspect(tmp_path / "out")["left_out"] == checkpoint.left_out
+    assert experts in html_report(report) and "multi-token head" in html_report(report)
+    for account in report["layers"].values():
+        assert len(account["tokens_per_expert"]) == checkpoint.config.num_experts
+    assert list(report["layers"]) == list(checkpoint.config.sparse_layers)
+
+    (folder / "config.json").write_text(json.dumps(described | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(CheckpointError, match=f"are not of a DeepSeek-V3:\n  model.layers.{layer}"):
+        open_checkpoint(folder)

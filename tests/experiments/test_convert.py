@@ -14,7 +14,7 @@ import pytest
 import tiny_model
 from absl import app, flags
 
-from qmoe_jax.checkpoints import CompressedWriter, NativeCheckpoint, open_checkpoint
+from qmoe_jax.checkpoints import CompressedWriter, NativeCheckpoint, conversion, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -106,9 +106,9 @@ def stored(path):
     }
 
 
-def assert_fails(result, *names):
-    code, _, errors = result
-    assert code == 1 and "Traceback" not in errors
+def assert_fails(result, *names, code=1):
+    found, _, errors = result
+    assert found == code and "Traceback" not in errors
     (line,) = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     for name in names:
         assert str(name) in line
@@ -347,11 +347,11 @@ def test_what_is_there_is_replaced_only_if_asked_and_ours(run, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [(OSError("the disk went away"), "the disk went away"), (KeyboardInterrupt(), "interrupted")],
+    ("error", "message", "exit_code"),
+    [(OSError("the disk went away"), "the disk went away", 1), (KeyboardInterrupt(), "interrupted", 130)],
     ids=["error", "ctrl-c"],
 )
-def test_a_conversion_that_was_stopped_goes_on(error, message, run, tiny, tmp_path, monkeypatch):
+def test_a_conversion_that_was_stopped_goes_on(error, message, exit_code, run, tiny, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
     args = (f"--checkpoint={tiny.checkpoint}", "--format=t5x")
     assert run("convert", *args, f"--output={whole}")[0] == 0
@@ -364,7 +364,8 @@ def test_a_conversion_that_was_stopped_goes_on(error, message, run, tiny, tmp_pa
         return read(self, layer, *rest)
 
     monkeypatch.setattr(NativeCheckpoint, "experts", fails_later)
-    assert_fails(run("convert", *args, f"--output={out}"), message)
+    result = run("convert", *args, f"--output={out}")
+    assert_fails(result, message, "3 of 4 parts are written; run the same command", code=exit_code)
     assert_fails(run("evaluate", f"--checkpoint={out}", *tiny.flags()), out, "never finished")
     assert_fails(run("convert", *args, f"--output={out}", "--dtype=bfloat16"), "unfinished conversion")
     code, text, errors = run("convert", *args, f"--output={out}")
@@ -373,6 +374,50 @@ def test_a_conversion_that_was_stopped_goes_on(error, message, run, tiny, tmp_pa
     assert calls == [*tiny_model.CONFIG.sparse_layers, tiny_model.CONFIG.sparse_layers[-1]]
     assert (out / "SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
     assert sorted(f.name for f in out.iterdir()) == ["SHA256SUMS", "checkpoint_3", "convert.json"]
+
+
+@pytest.mark.parametrize("target", ["t5x", "huggingface"])
+def test_a_conversion_that_lacks_its_report_gets_it_and_a_finished_one_says_so(
+    target, run, tiny, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    args = ("convert", f"--checkpoint={tiny.checkpoint}", f"--output={out}", f"--format={target}")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(conversion, "write_report", stopped)
+        assert_fails(run(*args), "interrupted", code=130)
+    assert not (out / "convert.json").exists()
+    written = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name != conversion.PROGRESS}
+    code, text, errors = run(*args)
+    assert code == 0, errors
+    assert (out / "convert.json").exists() and not (out / conversion.PROGRESS).exists()
+    assert {f: f.stat().st_mtime_ns for f in written} == written
+    report = (out / "convert.json").read_bytes()
+    code, text, errors = run(*args)
+    assert code == 0 and f"finished already: {target} checkpoint" in text
+    assert (out / "convert.json").read_bytes() == report
+    assert_fails(run(*args, "--dtype=bfloat16"), "not empty")
+
+
+def test_a_conversion_is_not_continued_from_other_weights(run, tmp_path, monkeypatch):
+    """The same names, shapes and norms: only samples of the weights tell."""
+    params, model, out = tiny_model.random_params(), tmp_path / "model", tmp_path / "out"
+    tiny_model.write_checkpoint(model, params)
+    args = ("convert", f"--checkpoint={model}", f"--output={out}", "--format=t5x")
+    first = f"{tiny_model.CONFIG.sparse_layers[0]}/mlp/expert/wi/kernel"
+    with monkeypatch.context() as m:
+        m.setattr("qmoe_jax.checkpoints.t5x.target.T5XWriter.finish", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*args)
+    shutil.rmtree(model)
+    tiny_model.write_checkpoint(model, params | {first: params[first] * 1.01})
+    assert_fails(run(*args), "unfinished conversion of other weights", first)
+    code, _, errors = run(*args, "--overwrite")
+    assert code == 0, errors
+    assert_same_parameters(out, model)
 
 
 def test_to_the_published_layout(run, tmp_path):

@@ -1,6 +1,7 @@
 """experiments/inspect_checkpoint.py: what it says of every layout, without reading weights."""
 
 import json
+import re
 
 import pytest
 import tiny_model
@@ -21,6 +22,10 @@ def inspect(run, path, tmp_path, *args):  # noqa: F811
 def test_a_native_checkpoint(run, tiny, tmp_path):  # noqa: F811
     out, report = inspect(run, tiny.checkpoint, tmp_path)
     sizes = {name: value.size for name, value in tiny_model.random_params().items()}
+    assert report["weights_sample"] is None
+    other = tiny_model.write_checkpoint(tmp_path, {n: v + 1 for n, v in tiny_model.random_params().items()})
+    told = [inspect(run, path, tmp_path, "--sample")[1]["weights_sample"] for path in (tiny.checkpoint, other)]
+    assert all(re.fullmatch("[0-9a-f]{16}", sample) for sample in told) and told[0] != told[1]
     assert report["layout"] == "t5x" and report["preset"] is None and report["problems"] == report["foreign"] == []
     assert report["parameters"] == {
         "all": sum(sizes.values()),

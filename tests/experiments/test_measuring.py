@@ -21,8 +21,11 @@ def measure(run, tmp_path):  # noqa: F811
 def test_frontier(measure, tmp_path):
     out = measure("studies/frontier", "--targets=0.4,1.2")
     report = json.loads((tmp_path / "frontier.json").read_text())
+    points = {(p["name"].split(",")[0], p["codec"], p["bits"]): p for p in report["points"]}
     by_name = {(p["name"].split(",")[0], p["codec"], p["target_bits"]): p for p in report["points"]}
-    paper, gap = by_name["paper's recipe", "dictionary", None], by_name["paper's recipe", "gap", None]
+    paper, gap = points["paper's recipe", "dictionary", "ternary"], points["paper's recipe", "gap", "ternary"]
+    two = points["paper's recipe", "gap", "2 bits"]
+    assert two["loss"] < gap["loss"] < report["without_experts"] and two["bits_per_weight"] > gap["bits_per_weight"]
     assert paper["loss"] == gap["loss"] and gap["entropy_per_weight"] < gap["bits_per_weight"]
     assert gap["bits_per_weight"] < 0.8 * paper["bits_per_weight"]
     for target in (0.4, 1.2):

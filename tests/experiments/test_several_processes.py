@@ -1,7 +1,12 @@
-"""compress.py by several processes: the checkpoint of one, to the byte; also if one of them is killed on the way."""
+"""compress.py by several processes: the checkpoint of one, to the byte; also if one of them is killed on the way.
+
+What each of them is told where they don't fit together, or one ends, in all cases: test_together.py.
+"""
 
 import json
+import re
 import runpy
+import signal
 import sys
 import time
 
@@ -62,13 +67,14 @@ def alone(arguments, monkeypatch):
 
 @pytest.fixture
 def together(arguments, tmp_path):
-    """together(output) -> two processes with four devices each."""
+    """together(output, flags of the first, flags of the second) -> two processes with four devices each."""
 
-    def start(output):
+    def start(output, *own):
         def command(address, i):
-            set_argv = f"import sys; sys.argv = {[str(ROOT / 'experiments/compress.py'), *arguments(output)]!r}\n"
-            set_argv += f"sys.argv += ['--coordinator_address={address}', '--num_processes=2', '--process_id={i}']\n"
-            return ["-c", set_argv + CODE]
+            own_flags = list(own[i]) if own else []
+            argv = [str(ROOT / "experiments/compress.py"), *map(str, arguments(output)), *own_flags]
+            argv += [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={i}"]
+            return ["-c", f"import sys; sys.argv = {argv!r}\n" + CODE]
 
         cache = str(tmp_path / "cache")  # Both runs compile the same.
         return distributed.start(2, command, devices=4, JAX_COMPILATION_CACHE_DIR=cache)
@@ -88,6 +94,57 @@ def results(output):
     return {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "plan", "environment")}
 
 
+def until_committed(output, processes):
+    progress, deadline = output / "progress" / "progress.json", time.monotonic() + 240
+    while not (progress.is_file() and json.loads(progress.read_text())["committed"]):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.02)
+
+
+def lines(output):
+    """The one line of an error; no pages of native frames beside it."""
+    (line,) = re.findall(r"^process \d: error: .*", output, re.MULTILINE)
+    assert "Traceback" not in output and "@ " not in output and "Fatal" not in output
+    return line
+
+
+@pytest.mark.long
+def test_all_that_differs_is_named_by_each_process_before_any_work(together, tmp_path):
+    other = {
+        "config.quantization.damping": 0.2,
+        "config.quantization.method": "gptq",
+        "config.data.seed": 1,
+        "config.data.num_validation": 5,
+        "config.codec.num_shards": 2,
+        "config.codec.name": "dictionary",
+        "config.memory.tokens_per_batch": 512,
+        "config.model.dtype": "bfloat16",
+        "config.model.top_k": 2,
+        "config.save": "false",
+        "config.compare": "true",
+    }
+    processes = together(tmp_path / "out", [], [f"--{name}={value}" for name, value in other.items()])
+    for process, output in zip(processes, distributed.finish(processes, timeout=120), strict=True):
+        assert process.returncode == 1
+        for name, value in other.items():
+            found = {"true": True, "false": False}.get(value, value)
+            assert re.search(rf"\b{name}: process 0 has [^,;]+, process 1 has {found}\b", lines(output)), name
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_process_that_is_stopped_is_given_up_after_the_stated_time_and_ends_when_it_wakes(together, tmp_path):
+    flags_ = ["--silence_timeout=4"]
+    processes = together(tmp_path / "out", flags_, flags_)
+    until_committed(tmp_path / "out", processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    first = processes[0].communicate(timeout=120)[0]
+    assert processes[0].returncode == 1 and re.search(r"process 1 \(.*\) has been silent for 4 s", lines(first))
+    processes[1].send_signal(signal.SIGCONT)
+    second = processes[1].communicate(timeout=120)[0]
+    assert processes[1].returncode == 1 and "process 0" in lines(second)
+
+
 def test_two_processes_write_the_checkpoint_of_one_and_it_survives_a_kill(alone, together, tmp_path):
     alone(tmp_path / "one")
     expected = bytes_below(tmp_path / "one")
@@ -101,16 +158,13 @@ def test_two_processes_write_the_checkpoint_of_one_and_it_survives_a_kill(alone,
     assert results(tmp_path / "one")["experts_quantized"] > 12
     assert "compressed checkpoint" in outputs[0] and "compressed checkpoint" not in outputs[1]
 
+    # The first one, on whom JAX's start in the other depends.
     processes = together(tmp_path / "killed")
-    progress = tmp_path / "killed" / "progress" / "progress.json"
-    deadline = time.monotonic() + 240
-    while not (progress.is_file() and json.loads(progress.read_text())["committed"]):
-        assert time.monotonic() < deadline and processes[1].poll() is None
-        time.sleep(0.02)
-    processes[1].kill()
+    until_committed(tmp_path / "killed", processes)
+    processes[0].kill()
     outputs = distributed.finish(processes, timeout=120)
-    assert processes[0].returncode == 1
-    assert "error: Another process of this run has ended" in outputs[0] and "run the same command again" in outputs[0]
+    assert processes[1].returncode == 1
+    assert re.search(r"ended, or can't be reached: process 0 \(pid \d+ on .*the same command again", lines(outputs[1]))
     assert not (tmp_path / "killed" / "manifest.json").exists()
 
     alone(tmp_path / "killed")

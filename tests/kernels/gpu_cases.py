@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config
@@ -34,6 +35,14 @@ WAYS = {"few tokens": FEW, "many tokens": MANY, "many tokens, an expert at a tim
 RUNS = [(codec, case, way, "float32") for codec in ("dictionary", "gap") for case in CASES for way in list(WAYS)[:2]]
 RUNS = [run for run in RUNS if "rows" not in run[1] or run[0] == "gap" and run[1:3] != ("long rows", "many tokens")]
 RUNS += [(codec, "one, several and more than a block", way, "bfloat16") for codec in CODECS for way in WAYS]
+
+# What every branch of the kernels is met by; the others are beside them in `make test-all`.
+SHORT = ("one, several and more than a block", "more promised than there are", "rows of two segments")
+
+
+def runs():
+    """RUNS, marked."""
+    return [pytest.param(*run, marks=[] if run[1] in SHORT else pytest.mark.long) for run in RUNS]
 
 
 def example(tokens, experts, out, width, zeros=0.7, seed=0, codec="dictionary"):

@@ -98,6 +98,7 @@ def test_equals_the_reference(kind, implementation, tokens, group_sizes):
     width=st.sampled_from([1, 2, 15, 31, 64, 97]),
     zeros=st.sampled_from([0.0, 0.885, 1.0]),
 )
+@pytest.mark.long
 def test_any_shape_and_density(kind, implementation, group_sizes, unassigned, out, width, zeros):
     lhs, rhs, weights = example(kind, sum(group_sizes) + unassigned, len(group_sizes), out, width, zeros)
     found = compressed_ragged_dot(lhs, rhs, jnp.array(group_sizes), implementation=implementation)

@@ -10,12 +10,12 @@ from gpu_cases import (
     CASES,
     CODECS,
     COMPILED,
-    RUNS,
     WAYS,
     abstract_arguments,
     assert_equals_reference,
     check_compiled,
     example,
+    runs,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from qmoe_jax.codecs import dictionary, gap
 from qmoe_jax.kernels.compressed_ragged_dot import gpu, pallas
 
 
-@pytest.mark.parametrize("codec, case, way, dtype", RUNS)
+@pytest.mark.parametrize("codec, case, way, dtype", runs())
 def test_interpreted_equals_the_reference(codec, case, way, dtype):
     tokens, group_sizes, out, width, zeros = CASES[case]
     lhs, rhs, weights = example(tokens, 3, out, width, zeros, codec=codec)

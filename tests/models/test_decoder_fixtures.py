@@ -51,14 +51,20 @@ def test_bfloat16_is_close(case):
     assert np.median(np.abs(difference)) < 0.03 * expected.std()
 
 
-def test_slices_are_those_of_the_whole(fixture_path):
-    """Where tensors are fused and packed, and where each expert has one in float8."""
-    for fixture in ("gpt_oss_mxfp4", "deepseek_v3_fp8"):
-        checkpoint = qmoe_jax.open_checkpoint(fixture_path(f"{fixture}_tiny") / "checkpoint")
-        for layer in checkpoint.config.sparse_layers:
-            for matrix in checkpoint.config.expert.matrices:
-                name = checkpoint.family.expert_parameter(layer, matrix)
-                whole = checkpoint.read(name)
-                assert whole.shape == checkpoint.specs[name].shape
-                for index in ((slice(1, 3),), (2, slice(5, 20)), (slice(None), slice(7), slice(3, 130, 2))):
-                    np.testing.assert_array_equal(checkpoint.read(name, index), whole[index])
+@pytest.mark.parametrize("fixture, most", [("gpt_oss_mxfp4", 16 + 1), ("deepseek_v3_fp8", 128 * 128 + 4)])
+def test_slices_are_those_of_the_whole(fixture_path, monkeypatch, fixture, most):
+    """Where tensors are fused and packed, and where each expert has one in float8; of one weight, `most` bytes."""
+    checkpoint = qmoe_jax.open_checkpoint(fixture_path(f"{fixture}_tiny") / "checkpoint")
+    sizes, read = [], checkpoint.store.read
+    for layer in checkpoint.config.sparse_layers:
+        for matrix in checkpoint.config.expert.matrices:
+            name = checkpoint.family.expert_parameter(layer, matrix)
+            whole = checkpoint.read(name)
+            assert whole.shape == checkpoint.specs[name].shape
+            for index in ((slice(1, 3),), (2, slice(5, 20)), (slice(None), slice(7), slice(3, 130, 2))):
+                np.testing.assert_array_equal(checkpoint.read(name, index), whole[index])
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint.store, "read", lambda *args: sizes.append(part := read(*args)) or part)
+                assert checkpoint.read(name, (1, -1, -1)) == whole[1, -1, -1]
+            assert 0 < sum(part.nbytes for part in sizes) <= most
+            sizes.clear()

@@ -11,25 +11,28 @@ from qmoe_jax.checkpoints.checkpoint import StoredCheckpoint
 from qmoe_jax.checkpoints.store import box_of, slices
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.families import FAMILIES, mismatches
-from qmoe_jax.models.names import SAME, TRANSPOSED, Packed, Part, Row, Table, Tensors
+from qmoe_jax.models.names import SAME, TRANSPOSED, Packed, Part, Row, Table, Tensors, in_short
 from qmoe_jax.models.switch.config import PRESETS
 
 E, D, F = 3, 4, 6  # experts, in, out
 
 
-def unpack(values, scales):
-    return values.astype(np.float32) * scales.astype(np.float32)
+BLOCK = (4, 3)  # of `blocks`: rows and columns that share a scale, the last ones fewer
+
+
+def blocks(values, scales):
+    rows, columns = values.shape
+    return values.astype(np.float32) * np.kron(scales, np.ones(BLOCK, np.float32))[:rows, :columns]
 
 
 def nibbles(values, scales):
-    """Two 4-bit numbers a byte, [..., out, in / 2]; a scale for each output."""
-    return (
-        np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], 2 * values.shape[-1])
-        * scales[..., None]
-    )
+    """Two 4-bit numbers a byte, [..., out, in / 2], with a scale for each byte."""
+    pairs = np.stack([values & 15, values >> 4], axis=-1) * scales[..., None]
+    return pairs.reshape(*values.shape[:-1], 2 * values.shape[-1])
 
 
-PACKED = Packed(("{layer}.down_scales",), lambda shape: (*shape[:-1], 2 * shape[-1]), nibbles)
+NIBBLES = Packed(("{layer}.down_scales",), lambda shape: (*shape[:-1], 2 * shape[-1]), nibbles, ((1, 2), (1, 2)))
+BLOCKS = Packed(("{layer}.dense.weight_scale",), lambda shape: shape, blocks, ((1, 1), BLOCK))
 TABLE = Table(
     [
         Row("embedding", "embed.weight"),
@@ -39,14 +42,8 @@ TABLE = Table(
         Row("layers_{layer}/up", "{layer}.gate_up", SAME, Part(1, 2, interleaved=True)),
         Row("layers_{layer}/left", "{layer}.sides", TRANSPOSED, Part(0, 2)),
         Row("layers_{layer}/right", "{layer}.sides", TRANSPOSED, Part(1, 2)),
-        Row("layers_{layer}/down", "{layer}.down_blocks", TRANSPOSED, None, PACKED),
-        Row(
-            "layers_{layer}/dense",
-            "{layer}.dense.weight",
-            TRANSPOSED,
-            None,
-            Packed(("{layer}.dense.weight_scale",), lambda shape: shape, unpack),
-        ),
+        Row("layers_{layer}/down", "{layer}.down_blocks", TRANSPOSED, None, NIBBLES),
+        Row("layers_{layer}/dense", "{layer}.dense.weight", TRANSPOSED, None, BLOCKS),
     ],
     {"layer": r"\d+", "matrix": "w1|w2"},
 )
@@ -89,9 +86,9 @@ def arrays():
         "0.gate_up": f32(E, D, 2 * F),
         "0.sides": f32(E, 2 * F, D),
         "0.down_blocks": rng.integers(0, 256, (E, F, D // 2), np.uint8),
-        "0.down_scales": 2.0 ** rng.integers(-3, 3, (E, F)).astype(np.float32),
+        "0.down_scales": 2.0 ** rng.integers(-3, 3, (E, F, D // 2)).astype(np.float32),
         "0.dense.weight": f32(F, D).astype(ml_dtypes.float8_e4m3fn),
-        "0.dense.weight_scale": f32(F, 1),
+        "0.dense.weight_scale": f32(2, 2),
     }
 
 
@@ -103,8 +100,9 @@ def checkpoint(arrays):
 
 def expected(arrays):
     down = arrays["0.down_blocks"]
-    down = np.stack([down & 15, down >> 4], axis=-1).reshape(E, F, D) * arrays["0.down_scales"][..., None]
-    dense = arrays["0.dense.weight"].astype(np.float32) * arrays["0.dense.weight_scale"]
+    down = np.stack([down & 15, down >> 4], axis=-1).reshape(E, F, D) * np.repeat(arrays["0.down_scales"], 2, -1)
+    scales = np.repeat(np.repeat(arrays["0.dense.weight_scale"], 4, 0)[:F], 3, 1)[:, :D]
+    dense = arrays["0.dense.weight"].astype(np.float32) * scales
     return {
         "embedding": arrays["embed.weight"],
         "layers_0/w1": np.stack([arrays[f"0.{e}.w1.weight"].T for e in range(E)]),
@@ -145,9 +143,21 @@ def test_no_more_is_read_than_asked_for(name, checkpoint):
     assert checkpoint.store.read_elements == 2 * 2 * 3
 
 
-def test_packed_experts_are_read_alone(checkpoint):
-    checkpoint.read("layers_0/down", (1,))
-    assert checkpoint.store.read_elements == F * D // 2 + F
+@pytest.mark.parametrize(
+    "name, index, entries",
+    [
+        ("down", (1,), F * D),
+        ("down", (1, slice(1, 3), slice(2, 5)), 2 * 3 * 2),  # two bytes for each of three outputs, and their scales
+        ("down", (1, 3, 0), 2),
+        ("dense", (2, slice(0, 3)), 4 * 3 + 1),  # a block, [out, in] in the file, and its scale
+        ("dense", (3, 5), 2 * 1 + 1),  # the last block, two by one
+        ("dense", (slice(3, 0, -2), 5), 2 * 4 + 2),
+    ],
+)
+def test_of_what_is_packed_no_more_is_read_than_its_blocks(name, index, entries, arrays, checkpoint):
+    found = checkpoint.read(f"layers_0/{name}", index)
+    np.testing.assert_array_equal(found, expected(arrays)[f"layers_0/{name}"][index])
+    assert checkpoint.store.read_elements == entries
 
 
 def test_a_table_is_read_both_ways():
@@ -161,6 +171,20 @@ def test_a_table_is_read_both_ways():
     assert foreign == ["other"]
     assert set(found) == {"embedding", "layers_7/gate", "layers_7/up", "layers_7/w1"}
     assert found["layers_7/w1"] == TABLE.tensors("layers_7/w1", 2)
+
+
+def test_arrays_that_nobody_knows_are_refused(arrays):
+    family = types.SimpleNamespace(names={"some": Names()})
+    family.names["some"].why_left_out = lambda config, name: "spare" if name == "tied.weight" else None
+    checkpoint = StoredCheckpoint(Memory({**arrays, "tied.weight": arrays["embed.weight"]}), "some", family, {})
+    assert checkpoint.left_out == checkpoint.provenance["left_out"] == {"spare": ["tied.weight"]}
+    with pytest.raises(CheckpointError, match="1 arrays are part of no parameter:\n  other"):
+        StoredCheckpoint(Memory({**arrays, "other": arrays["embed.weight"]}), "some", family, {})
+
+
+def test_names_in_short():
+    names = [f"layers.{i}.experts.{e}.up" for i in (3,) for e in range(12)] + ["layers.3.norm", "layers.4.norm"]
+    assert in_short(names) == ["layers.3.experts.0-11.up", "layers.3-4.norm"]
 
 
 def test_scales_that_are_not_there():

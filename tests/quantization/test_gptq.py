@@ -252,9 +252,9 @@ def test_singular_hessian_without_damping_falls_back_or_stays_finite():
     ("experts", "options"),
     [
         (8, dict(bits=1.5)),  # one expert per device
-        (16, dict(bits=1.5)),
-        (16, dict(bits=1.5, activation_order=True)),
-        (8, dict(bits=2, group_size=16)),
+        pytest.param(16, dict(bits=1.5), marks=pytest.mark.long),
+        pytest.param(16, dict(bits=1.5, activation_order=True), marks=pytest.mark.long),
+        pytest.param(8, dict(bits=2, group_size=16), marks=pytest.mark.long),
         (8, dict(bits=1.5, block_size=8)),  # 72 columns: several panels
     ],
     ids=["one_per_device", "two_per_device", "activation_order", "groups", "panels"],
@@ -276,7 +276,9 @@ def test_sharded_over_experts_is_bitwise_the_same_without_collectives(experts, o
     assert not re.search(r"\b(all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)", program)
 
 
-@pytest.mark.parametrize("options", [dict(group_size=16), dict(block_size=8)], ids=["groups", "panels"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(dict(group_size=16), marks=pytest.mark.long), dict(block_size=8)], ids=["groups", "panels"]
+)
 def test_experts_per_call_do_not_change_a_bit(options):
     W, H = problem(experts=6, rows=24, columns=72)
     together = gptq(W, H, bits=2, **options)

@@ -74,7 +74,7 @@ def with_overhead(bits):
     return 1.03 * bits + 0.05
 
 
-@pytest.mark.parametrize("target", [0.35, 0.7, 1.3])
+@pytest.mark.parametrize("target", [0.35, pytest.param(0.7, marks=pytest.mark.long), 1.3])
 @pytest.mark.parametrize("stored", [None, with_overhead], ids=["entropy", "overhead"])
 def test_all_matrices_together_have_the_target_rate_at_about_one_lagrangian(target, stored):
     bits, lagrangians, trials = quantize_all(target, stored)
@@ -84,7 +84,7 @@ def test_all_matrices_together_have_the_target_rate_at_about_one_lagrangian(targ
     assert np.mean(trials) < 1.5
 
 
-@pytest.mark.parametrize("target", [0.35, 0.7, 1.3])
+@pytest.mark.parametrize("target", [pytest.param(0.35, marks=pytest.mark.long), 0.7, 1.3])
 def test_a_trend_is_followed(target):
     bits, lagrangians, _ = quantize_all(target, growth=1.05)  # squares of weights grow by more than twice
     assert abs(bits / target - 1) < 0.03

@@ -167,7 +167,7 @@ def test_loss_is_that_of_the_damped_hessian_and_levels_give_the_values(refits, a
     assert not np.any(result.fallback)
 
 
-@pytest.mark.parametrize("level_bits", [0, 3, 7])
+@pytest.mark.parametrize("level_bits", [pytest.param(0, marks=pytest.mark.long), 3, 7])
 def test_levels_have_few_bits_of_mantissa(level_bits):
     W, H = problem()
     levels = np.asarray(rate_distortion(W, H, lagrangians(0.02, W), level_bits=level_bits).levels)
@@ -306,7 +306,11 @@ def make_unusable(H, bad):
 # --- Batches and devices ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [dict(activation_order=True), dict(block_size=16)], ids=["order", "panels"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(activation_order=True), pytest.param(dict(block_size=16), marks=pytest.mark.long)],
+    ids=["order", "panels"],
+)
 def test_experts_per_call_do_not_change_a_bit(options):
     W, H = problem(experts=4)
     lagrangian = np.random.default_rng(0).uniform(0.01, 0.1, size=(4, 12)).astype(np.float32)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -117,7 +118,7 @@ def without_times(report):
 
 
 @pytest.mark.parametrize("step", ["shard", "activations", "progress", "dense", "manifest"])
-def test_a_full_disk_keeps_what_is_committed(step, arguments, whole, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_keeps_what_is_committed(step, arguments, whole, tmp_path, monkeypatch):
     output = tmp_path / "out"
     interrupt(arguments, output, commits=1)
     folder = output / "progress"
@@ -131,10 +132,11 @@ def test_a_full_disk_keeps_what_is_committed(step, arguments, whole, tmp_path, m
         else:
             free = {"shard": 0, "dense": 20_000}[step]  # A shard takes less, everything else more.
             m.setattr("qmoe_jax.checkpoints.compressed.parts.shutil.disk_usage", lambda _: _Free(free))
-        with pytest.raises((OSError, CheckpointError), match="No space"):
+        with pytest.raises((OSError, CheckpointError), match="No space") as raised:
             compress_examples(**arguments, output=str(output))
     committed = LAYERS if step in ("dense", "manifest") else 1
-    assert f"{committed} of {LAYERS} sparse layers are committed; run the same command" in capsys.readouterr().out
+    (note,) = raised.value.__notes__
+    assert f"{committed} of {LAYERS} sparse layers are committed; run the same command" in note
     state = json.loads((folder / "progress.json").read_text())["committed"]
     files = [f["file"] for f in state["arrays"].values()]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["progress.json", *files])
@@ -306,6 +308,56 @@ def test_another_run_is_refused(change, named, started, arguments, tmp_path, mon
     with pytest.raises(OtherRunError, match=f"unfinished compression of something else: {re.escape(named)}"):
         compress_examples(**arguments | changes, output=str(started))
     assert {p: p.stat().st_mtime_ns for p in started.rglob("*")} == before
+
+
+def fine_tuned(directory, layer):
+    """The tiny model with other experts in one layer, all else the same, where the old one was."""
+    params = tiny_model.random_params()
+    names = [f"{layer}/mlp/expert/{matrix}/kernel" for matrix in ("wi", "wo")]
+    tiny_model.write_checkpoint(directory, params | {n: params[n] * 1.01 for n in names})
+    return directory
+
+
+def replace(old, new):
+    shutil.rmtree(old)
+    shutil.copytree(new, old)
+
+
+def test_weights_that_were_replaced_are_refused(arguments, tmp_path):
+    """The same names, shapes, norms and routers: only samples of the weights tell."""
+    first, *_, last = tiny_model.CONFIG.sparse_layers
+    model, kept = tmp_path / "model", tmp_path / "kept"
+    tiny_model.write_checkpoint(model)
+    shutil.copytree(model, kept)
+    changes = {"checkpoint": open_checkpoint(model)}
+    interrupt(arguments, tmp_path / "out", commits=1, **changes)
+
+    replace(model, fine_tuned(tmp_path / "tuned", first))
+    with pytest.raises(OtherRunError, match=rf"of other weights.*{first}/mlp/expert/w[io]/kernel and 1 more"):
+        compress_examples(**arguments | {"checkpoint": open_checkpoint(model)}, output=str(tmp_path / "out"))
+    # A layer that isn't committed yet may be mended; nothing was read of it that counts.
+    replace(model, fine_tuned(tmp_path / "mended", last))
+    compress_examples(**arguments | {"checkpoint": open_checkpoint(model)}, output=str(tmp_path / "out"))
+    compress_examples(**arguments | {"checkpoint": open_checkpoint(model)}, output=str(tmp_path / "whole"))
+    assert_same_files(tmp_path / "out", tmp_path / "whole")
+
+
+def test_weights_that_are_replaced_meanwhile_are_not_committed(arguments, tmp_path, monkeypatch):
+    model, first = tmp_path / "model", tiny_model.CONFIG.sparse_layers[0]
+    tiny_model.write_checkpoint(model)
+    tuned, commit = fine_tuned(tmp_path / "tuned", first), progress.Progress.due
+
+    def replaced(self, arrays):
+        if not (model / "replaced").exists():
+            replace(model, tuned)
+            (model / "replaced").touch()
+        return commit(self, arrays)
+
+    monkeypatch.setattr(progress.Progress, "due", replaced)
+    changed = rf"weights were replaced while the run read them: {first}/mlp/expert/w[io]/kernel"
+    with pytest.raises(CheckpointError, match=changed):
+        compress_examples(**arguments | {"checkpoint": open_checkpoint(model)}, output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,8 @@ def multiply(
     """`compressed_ragged_dot` where `why_not` says None. Lowers anywhere."""
     codec = CODECS[rhs.codec]
     call = functools.partial(shared.call, codec.TARGET)
-    launch = functools.partial(pallas.shared.launch, interpret=False)
+    dense = pallas.module("shared")
+    launch = functools.partial(dense.launch, interpret=False)
     return gpu.multiply(
         lhs,
         rhs,
@@ -62,8 +63,8 @@ def multiply(
         config or codec.heuristic(lhs.shape[0], rhs.shape, lhs.dtype),
         codec=gpu.CODECS[rhs.codec],
         multiply_few=functools.partial(codec.multiply_few, call),
-        decode=functools.partial(pallas.CODECS[rhs.codec].decode, launch),
-        multiply_dense=functools.partial(pallas.shared.multiply_dense, launch),
+        decode=functools.partial(pallas.module(rhs.codec).decode, launch),
+        multiply_dense=functools.partial(dense.multiply_dense, launch),
     )
 
 

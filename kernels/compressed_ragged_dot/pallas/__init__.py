@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 import jax
@@ -13,13 +14,15 @@ import jax
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import gpu
 from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config
-from qmoe_jax.kernels.compressed_ragged_dot.pallas import dictionary, gap, shared
 
-# Each has `multiply_few` and `decode`, as `gpu.multiply` takes them after a launch.
-CODECS: dict[str, ModuleType] = {
-    "dictionary": dictionary,
-    "gap": gap,
-}
+# Each is a module of this folder, imported when it is wanted, as Pallas is. It has `multiply_few` and `decode`, as
+# `gpu.multiply` takes them after a launch.
+CODECS = ("dictionary", "gap")
+
+
+def module(name: str) -> ModuleType:
+    """A codec's, or `shared`."""
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 def why_not(rhs: CompressedExperts) -> str | None:
@@ -49,8 +52,8 @@ def multiply(
     interpret: bool = False,
 ) -> jax.Array:
     """`compressed_ragged_dot` where `why_not` says None; `interpret` runs the kernels on any platform."""
+    kernels, shared = module(rhs.codec), module("shared")
     launch = functools.partial(shared.launch, interpret=interpret)
-    kernels = CODECS[rhs.codec]
     return gpu.multiply(
         lhs,
         rhs,

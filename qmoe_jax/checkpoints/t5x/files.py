@@ -20,10 +20,10 @@ _STEP_DIRECTORY = re.compile(r"(?:checkpoint_)?(\d+)")
 
 def find(path: str | os.PathLike) -> tuple[Location, bytes] | None:
     """The index file of the checkpoint at a path, and its content."""
-    root = _location(path)
+    root = located(path)
     if (found := _find_step(root)) is not None:
         return found
-    steps = [match for name in _children(root) if (match := _STEP_DIRECTORY.fullmatch(name))]
+    steps = [match for name in names_in(root) if (match := _STEP_DIRECTORY.fullmatch(name))]
     for match in sorted(steps, key=lambda m: int(m[1]), reverse=True):
         if (found := _find_step(child(root, "/" + match[0]))) is not None:
             return found
@@ -42,14 +42,14 @@ def _find_step(directory: Location) -> tuple[Location, bytes] | None:
 
 def nothing_at(path: str | os.PathLike) -> str:
     """The message for a path where `find` found nothing."""
-    children = _children(_location(path))
+    children = names_in(located(path))
     unfinished = [name for name in children if ".tmp-" in name]
     found = f"a directory of {sorted(children)[:5]}" if children else "nothing, or an empty directory"
     hint = f" Saving {unfinished[0]!r} was never finished." if unfinished else ""
     return (
         f"No checkpoint at {os.fspath(path)!r}: found {found}; expected a T5X step directory (with a file 'checkpoint' "
-        "or 'state/checkpoint'), a directory of checkpoint_<step>, a msgpack file, or a directory with manifest.json "
-        f"(compressed) or config.json (Hugging Face, published QMoE models).{hint}"
+        "or 'state/checkpoint'), a directory of checkpoint_<step>, a msgpack file, one of MaxText's with items/, or a "
+        f"directory with manifest.json (compressed) or config.json (Hugging Face, published QMoE models).{hint}"
     )
 
 
@@ -63,7 +63,7 @@ def step_of(file: Location) -> int | None:
     return None
 
 
-def _location(path: str | os.PathLike) -> Location:
+def located(path: str | os.PathLike) -> Location:
     path = os.fspath(path)
     if "://" not in path:
         return {"driver": "file", "path": os.path.abspath(path)}
@@ -107,7 +107,7 @@ def content(future: ts.Future, location: Location) -> bytes | None:
     return None if result.state == "missing" else result.value
 
 
-def _children(location: Location) -> list[str]:
+def names_in(location: Location) -> list[str]:
     """Names in a directory; [] if it isn't one."""
     if location["driver"] == "file":  # TensorStore lists whole trees only
         return os.listdir(location["path"]) if os.path.isdir(location["path"]) else []

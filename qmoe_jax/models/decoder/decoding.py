@@ -84,7 +84,7 @@ def written(model: Decoder, params: Any, tokens: ArrayLike, *, max_length: int, 
     for i in range(max_length):
         check_finite_logits(state.fine)
         yield np.asarray(state.token)
-        if i + 1 == max_length or bool(jnp.all(state.ended)):
+        if i + 1 == max_length or np.asarray(state.ended).all():
             return
         state = _next(model, settings, params, state)
 
@@ -131,20 +131,27 @@ def prepared(
     return settings, key, prompts, as_lengths(lengths, prompts)
 
 
-def _choose(settings: Settings, logits, ended, key) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _choose(model: Decoder, settings: Settings, logits, ended, key) -> tuple[jax.Array, ...]:
     """The next tokens [batch], which rows have ended after them, a new key, and whether logits are finite."""
     fine = finite(logits, ended)
     key, own = jax.random.split(key)
     logits = logits.at[:, jnp.asarray(settings.banned, jnp.int32)].set(MASKED)
     token = jnp.where(ended, settings.pad, sample(logits, own, settings.temperature, settings.top_p))
-    return token, ended | jnp.isin(token, jnp.asarray(settings.stop, jnp.int32)), key, fine
+    ended = ended | jnp.isin(token, jnp.asarray(settings.stop, jnp.int32))
+    return _everywhere(model, token), _everywhere(model, ended), key, _everywhere(model, fine)
+
+
+def _everywhere(model: Decoder, x: jax.Array) -> jax.Array:
+    """On every device, so that every process has it."""
+    whole = model.mesh and NamedSharding(model.mesh, PartitionSpec())
+    return x if whole is None else jax.lax.with_sharding_constraint(x, whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(model, settings, slots, params, prompts, lengths, key) -> State:
     """The first token after the prompts, for texts of up to `slots` tokens."""
     logits, caches = model.apply({"params": params}, prompts, lengths, slots, method="fill")
-    token, ended, key, fine = _choose(settings, logits, jnp.zeros(len(lengths), bool), key)
+    token, ended, key, fine = _choose(model, settings, logits, jnp.zeros(len(lengths), bool), key)
     return State(token, lengths, ended, caches, key, fine)
 
 
@@ -152,7 +159,7 @@ def _begin(model, settings, slots, params, prompts, lengths, key) -> State:
 def _next(model, settings, params, state: State) -> State:
     """One more token."""
     logits, caches = model.apply({"params": params}, state.token, state.positions, state.caches, method="step")
-    token, ended, key, fine = _choose(settings, logits, state.ended, state.key)
+    token, ended, key, fine = _choose(model, settings, logits, state.ended, state.key)
     return State(token, state.positions + 1, ended, caches, key, state.fine & fine)
 
 
@@ -171,6 +178,4 @@ def _generate(model, settings, max_length, params, prompts, lengths, key):
         return i + 1, state, out.at[:, i].set(state.token)
 
     _, state, out = jax.lax.while_loop(more, step, (jnp.int32(1), state, out))
-    if model.mesh is not None:  # On every device, so that every process has it.
-        out = jax.lax.with_sharding_constraint(out, NamedSharding(model.mesh, PartitionSpec()))
-    return out, state.fine
+    return _everywhere(model, out), _everywhere(model, state.fine)

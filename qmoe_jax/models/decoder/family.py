@@ -14,6 +14,7 @@ from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.decoder import decoding, parameters, stream
 from qmoe_jax.models.decoder.config import GATED
 from qmoe_jax.models.decoder.huggingface import HuggingFace
+from qmoe_jax.models.decoder.maxtext import Kept, MaxText
 from qmoe_jax.models.decoder.model import Decoder, forward
 from qmoe_jax.models.decoder.task import NextToken
 from qmoe_jax.models.family import Names, Streamed, Task
@@ -32,6 +33,7 @@ class DecoderFamily:
     Attributes:
       Model: the Flax module's class.
       read, write, rows, beyond: see `HuggingFace`.
+      maxtext: how MaxText keeps it; None: its checkpoints of the family aren't read.
     """
 
     name: str
@@ -44,8 +46,10 @@ class DecoderFamily:
     rows: tuple[Row, ...]
     model_types: tuple[str, ...]
     beyond: Callable[[Any, str], str | None] = nothing_beyond
+    maxtext: Kept | None = None
 
     published_as: str = "huggingface"
+    min_tokens: int = 512  # Of many small experts some get few.
     UNTOLD: Mapping[str, str] = dataclasses.field(default_factory=dict)  # config.json tells all
     task: Task = NextToken()
     told: tuple[str, ...] = dataclasses.field(init=False)  # all that logits depend on
@@ -54,6 +58,7 @@ class DecoderFamily:
 
     forward = staticmethod(forward)
     generate = staticmethod(decoding.generate)
+    written = staticmethod(decoding.written)
     expert_parameter = staticmethod(parameters.expert_parameter)
     expert_of = staticmethod(parameters.expert_of)
     is_small = staticmethod(parameters.is_small)
@@ -65,6 +70,9 @@ class DecoderFamily:
             self.title, self.model_types, self.read, self.write, self.rows, self.param_shapes, self.beyond
         )
         self.names = {"huggingface": self.huggingface}
+        if self.maxtext is not None:
+            names = MaxText(self.title, self.maxtext, self.huggingface.from_described, self.param_shapes)
+            self.names = {**self.names, "maxtext": names}
 
     def infer(self, shapes: Mapping[str, Shape], described: Mapping[str, Any] | None = None, **overrides: Any) -> Any:
         """The architecture that config.json tells, if these parameters are its.

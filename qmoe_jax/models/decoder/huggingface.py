@@ -13,7 +13,7 @@ from qmoe_jax.errors import CheckpointError, listed
 from qmoe_jax.models.decoder import parameters
 from qmoe_jax.models.decoder.config import DecoderConfig
 from qmoe_jax.models.decoder.names import FIELDS, FLOAT8_BLOCK, LEFT_OUT
-from qmoe_jax.models.names import Row, Shape, Table, Tensors
+from qmoe_jax.models.names import COPY, Row, Shape, Table, Tensors
 
 EMBEDDING = "model/embed_tokens/embedding"
 
@@ -61,9 +61,9 @@ class HuggingFace:
         return self._write(config, np.dtype(dtype).name)
 
     def why_left_out(self, config: DecoderConfig, tensor: str) -> str | None:
-        """What a tensor is that is left out on purpose; None: it is foreign, or a parameter's."""
+        """See `family.Names`."""
         if config.tied and tensor == "lm_head.weight":
-            return "the embedding again"
+            return COPY
         known = next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, tensor)), None)
         return known or self._beyond(config, tensor)
 

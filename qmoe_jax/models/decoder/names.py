@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from qmoe_jax.models.names import NUMBER, SAME, TRANSPOSED, Packed, Part, Row, Shape
-from qmoe_jax.models.quantized_formats import FLOAT8_BLOCK, dequantize_float8, dequantize_mxfp4
+from qmoe_jax.models.quantized_formats import FLOAT8_BLOCK, MXFP4_BLOCK, dequantize_float8, dequantize_mxfp4
 
 LAYER, TENSOR_LAYER = "model/layers_{layer}", "model.layers.{layer}"
 FIELDS = {
@@ -22,13 +22,16 @@ FIELDS = {
 
 def matrix(parameter: str, tensor: str) -> Row:
     """A matrix, [out, in] in the file; in float8 if its scales are there."""
-    float8 = Packed((f"{tensor}_scale_inv",), _same_shape, dequantize_float8, np.dtype(np.float32))
+    float8 = Packed(
+        (f"{tensor}_scale_inv",), _same_shape, dequantize_float8, ((1, 1), FLOAT8_BLOCK), np.dtype(np.float32)
+    )
     return Row(parameter, tensor, TRANSPOSED, None, float8)
 
 
 def fused_experts(parameter: str, tensor: str, part: Part | None) -> tuple[Row, Row]:
     """A matrix of all experts in one tensor: plain [experts, in, out], or MXFP4, which is [experts, out, in]."""
-    mxfp4 = Packed((f"{tensor}_scales",), _mxfp4_shape, dequantize_mxfp4)
+    block = (1, MXFP4_BLOCK)
+    mxfp4 = Packed((f"{tensor}_scales",), _mxfp4_shape, dequantize_mxfp4, (block, block))
     return (
         Row(parameter, tensor, SAME, part),
         Row(parameter, f"{tensor}_blocks", TRANSPOSED, part, mxfp4),

@@ -92,4 +92,5 @@ class Router(nn.Module):
         logits = jnp.matmul(h.astype(jnp.float32), kernel.astype(jnp.float32), precision="highest")
         if self.biased:
             logits = logits + vector("bias")
+        self.sow("intermediates", "logits", logits)
         return self.choose(logits, vector("correction")) if self.corrected else self.choose(logits)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,3 +228,13 @@ class NextToken:
 
     def completed(self, vocabulary: Vocabulary, tokens: np.ndarray, written: np.ndarray) -> str:
         return vocabulary.decode([*tokens.tolist(), *written.tolist()])
+
+    def pieces(self, vocabulary: Vocabulary, tokens: np.ndarray, written: Iterable[int]) -> Iterator[str]:
+        ids, shown = tokens.tolist(), 0
+        for token in itertools.chain([None], written):
+            ids += [] if token is None else [int(token)]
+            if vocabulary.is_settled(ids):
+                text = vocabulary.decode(ids)
+                yield text[shown:]
+                shown = len(text)
+        yield vocabulary.decode(ids)[shown:]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from qmoe_jax.files import read_bytes, read_json
 if TYPE_CHECKING:
     import tokenizers
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -101,6 +104,20 @@ class Vocabulary:
             raise DataError(f"Token id {min(listed)} is negative, expected ids of {self.path} (0 to {self.size - 1}).")
         with _no_panic(f"{self.path}: can't decode ids"):
             return self.tokenizer.decode(listed, skip_special_tokens=True)
+
+    def is_settled(self, ids: Sequence[int]) -> bool:
+        """Whether the text of ids stays as it is, whatever follows: it doesn't end within a character.
+
+        Nor with tokens that are one byte each: what these stand for, all that follow each other tell together.
+        """
+        shown = (self.tokenizer.id_to_token(i) for i in reversed(ids) if i not in self._special)
+        last = next((token for token in shown if token is not None), "")
+        return not _BYTE.fullmatch(last) and not self.decode(ids).endswith("\N{REPLACEMENT CHARACTER}")
+
+    @functools.cached_property
+    def _special(self) -> set[int]:
+        """Ids that show as nothing."""
+        return {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 @contextlib.contextmanager

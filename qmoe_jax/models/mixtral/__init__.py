@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qmoe_jax.models.decoder.family import DecoderFamily
+from qmoe_jax.models.decoder.maxtext import Kept
 from qmoe_jax.models.decoder.names import COMMON, LAYER, TENSOR_LAYER, matrix
 from qmoe_jax.models.mixtral.config import PRESETS, MixtralConfig, from_described, to_described
 from qmoe_jax.models.mixtral.model import Mixtral
@@ -27,4 +28,5 @@ FAMILY = DecoderFamily(
     write=to_described,
     rows=ROWS,
     model_types=("mixtral",),
+    maxtext=Kept("MoeBlock_0", scaled_queries=True),
 )

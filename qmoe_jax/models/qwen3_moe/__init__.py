@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qmoe_jax.models.decoder.family import DecoderFamily
+from qmoe_jax.models.decoder.maxtext import Kept
 from qmoe_jax.models.decoder.names import COMMON, EXPERTS, ROUTER
 from qmoe_jax.models.qwen3_moe.config import PRESETS, Qwen3MoeConfig, from_described, to_described
 from qmoe_jax.models.qwen3_moe.model import Qwen3Moe
@@ -17,4 +18,5 @@ FAMILY = DecoderFamily(
     write=to_described,
     rows=(*COMMON, EXPERTS, ROUTER),
     model_types=("qwen3_moe",),
+    maxtext=Kept("moe_block"),
 )

@@ -12,7 +12,7 @@ from qmoe_jax.models.family import Names, Task
 from qmoe_jax.models.switch import parameters
 from qmoe_jax.models.switch.batches import Batch, make_batches, training_batches
 from qmoe_jax.models.switch.config import PRESETS, TOLD, ModelConfig
-from qmoe_jax.models.switch.decoding import generate
+from qmoe_jax.models.switch.decoding import generate, written
 from qmoe_jax.models.switch.examples import Examples, load_examples
 from qmoe_jax.models.switch.huggingface import MODEL_TYPE, HuggingFace, Published
 from qmoe_jax.models.switch.model import SwitchTransformer, as_tokens, forward
@@ -39,6 +39,7 @@ class Switch:
     task: Task = SpanCorruption()
     names: Mapping[str, Names] = {"t5x": T5X(), "huggingface": HuggingFace(), "ista": Published()}
     model_types: tuple[str, ...] = (MODEL_TYPE,)
+    min_tokens = 0  # as the paper
 
     infer = staticmethod(parameters.infer_config)
     param_shapes = staticmethod(parameters.param_shapes)
@@ -48,6 +49,7 @@ class Switch:
 
     forward = staticmethod(forward)
     generate = staticmethod(generate)
+    written = staticmethod(written)
     streamed = staticmethod(streamed)
 
     def model(self, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None) -> SwitchTransformer:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qmoe_jax.models.common import (
@@ -68,6 +69,11 @@ def generate(
     return written
 
 
+def written(model: SwitchTransformer, params: Any, tokens: jax.Array, **options: Any) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, int32 [batch] each, when all are there."""
+    yield from np.asarray(generate(model, params, tokens, **options)).T
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(model, settings, params, encoder_input_tokens, key):
     max_length, prefix, stop, banned, temperature, top_p = settings
@@ -98,5 +104,6 @@ def _generate(model, settings, params, encoder_input_tokens, key):
     state = (jnp.int32(0), start, ended, written, caches, key, fine)
     _, _, _, written, _, _, fine = jax.lax.while_loop(more, step, state)
     if model.mesh is not None:  # On every device, so that every process has it.
-        written = jax.lax.with_sharding_constraint(written, NamedSharding(model.mesh, PartitionSpec()))
+        whole = NamedSharding(model.mesh, PartitionSpec())
+        written, fine = (jax.lax.with_sharding_constraint(x, whole) for x in (written, fine))
     return written, fine

@@ -12,7 +12,7 @@ from typing import Any
 
 from qmoe_jax.errors import CheckpointError, listed
 from qmoe_jax.models.fields import problems_of_values
-from qmoe_jax.models.names import Shape, Tensors
+from qmoe_jax.models.names import COPY, Shape, Tensors
 from qmoe_jax.models.switch.config import ModelConfig
 from qmoe_jax.models.switch.names import TABLE
 from qmoe_jax.models.switch.parameters import RELPOS_BUCKETS, expert_parameter, infer_config
@@ -20,6 +20,7 @@ from qmoe_jax.models.switch.parameters import RELPOS_BUCKETS, expert_parameter, 
 MODEL_TYPE = "switch_transformers"
 EMBEDDING, HEAD = "token_embedder/embedding", "decoder/logits_dense/kernel"
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # shared.weight, once more each
+HEADS = ("lm_head.weight", "decoder.lm_head.weight")
 ROUTER = "/mlp/router/router_weights/w/kernel"
 # Hugging Face counts an expert's tokens per sequence, T5X by groups and a factor: here no token is dropped.
 NO_TOKEN_IS_DROPPED = 1_000_000
@@ -128,6 +129,10 @@ class HuggingFace:
             "torch_dtype": str(dtypes[EMBEDDING]),
             **({} if step is None else {"t5x_step": step}),
         }
+
+    def why_left_out(self, config: ModelConfig, tensor: str) -> str | None:
+        # One of each is read; where logits are tied, the heads are the embedding too.
+        return COPY if tensor in ("shared.weight", *EMBEDDINGS, *HEADS) else None
 
     def lost(self, config: ModelConfig) -> list[str]:
         lost = ["T5X's capacity factor: Hugging Face counts tokens per sequence; written so that none is dropped"]

@@ -28,6 +28,9 @@ class T5X:
     def describe(self, config: ModelConfig, dtypes: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         return {}
 
+    def why_left_out(self, config: ModelConfig, tensor: str) -> str | None:
+        return None
+
     def lost(self, config: ModelConfig) -> list[str]:
         told = {field: getattr(config, field) for field, usual in _UNTOLD.items() if getattr(config, field) != usual}
         return [

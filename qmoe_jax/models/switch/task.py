@@ -9,7 +9,7 @@ without any is continued: a sentinel is put at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,3 +97,7 @@ class SpanCorruption:
             elif current is not None and token not in (PAD, EOS):
                 fills[current].append(token)
         return vocabulary.decode([t for i in map(int, tokens) for t in fills.get(i, [i]) if t != EOS])
+
+    def pieces(self, vocabulary: Vocabulary, tokens: np.ndarray, written: Iterable[int]) -> Iterator[str]:
+        """All at once: what is filled in stands between what comes after it."""
+        yield self.completed(vocabulary, tokens, np.fromiter(written, np.int32))
