@@ -31,8 +31,8 @@ common.define_process_flags()
 PROMPT = flags.DEFINE_multi_string(
     "prompt",
     None,
-    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing, or text to continue; one or several. Default: the "
-    "config's.",
+    "Text with <extra_id_0>, <extra_id_1>, ... where words are missing, or text to continue; one or several. "
+    "Default: the config's.",
 )
 
 
