@@ -60,6 +60,8 @@ def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
         tokens = tokens if traced else np.asarray(tokens)
     except ValueError as e:
         raise ValueError(f"{name}: rows of different lengths, expected token ids, int32 [batch, length].") from e
+    if tokens.ndim == 2 and tokens.shape[1] == 0:
+        raise ValueError(f"{name}: shape {list(tokens.shape)}, expected at least one token in a row.")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"{name}: {tokens.dtype} {list(tokens.shape)}, expected token ids, int32 [batch, length].")
     if not traced and tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
