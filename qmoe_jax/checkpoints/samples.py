@@ -98,6 +98,7 @@ def _of_array(store: Store, name: str) -> Iterator[bytes]:
     metadata = spec.to_json()["metadata"]
     for row in _three(range(source.array.shape[0])) if source.array.rank else [None]:
         index = [] if row is None else [row, *(0 for _ in source.array.shape[1:])]
+        assert spec.transform is not None
         at = spec.transform(index)  # in the array that is stored, of which this may be a layer
         chunk = (str(i // c) for i, c in zip(at, metadata["chunks"], strict=True))
         key = metadata.get("dimension_separator", ".").join(chunk) or "0"

@@ -206,12 +206,13 @@ def _find(module: Any, name: Any) -> Any:
 
 def _storage(key: Any) -> _Storage:
     """See `pickles.load`."""
-    tag, kind, record, _, numel = key if isinstance(key, tuple) and len(key) == 5 else [None] * 5
-    if tag != "storage" or not isinstance(kind, str) or not isinstance(record, str) or not isinstance(numel, int):
-        kind = None
-    if kind not in STORAGES or not 0 <= numel < 2**62:
-        raise CheckpointError(f"a storage {reprlib.repr(key)}, expected ('storage', type, record, place, elements).")
-    return _Storage(kind, record, numel)
+    match key:
+        case ("storage", str(kind), str(record), _, int(numel)) if kind in STORAGES and 0 <= numel < 2**62:
+            return _Storage(kind, record, numel)
+        case _:
+            raise CheckpointError(
+                f"a storage {reprlib.repr(key)}, expected ('storage', type, record, place, elements)."
+            )
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def chunk_files(folder: str | os.PathLike) -> tuple[int, int]:
     Raises CheckpointError for what is neither file nor folder: a pipe would be waited for.
     """
     number = nbytes = 0
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(os.fspath(folder)):
         for name in names:
             if name != METADATA:
                 number += 1

@@ -80,8 +80,7 @@ def compress_examples(
       CheckpointError: a weight can't be read, or is NaN or Inf, or the weights are replaced while the run reads them;
         then no checkpoint is left behind, only what was committed.
     """
-    if quantization.calibration.min_tokens is None:
-        quantization = quantization.replace(min_tokens=checkpoint.family.min_tokens)
+    quantization = _of_family(quantization, checkpoint)
     if codec is not None and (problem := why_not_stored(quantization, codec)):
         if output is not None:
             raise ValueError(problem)
@@ -128,7 +127,7 @@ def identity_of(
     if codec is not None and why_not_stored(quantization, codec):
         codec = None
     settings = {
-        "quantization": quantization.to_dict(),
+        "quantization": _of_family(quantization, checkpoint).to_dict(),
         "codec": codec,
         "num_shards": num_shards,
         # Of memory, what influences how sums are rounded.
@@ -137,6 +136,13 @@ def identity_of(
         "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
     }
     return fingerprint(checkpoint, (calibration or ()) if quantization.calibrated else (), validation, settings)
+
+
+def _of_family(quantization: QuantizationSettings, checkpoint: Checkpoint) -> QuantizationSettings:
+    """With the family's own `min_tokens` where none is given."""
+    if quantization.calibration.min_tokens is None:
+        return quantization.replace(min_tokens=checkpoint.family.min_tokens)
+    return quantization
 
 
 def check_uncompressed(checkpoint: Checkpoint) -> None:
@@ -236,15 +242,16 @@ class _Run:
     ) -> streaming.DocumentLosses:
         """Quantizes and measures, from where `progress` is; losses of all examples."""
         own = self.processes.share(self.config.num_experts) if writer is None else writer.own
-        if self.control is not None and (found := self.processes.from_first(len(own))) < self.few:
+        if self.control is not None and (first := self.processes.from_first(len(own))) < self.few:
             raise ValueError(
                 f"quantization.target_bits: {self.few} experts of each layer are tried by the first process, which "
-                f"would have {found}: take fewer processes."
+                f"would have {first}: take fewer processes."
             )
         found: dict[str, list[int]] = {}
         if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
             with self.stages("super experts"):
-                peaks = look(self.checkpoint, self.calibration[:LOOKED_AT], self.memory, self.processes).peaks
+                looked_at = self.examples[: min(self.num_calibration, LOOKED_AT)]
+                peaks = look(self.checkpoint, looked_at, self.memory, self.processes).peaks
             for of in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
                 found.setdefault(of["layer"], []).append(of["expert"])
         quantizer = Quantizer(

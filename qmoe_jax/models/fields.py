@@ -7,8 +7,8 @@ import functools
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
 
 MOST = 2**31 - 1  # of any whole number: no size that is computed from two of them overflows 64 bits
 MOST_FLOAT = 1e30  # of any other, so that float32 has it
@@ -19,7 +19,7 @@ MOST_EXPERTS = 1_000_000
 def problems_of_fields(config: Any) -> list[str]:
     """Fields of a dataclass whose values aren't of their type, or are beyond any model's, in words."""
     found = []
-    for name, kind in _kinds(type(config)).items():
+    for name, kind in _kinds(cast(Hashable, type(config))).items():
         value = getattr(config, name)
         if not _fits(value, kind):
             found.append(f"{name}: found {reprlib.repr(value)}, expected {_words(kind)}")
@@ -47,7 +47,7 @@ def from_dict(cls: Any, fields: Any, what: str) -> Any:
     """A frozen dataclass from JSON values. Raises ValueError that names all unknown or missing fields."""
     if not isinstance(fields, Mapping):
         raise ValueError(f"{what}: found {reprlib.repr(fields)}, expected fields.")
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     unknown = sorted(map(str, set(fields) - set(known)))
     missing = sorted(n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields)
     if unknown or missing:
@@ -56,9 +56,10 @@ def from_dict(cls: Any, fields: Any, what: str) -> Any:
 
 
 @functools.cache
-def _kinds(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+def _kinds(cls: Hashable) -> dict[str, Any]:
+    kind = cast(Any, cls)
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _fits(value: Any, kind: Any) -> bool:
