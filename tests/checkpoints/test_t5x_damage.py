@@ -5,8 +5,8 @@ import pathlib
 import shutil
 import warnings
 
-import msgpack
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 from t5x_by_hand import (
