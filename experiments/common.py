@@ -547,7 +547,9 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
             _leave(_line(str(e), e))
         except KeyboardInterrupt as e:
             _leave(_line(interrupts.message(e), e), interrupts.exit_code(e))
-        except Exception:
+        except Exception as e:
+            if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+                _leave(_line(f"out of memory ({(str(e) or 'no room for an array').splitlines()[0]})", e))
             if jax.distributed.is_initialized():
                 _leave(traceback.format_exc())
             raise

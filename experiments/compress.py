@@ -29,6 +29,7 @@ from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.compression import planning
 from qmoe_jax.compression.compress import compress_examples, identity_of
 from qmoe_jax.compression.progress import is_unfinished, remove_progress
+from qmoe_jax.errors import CheckpointError
 from qmoe_jax.lock import locked_by_first
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
 from qmoe_jax.reports.events import write_compression
@@ -137,10 +138,10 @@ def finished_report(path: str, save: bool) -> dict | None:
     if is_compressed(output) != save:
         return None
     try:
-        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        report = files.read_json(output / "report.json")
+    except CheckpointError:
         return None
-    return report if isinstance(report, dict) and "identity" in report else None
+    return report if "identity" in report else None
 
 
 def run(config, quantization, memory, model, documents, plan, identity, output, save, processes) -> None:

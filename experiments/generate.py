@@ -20,6 +20,7 @@ from absl import app, flags
 
 import common
 from qmoe_jax import reports
+from qmoe_jax.models.common import check_length
 from qmoe_jax.models.expert_parallel import place_param
 from qmoe_jax.models.families import family_of
 
@@ -55,7 +56,19 @@ def pieces(model, params, vocabulary, prompt: str, settings) -> Iterator[str]:
     return family.task.pieces(vocabulary, tokens, (row[0] for row in written))
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises ValueError for bytes of the command line that are no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        byte = ord(prompt[e.start]) & 0xFF
+        raise ValueError(f"--prompt: not UTF-8 (byte {byte:#04x} at character {e.start}).") from e
+
+
 def main(_):
+    for prompt in PROMPT.value or ():
+        check_prompt(prompt)
+    check_length("config.generation.max_length", CONFIG.value.generation.max_length)
     processes = common.start_processes()
     common.agree(processes, CONFIG.value, prompt=PROMPT.value)
     config = CONFIG.value

@@ -5,7 +5,8 @@
 Layout, architecture and the published model that has it, parameters, dtypes, chunks, bytes; of compressed experts bits
 per weight, density and codec by layer; what is missing or foreign. Exit code 1 if it can't be opened. --density reads
 compressed experts, to count what a report beside them doesn't tell; --sample hashes some of the weights, which a
-checkpoint that is compressed from them notes; --report=FILE writes all of it as JSON.
+checkpoint that is compressed from them notes; --report=FILE writes all of it as JSON. --checksums reads all files:
+SHA256SUMS is written beside a checkpoint that has none, or verified where there is one; exit code 1 if a file changed.
 """
 
 import interrupts  # noqa: F401, before all that takes time
@@ -18,10 +19,15 @@ from absl import app, flags
 
 import common
 from qmoe_jax import files, reports
+from qmoe_jax.checkpoints import checksums, open_checkpoint
 from qmoe_jax.checkpoints.inspection import inspect
+from qmoe_jax.errors import listed
 
 DENSITY = flags.DEFINE_bool("density", False, "Decode compressed experts to count non-zero weights.")
 SAMPLE = flags.DEFINE_bool("sample", False, "Hash a sample of the weights, to tell models of one shape apart.")
+CHECKSUMS = flags.DEFINE_bool(
+    "checksums", False, "Write the SHA-256 of all files beside them (SHA256SUMS), or verify those that are there."
+)
 REPORT = flags.DEFINE_string("report", None, "JSON file for all that is found.")
 
 
@@ -40,6 +46,15 @@ def summary(report: dict) -> list[list]:
     ]
 
 
+def report_checksums(path: str) -> None:
+    """Raises ValueError that lists the files that aren't as they were."""
+    found = checksums.write_or_verify(open_checkpoint(path))
+    if found["problems"]:
+        raise ValueError(listed(f"{found['file']}: the checkpoint isn't what it was:", found["problems"]))
+    done = "written" if found["written"] else "verified"
+    reports.say(f"{'checksums':<18}{found['files']:,} files {done}: {found['file']}")
+
+
 def main(argv):
     if len(argv) != 2:
         raise ValueError("expected one path: python experiments/inspect_checkpoint.py PATH")
@@ -51,6 +66,8 @@ def main(argv):
         reports.say(f"foreign: {name}")
     if report["problems"]:
         raise ValueError(f"a {report['layout']} checkpoint that can't be opened: " + "\n  ".join(report["problems"]))
+    if CHECKSUMS.value:
+        report_checksums(argv[1])
     for what, found in summary(report):
         reports.say(f"{what:<18}{'-' if found is None else found}")
     for why, names in report["left_out"].items():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def grouped_dot(
@@ -62,6 +63,11 @@ def ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Ar
     Raises:
       ValueError where the shapes do not fit each other.
     """
+    for name, array in (("lhs", lhs), ("rhs", rhs), ("group_sizes", group_sizes)):
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise TypeError(f"{name}: found {type(array).__name__}, expected an array.")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes: {group_sizes.dtype}, expected whole numbers.")
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
         raise ValueError(
             f"lhs {list(lhs.shape)}, rhs {list(rhs.shape)}, group_sizes {list(group_sizes.shape)}: "

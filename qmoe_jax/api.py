@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
@@ -42,6 +45,8 @@ def load(
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype {dtype!r}: expected float32 or bfloat16.")
     checkpoint = open_checkpoint(path, **overrides)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh: found {mesh!r}, expected a jax.sharding.Mesh.")
     if mesh is not None:
         check_mesh(mesh, checkpoint.config.num_experts)
 
@@ -61,7 +66,8 @@ def forward(model: nn.Module, params: Any, *tokens: Any, **options: Any) -> jax.
     Raises:
       ValueError: token arrays don't fit each other, or hold ids that the model doesn't have.
     """
-    return family_of(model).forward(model, params, *tokens, **options)
+    with _params_that_fit(params):
+        return family_of(model).forward(model, params, *tokens, **options)
 
 
 def generate(model: nn.Module, params: Any, tokens: Any, *, max_length: int, **options: Any) -> jax.Array:
@@ -77,7 +83,20 @@ def generate(model: nn.Module, params: Any, tokens: Any, *, max_length: int, **o
     Raises:
       ValueError: settings or token ids out of range, or no key to sample with.
     """
-    return family_of(model).generate(model, params, tokens, max_length=max_length, **options)
+    with _params_that_fit(params):
+        return family_of(model).generate(model, params, tokens, max_length=max_length, **options)
+
+
+@contextlib.contextmanager
+def _params_that_fit(params: Any) -> Iterator[None]:
+    """Raises TypeError or ValueError for parameters that aren't the model's, in place of Flax's own errors."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params: found {type(params).__name__}, expected the parameters that `load` gives.")
+    try:
+        yield
+    except FlaxError as e:
+        what = str(e).splitlines()[0]
+        raise ValueError(f"params: not those of this model ({what})") from e
 
 
 def compress(
@@ -121,6 +140,10 @@ def compress(
     >>> qmoe_jax.compress("checkpoint_550000", "out", vocabulary="spm.model", target_bits=0.7,
     ...                   calibration="c4-train.0000*.json.gz", validation="c4-validation.json.gz")
     """
+    if not isinstance(output, str) and not isinstance(output, os.PathLike):
+        raise TypeError(f"output: found {output!r}, expected the path of a directory.")
+    if memory is not None and not isinstance(memory, Settings):
+        raise TypeError(f"memory: found {memory!r}, expected streaming.Settings.")
     if target_bits is not None:
         quantization = {"method": "rd"} | quantization | {"target_bits": target_bits}
     settings = QuantizationSettings(**quantization)

@@ -44,7 +44,10 @@ def open_checkpoint(path: str | os.PathLike, *, preset: str | None = None, **ove
 
     Raises:
       CheckpointError: there is none, or it is broken; says what was found.
+      TypeError: `path` is no path.
     """
+    if not isinstance(path, str) and not isinstance(path, os.PathLike):
+        raise TypeError(f"path: found {path!r}, expected the path of a checkpoint.")
     for layout in LAYOUTS:
         if layout.fits(path):
             given = {"preset": preset} if layout.takes_preset else {}

@@ -23,7 +23,7 @@ from qmoe_jax.checkpoints.checkpoint import BFLOAT16, Checkpoint
 from qmoe_jax.checkpoints.samples import Samples, changed, samples
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.files import write_json
+from qmoe_jax.files import parse_json, read_bytes, read_json, write_json
 from qmoe_jax.models.family import Names
 
 PROGRESS = "convert.partial.json"
@@ -292,10 +292,19 @@ def run(
 def read_progress(output: pathlib.Path) -> dict[str, Any] | None:
     """What an unfinished conversion left in `output`; None if there is none."""
     try:
-        progress = json.loads((output / PROGRESS).read_text(encoding="utf-8"))
-        return progress if {"identity", "parts"} <= progress.keys() else None
-    except (OSError, ValueError, AttributeError):
+        progress = read_json(output / PROGRESS)
+    except CheckpointError:
         return None
+    return progress if _is_progress(progress) else None
+
+
+def _is_progress(progress: dict[str, Any]) -> bool:
+    """Whether this is what `run` writes."""
+    parts = progress.get("parts")
+    if not isinstance(parts, dict) or "identity" not in progress:
+        return False
+    files = [d for part in parts.values() for d in (part.values() if isinstance(part, dict) else [None])]
+    return all(isinstance(d, dict) and isinstance(d.get("sha256"), str) for d in files)
 
 
 def write_report(writer: Writer, output: pathlib.Path, report: dict[str, Any], files: dict[str, Any]) -> list[str]:
@@ -320,13 +329,12 @@ def write_report(writer: Writer, output: pathlib.Path, report: dict[str, Any], f
 def read_report(output: pathlib.Path) -> dict[str, Any] | None:
     """The report of a conversion that is finished, from where `write_report` has put it; None if there is none."""
     try:
-        text = (output / REPORT).read_text(encoding="utf-8") if (output / REPORT).is_file() else ""
-        if not text and (page := (output / "README.md").read_text(encoding="utf-8")).startswith(README):
-            text = page.split("```")[1]
-        report = json.loads(text)
-    except (OSError, ValueError, IndexError, RecursionError):
+        if (output / REPORT).exists():
+            return read_json(output / REPORT)
+        page = read_bytes(output / "README.md").decode("utf-8")
+        return parse_json(page.split("```")[1], f"{output / 'README.md'}") if page.startswith(README) else None
+    except (ValueError, IndexError):
         return None
-    return report if isinstance(report, dict) else None
 
 
 def written_before(output: pathlib.Path) -> list[str]:
@@ -345,11 +353,11 @@ def written_before(output: pathlib.Path) -> list[str]:
         sums |= {name: d["sha256"] for part in parts for name, d in part.items()}
     if _is_report(output / REPORT):
         markers += [name for name in (REPORT, CHECKSUMS) if (output / name).is_file()]
-        sums |= _sums(output / CHECKSUMS)
+        sums |= read_sums(output / CHECKSUMS)
     page = output / "README.md"
     if page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(README):
         markers.append(page.name)
-        sums |= _sums(page)
+        sums |= read_sums(page)
     # A file that was tampered with names nothing outside.
     root = output.resolve()
     there = [n for n in sums if root in (output / n).resolve().parents and (output / n).is_file()]
@@ -361,7 +369,7 @@ def written_before(output: pathlib.Path) -> list[str]:
     return [*markers, *there]
 
 
-def _sums(file: pathlib.Path) -> dict[str, str]:
+def read_sums(file: pathlib.Path) -> dict[str, str]:
     """SHA-256 by name, of the lines that sha256sum would read."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     return {m[2]: m[1] for line in lines if (m := re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line))}
@@ -370,10 +378,10 @@ def _sums(file: pathlib.Path) -> dict[str, str]:
 def _is_report(file: pathlib.Path) -> bool:
     """Whether this is what `write_report` writes."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(file)
+    except CheckpointError:
         return False
-    return isinstance(found, dict) and {"format", "before", "after", "provenance"} <= found.keys()
+    return {"format", "before", "after", "provenance"} <= found.keys()
 
 
 def _described(output: pathlib.Path, files: list[pathlib.Path]) -> dict[str, dict[str, Any]]:

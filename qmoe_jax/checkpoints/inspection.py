@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 import os
 import pathlib
@@ -13,6 +12,7 @@ from qmoe_jax.checkpoints import LAYOUTS, Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.files import read_json
 from qmoe_jax.models.families import PRESETS, mismatches
 from qmoe_jax.models.family import Config
 
@@ -149,10 +149,9 @@ def count_nonzeros(checkpoint: Checkpoint, layer: str) -> int:
 def _reported(path: pathlib.Path) -> dict[str, Any]:
     """The report beside a compressed checkpoint; empty if there is none."""
     try:
-        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path / "report.json")
+    except CheckpointError:
         return {}
-    return report if isinstance(report, dict) else {}
 
 
 def _reported_zeros(path: pathlib.Path) -> dict[str, float]:

@@ -10,7 +10,6 @@ named.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,14 +19,16 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from qmoe_jax.checkpoints import reading, retry
+from qmoe_jax.checkpoints import reading, retry, zarr
 from qmoe_jax.checkpoints.checkpoint import StoredCheckpoint
 from qmoe_jax.checkpoints.layout import Layout
 from qmoe_jax.checkpoints.store import Index, explicit
 from qmoe_jax.checkpoints.t5x import files
 from qmoe_jax.checkpoints.tensor_files import FLOATS
 from qmoe_jax.errors import CheckpointError, listed
+from qmoe_jax.files import parse_json
 from qmoe_jax.models.families import PRESETS, family_of, family_of_type
+from qmoe_jax.models.fields import MOST_LAYERS
 from qmoe_jax.models.names import Shape
 
 METADATA, ITEMS, CONFIG = "_METADATA", "items", "config.json"
@@ -107,6 +108,8 @@ def unscanned(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, int | None, i
     else:
         lines = [f"{name} {list(shapes[name])}" for name in scanned]
         raise CheckpointError(listed("Arrays of all layers differ in their number, expected on axis 1 or 0:", lines))
+    if (layers := max(shapes[name][axis] for name in scanned)) > MOST_LAYERS:
+        raise CheckpointError(f"Arrays hold {layers} layers, expected at most {MOST_LAYERS}.")
     for name, match in scanned.items():
         for layer in range(shapes[name][axis]):
             names[f"{match[1] or ''}layers_{layer}/{match[2]}"] = (name, axis, layer)
@@ -135,6 +138,7 @@ def _opened(
 ) -> dict[str, ts.TensorStore]:
     """All arrays, opened at once. Raises CheckpointError that lists those that can't be, or are quantized."""
     base = files.child(directory, "/")
+    stored = zarr.chunk_files(base["path"])[1] if base["driver"] == "file" else None
     if files.read_file(files.child(directory, "/manifest.ocdbt")) is not None:
         base = {"driver": "ocdbt", "base": base, "path": ""}
     spec = {
@@ -147,6 +151,7 @@ def _opened(
     for name, future in futures.items():
         try:
             arrays[name] = future.result()
+            zarr.check_opened(arrays[name], stored)
         except ValueError as e:
             problems.append(f"{name}: {retry.reason(e)}")
     where = files.show(directory)
@@ -194,13 +199,7 @@ def _described(directory: files.Location) -> tuple[str, dict[str, Any]] | None:
 
 
 def _json(file: files.Location) -> dict[str, Any]:
-    try:
-        value = json.loads(files.read_file(file) or b"")
-    except ValueError as e:
-        raise CheckpointError(f"{files.show(file)} is not JSON ({e}): damaged, copy it again.") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{files.show(file)} holds {str(value)[:40]!r}, expected a JSON object.")
-    return value
+    return parse_json(files.read_file(file) or b"", files.show(file))
 
 
 class MaxTextCheckpoint(StoredCheckpoint):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from qmoe_jax.checkpoints.reading import Source
 from qmoe_jax.checkpoints.store import Index
 from qmoe_jax.checkpoints.torch_files import TorchFile
 from qmoe_jax.errors import CheckpointError, listed
-from qmoe_jax.files import read_json
+from qmoe_jax.files import MOST_BYTES, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 # Where tensors may be, the first that is there: an index of several files, or one file.
@@ -67,7 +66,7 @@ class SafetensorsFile:
         # Some of these dtypes the package can't slice: the header, a JSON object after its size, tells where bytes are.
         with path.open("rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
+            header = parse_json(f.read(min(size, MOST_BYTES)), f"{path}: the header")
         self._begin = {name: 8 + size + header[name]["data_offsets"][0] for name in self.specs}
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:

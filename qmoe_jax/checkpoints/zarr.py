@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import tensorstore as ts
 
 from qmoe_jax.checkpoints.reading import host_memory_bytes
 from qmoe_jax.errors import CheckpointError
@@ -108,6 +109,13 @@ def check(declared: Declared, files: tuple[int, int] | None) -> None:
             f"shape {list(declared.shape)} in chunks {list(declared.chunks)} of {declared.dtype} takes "
             f"{declared.number_of_chunks:,} chunks, {wanted:,} bytes; there are {number:,} files of {nbytes:,} bytes"
         )
+
+
+def check_opened(array: ts.TensorStore, nbytes: int | None) -> None:
+    """The same of an array that is open, of any version, whose chunks are somewhere in files of so many bytes."""
+    layout: Any = array.chunk_layout.read_chunk
+    declared = Declared(tuple(array.shape), tuple(map(int, layout.shape)), array.dtype.numpy_dtype, "zstd")
+    check(declared, None if nbytes is None else (declared.number_of_chunks, nbytes))
 
 
 def chunk_files(folder: str | os.PathLike) -> tuple[int, int]:

@@ -49,9 +49,16 @@ class CompressedExperts:
           codec: name of the codec.
 
         Raises:
-          ValueError: an unknown codec, other shapes or dtypes, symbols above L, or levels as in `validate`.
+          ValueError: an unknown codec, no experts, other shapes or dtypes, symbols above L, or levels as in `validate`.
+          TypeError: symbols or levels are no arrays.
         """
-        levels = jnp.asarray(levels, jnp.bfloat16)
+        if not isinstance(symbols, np.ndarray | jax.Array):
+            raise TypeError(f"symbols: found {type(symbols).__name__}, expected an array, uint8 [experts, out, in].")
+        if symbols.ndim != 3 or symbols.shape[0] == 0:
+            raise ValueError(
+                f"symbols: shape {list(symbols.shape)}, expected [experts, out, in] with an expert at least."
+            )
+        levels = _real("levels", levels).astype(jnp.bfloat16)
         _check_levels(levels, symbols.shape)
         return _resident(codecs.get(codec).encode_experts(symbols, levels.shape[-1]), levels, codec, symbols.shape)
 
@@ -70,7 +77,9 @@ class CompressedExperts:
         Raises ValueError for an unknown codec, for malformed arrays, as `validate`, and for levels that no trained
         model has: above `MOST_LEVEL`, products overflow without a word.
         """
-        shape = tuple(map(int, shape))
+        if not isinstance(stored, Mapping):
+            raise TypeError(f"stored: found {type(stored).__name__}, expected arrays by name.")
+        shape = _sizes(shape)
         data, levels = codecs.get(codec).unpack(stored, shape)
         _check_levels(levels, shape)
         for expert, row in np.argwhere((np.abs(np.asarray(levels, np.float32)) > MOST_LEVEL).any(-1)):
@@ -148,7 +157,7 @@ def split(experts: CompressedExperts, parts: int) -> list[CompressedExperts]:
 
     Raises ValueError where `parts` doesn't divide the experts.
     """
-    number = experts.shape[0]
+    number, parts = _experts("experts", experts).shape[0], _whole("parts", parts)
     if parts < 1 or number % parts:
         raise ValueError(f"{number} experts can't be split into {parts} equal parts.")
     each = number // parts
@@ -157,8 +166,12 @@ def split(experts: CompressedExperts, parts: int) -> list[CompressedExperts]:
 
 def concatenate(parts: Sequence[CompressedExperts]) -> CompressedExperts:
     """Joins groups of experts of one layer, in order. Raises ValueError where codec, levels, out or in differ."""
+    if isinstance(parts, CompressedExperts) or not isinstance(parts, Sequence):
+        raise TypeError(f"parts: found {type(parts).__name__}, expected a list of CompressedExperts.")
     if not parts:
         raise ValueError("No experts to concatenate.")
+    for i, part in enumerate(parts):
+        _experts(f"parts[{i}]", part)
     kinds = {(part.codec, part.levels.shape[-1], *part.shape[1:]) for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"Experts differ in (codec, levels, out, in): {sorted(kinds)}.")
@@ -176,10 +189,38 @@ def convert(experts: CompressedExperts, codec: str, experts_per_group: int = 16)
 
     Raises ValueError for an unknown codec, and for levels that it can't hold.
     """
-    if experts_per_group < 1:
+    _experts("experts", experts)
+    if _whole("experts_per_group", experts_per_group) < 1:
         raise ValueError(f"experts_per_group: found {experts_per_group}, expected at least 1.")
     groups = np.array_split(np.arange(experts.shape[0]), -(-experts.shape[0] // experts_per_group))
     return concatenate([CompressedExperts.from_symbols(_symbols(experts, g), experts.levels[g], codec) for g in groups])
+
+
+def _experts(name: str, value: object) -> CompressedExperts:
+    if not isinstance(value, CompressedExperts):
+        raise TypeError(f"{name}: found {type(value).__name__}, expected CompressedExperts.")
+    return value
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as e:
+        raise TypeError(f"{name}: found {value!r}, expected a whole number.") from e
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(shape, str) or not isinstance(shape, Sequence | np.ndarray) or len(shape) != 3:
+        raise TypeError(f"shape: found {shape!r}, expected (experts, out, in).")
+    return tuple(_whole("shape", n) for n in shape)
+
+
+def _real(name: str, values: ArrayLike) -> jax.Array:
+    """Numbers as an array. Raises TypeError for anything else."""
+    dtype = getattr(values, "dtype", None) or np.asarray(values).dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name}: found {dtype}, expected real numbers.")
+    return jnp.asarray(values)
 
 
 def _concrete(index: ArrayLike, experts: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qmoe_jax import reports, resources, streaming
-from qmoe_jax.checkpoints import Checkpoint, CompressedWriter
+from qmoe_jax.checkpoints import Checkpoint, CompressedWriter, checksums
 from qmoe_jax.checkpoints.samples import Samples, changed, digest, of_layers, samples
 from qmoe_jax.compression.choosing import look
 from qmoe_jax.compression.progress import OtherRunError, Progress, fingerprint
@@ -101,7 +101,7 @@ def compress_examples(
         with locked_by_first(output, run.processes):
             progress = Progress(output, identity, resume, run.processes, memory.commit_share)
             check_weights(progress.committed, run.weights, output)
-            origin = {**(provenance or {}), "weights_sample": digest(run.weights)}
+            origin = {**(provenance or {}), **checksums.noted(checkpoint), "weights_sample": digest(run.weights)}
             losses = _committed(run, output, progress, origin, num_shards)
             if not keep_progress and run.processes.first:
                 progress.remove()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_TOKENS = 1_000_000  # that a text may have; caches have room for all of them
 MASKED = -1e10  # Finite: a query whose keys are all masked attends uniformly, as in T5X.
 
 
@@ -53,7 +56,12 @@ def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
     JAX would read another row for them.
     """
     traced = isinstance(tokens, jax.core.Tracer)
-    tokens = tokens if traced else np.asarray(tokens)
+    try:
+        tokens = tokens if traced else np.asarray(tokens)
+    except ValueError as e:
+        raise ValueError(f"{name}: rows of different lengths, expected token ids, int32 [batch, length].") from e
+    if tokens.ndim == 2 and tokens.shape[1] == 0:
+        raise ValueError(f"{name}: shape {list(tokens.shape)}, expected at least one token in a row.")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"{name}: {tokens.dtype} {list(tokens.shape)}, expected token ids, int32 [batch, length].")
     if not traced and tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
@@ -96,8 +104,34 @@ def check_sampling(temperature: float, top_p: float, key: jax.Array | None) -> N
         raise ValueError(f"temperature {temperature} samples, which needs a PRNG key.")
 
 
+def finite(logits: jax.Array, ended: jax.Array) -> jax.Array:
+    """Whether logits [batch, vocabulary] of all rows that haven't ended are: bool []."""
+    return jnp.all(jnp.isfinite(logits).all(-1) | ended)
+
+
+def check_finite_logits(fine: jax.Array) -> None:
+    """Raises ValueError unless all logits were finite; another token would have been taken without a word."""
+    if not isinstance(fine, jax.core.Tracer) and not bool(fine):
+        raise ValueError(
+            "Logits are NaN or Inf: no token can be chosen. Take float32 for activations, or look at the checkpoint."
+        )
+
+
+def check_length(name: str, found: Any) -> int:
+    """A number of tokens. Raises TypeError for what is no whole number, ValueError for one that no text has."""
+    try:
+        number = operator.index(found)
+    except TypeError as e:
+        raise TypeError(f"{name}: found {found!r}, expected a whole number of tokens.") from e
+    if not 1 <= number <= MOST_TOKENS:
+        raise ValueError(f"{name}: found {number}, expected 1 to {MOST_TOKENS:,} tokens.")
+    return number
+
+
 def check_ids(vocab_size: int, **lists: Sequence[int]) -> None:
     """Raises ValueError that names the first of these lists with a token id that the model doesn't have."""
     for name, ids in lists.items():
+        if not isinstance(ids, Sequence | np.ndarray) or any(not isinstance(i, int | np.integer) for i in ids):
+            raise TypeError(f"{name}: found {reprlib.repr(ids)}, expected a list of token ids.")
         if any(not 0 <= i < vocab_size for i in ids):
             raise ValueError(f"{name} {tuple(ids)}: expected token ids from 0 to {vocab_size - 1}.")

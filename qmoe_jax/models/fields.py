@@ -69,7 +69,7 @@ def _fits(value: Any, kind: Any) -> bool:
         element, _ = typing.get_args(kind)
         return isinstance(value, tuple) and all(_fits(v, element) for v in value)
     if kind is float:
-        return type(value) in (int, float) and abs(value) <= MOST_FLOAT  # No NaN either.
+        return abs(value) <= MOST_FLOAT if type(value) is float else type(value) is int and abs(value) <= MOST
     if kind is int:
         return type(value) is int and 0 <= value <= MOST
     if kind is dict:

@@ -328,6 +328,11 @@ class _Pass:
                 total[batch.indices[real]] = np.asarray(loss, np.float64)[real]
             self.step()
         total = np.sum(self.processes.gather(total.tolist()), axis=0)  # All but one of these are zero.
+        if len(bad := np.flatnonzero(~np.isfinite(total))):
+            raise ValueError(
+                f"The loss of document {bad[0]} is {total[bad[0]]}, of {len(bad)} of {len(total)} documents it is so: "
+                "logits are NaN or Inf, as a parameter after the last layer is far too large. Look at the checkpoint."
+            )
         return DocumentLosses(total, self.documents.predicted)
 
 

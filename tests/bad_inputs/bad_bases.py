@@ -7,6 +7,7 @@ import gzip
 import json
 import pathlib
 import shutil
+import tarfile
 import types
 from collections.abc import Callable
 from typing import Any
@@ -119,6 +120,18 @@ def write_decoder(name: str, path: pathlib.Path) -> None:
     convert(InMemory(config, random_decoders.random_params(config)), path, "huggingface", shard_bytes=shard_bytes)
 
 
+def write_maxtext(path: pathlib.Path) -> None:
+    """What MaxText wrote; see tests/checkpoints/test_maxtext.py."""
+    archive = pathlib.Path(__file__).resolve().parents[1] / "checkpoints" / "maxtext.tar.gz"
+    unpacked = path.with_name("maxtext.unpacked")
+    with tarfile.open(archive) as tar:
+        tar.extractall(unpacked, filter="data")
+    model = unpacked / "maxtext" / "mixtral"
+    shutil.move(model / "scanned" / "0" / "items", path)
+    shutil.copy(model / "huggingface" / "config.json", path)
+    shutil.rmtree(unpacked)
+
+
 def write_text(path: pathlib.Path) -> None:
     path.mkdir()
     lines = "".join(json.dumps({"text": text, "url": "-"}) + "\n" for text in SENTENCES * 3)
@@ -159,6 +172,7 @@ BASES: dict[str, Callable[[pathlib.Path], None]] = {
     "gap": lambda p: write_compressed(p, "gap"),
     "ista": write_ista,
     **{name: (lambda p, name=name: write_decoder(name, p)) for name in random_decoders.CONFIGS},
+    "maxtext": write_maxtext,
     "text": write_text,
     "vocabulary": write_vocabulary,
     "tokenizer": write_tokenizer,

@@ -469,6 +469,11 @@ NAMED: dict[str, tuple[str, Damage]] = {
         manifest("layers", "encoder/layers_0", "shards", 0, "start", value=0.0),
     ),
     "deep manifest": ("compressed", manifest("provenance", value="$DEEP")),
+    "_METADATA is deep, maxtext": ("maxtext", lambda p, r: replace(p / "_METADATA", b"[" * DEEP)),
+    "_METADATA holds a list, maxtext": (
+        "maxtext",
+        lambda p, r: edit_json(p / "_METADATA", lambda m: m.update(tree_metadata=[1])),
+    ),
     "_METADATA is a list": ("compressed", lambda p, r: replace(p / "dense" / "_METADATA", b"[]")),
     "_METADATA is empty": ("compressed", lambda p, r: replace(p / "dense" / "_METADATA", b"")),
     "_METADATA is deep": ("compressed", lambda p, r: replace(p / "dense" / "_METADATA", b"[" * DEEP)),

@@ -261,12 +261,30 @@ def edit_config(directory, **fields):
             r"(?s)doesn't fit.*d_ff: 29, but the tensors say 28.*num_heads",
         ),
         (lambda d: edit_config(d, tie_word_embeddings=False), "lm_head.weight is missing"),
+        (
+            lambda d: edit_config(d, layer_norm_epsilon=1e-3, dense_act_fn="gelu_new"),
+            r"(?s)doesn't fit.*layer_norm_epsilon: 0.001, supported is 1e-06.*dense_act_fn: 'gelu_new', supported",
+        ),
+        (
+            lambda d: edit_config(d, d_ff="28", num_experts=True, vocab_size=256.0),
+            r"(?s)config\.json doesn't describe.*vocab_size.*d_ff: found '28'.*num_experts: found True",
+        ),
         (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda d: next(iter(sorted(d.glob("*.safetensors")))).unlink(), "files of .* are missing"),
         (lambda d: truncate(sorted(d.glob("*.safetensors"))[1]), "not a safetensors file, or damaged"),
         (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), "beside it"),
     ],
-    ids=["model type", "sizes", "no head", "config", "missing file", "truncated file", "file outside"],
+    ids=[
+        "model type",
+        "sizes",
+        "no head",
+        "settings",
+        "kinds",
+        "config",
+        "missing file",
+        "truncated file",
+        "file outside",
+    ],
 )
 def test_broken_directories_are_refused(copy, damage, message):
     damage(copy)

@@ -3,7 +3,9 @@
 import json
 import pathlib
 import shutil
+import warnings
 
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
@@ -207,6 +209,17 @@ def test_parameter_with_nan_is_named():
     array[4999, 7] = np.nan
     with pytest.raises(CheckpointError, match=r"'token_embedder/embedding': .*\[4999, 7\]"):
         check_finite("token_embedder/embedding", array)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_no_model_has_are_named(dtype):
+    array = np.zeros((3, 4, 5), jnp.dtype(dtype))
+    array[1, 2, 3] = 9_000
+    with warnings.catch_warnings(action="error"):
+        check_finite("layers_0/mlp/expert/wi/kernel", array, 10)
+    array[1, 2, 3] = -11_000
+    with pytest.warns(UserWarning, match=r"'layers_0/mlp/expert/wi/kernel', expert 11: .*first -1.* at \[1, 2, 3\]"):
+        check_finite("layers_0/mlp/expert/wi/kernel", array, 10)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (5,)])

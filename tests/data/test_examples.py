@@ -103,3 +103,14 @@ def test_not_enough_sentinels(tmp_path, pieces_path):
 def test_parameters_out_of_range(tmp_path, vocabulary, options):
     with pytest.raises(ValueError, match="at least"):
         load_examples(write(tmp_path / "a.jsonl", SENTENCES), vocabulary, **options)
+
+
+def test_a_sentinel_that_is_none_is_told_with_file_and_line(tmp_path, vocabulary):
+    texts = [*SENTENCES[:2], "the <extra_id_100> cat"]
+    path = write(tmp_path / "a.jsonl", texts)
+    assert len(load_examples(path, vocabulary, 2)) == 2
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3: the text has <extra_id_100>, .* sentinels 0 to 99"):
+        load_examples(path, vocabulary, 3)
+    (tmp_path / "a.txt").write_text(f"{SENTENCES[0]}\n\n{SENTENCES[1]}\n<extra_id_{'9' * 5_000}>\n")
+    with pytest.raises(DataError, match=r"a\.txt, line 3: the text has <extra_id_99999"):
+        load_examples(tmp_path / "a.txt", vocabulary, 2)

@@ -41,3 +41,10 @@ def test_text_as_it_comes(run, fixture_path, tmp_path):  # noqa: F811
     )
     assert code == 0, errors
     assert [text.split("\n\n")[0] for text in out.split("text:   ")[1:]] == expected
+
+
+def test_prompts_and_lengths_that_cannot_be(run):  # noqa: F811
+    code, _, errors = run("generate", "--prompt=caf\udce9")
+    assert code == 1 and errors.splitlines()[-1].endswith("error: --prompt: not UTF-8 (byte 0xe9 at character 3).")
+    code, _, errors = run("generate", "--config.generation.max_length=100000000")
+    assert code == 1 and "config.generation.max_length: found 100000000, expected 1 to 1,000,000" in errors

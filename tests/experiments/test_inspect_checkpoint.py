@@ -1,6 +1,8 @@
 """experiments/inspect_checkpoint.py: what it says of every layout, without reading weights."""
 
+import hashlib
 import json
+import pathlib
 import re
 
 import pytest
@@ -97,3 +99,25 @@ def test_what_is_missing_is_listed(run, tiny, tmp_path):  # noqa: F811
     with pytest.raises(CheckpointError):
         inspection.inspect(tmp_path / "nothing")
     assert_fails(run("inspect_checkpoint"), "one path")
+
+
+def test_checksums_are_written_once_and_verified_ever_after(run, tmp_path):  # noqa: F811
+    path = pathlib.Path(tiny_model.write_checkpoint(tmp_path))
+    code, out, _ = run("inspect_checkpoint", path, "--checksums")
+    assert code == 0 and "files written" in out
+    listed = dict(line.split("  ")[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
+    for name, digest in listed.items():
+        assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+    assert set(listed) == {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    code, out, _ = run("inspect_checkpoint", path, "--checksums")
+    assert code == 0 and "files verified" in out
+
+    # zarr has no checksum: uncompressed, the weight would be another.
+    chunk = path / "target.decoder.decoder_norm.scale" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    (path / "target.encoder.encoder_norm.scale" / "0").unlink()
+    (path / "target.encoder.encoder_norm.scale" / "1").write_bytes(b"")
+    code, _, errors = run("inspect_checkpoint", path, "--checksums")
+    assert code == 1
+    for what in ("changed: target.decoder.decoder_norm.scale/0", "missing: target.enc", "not listed: target.enc"):
+        assert what in errors

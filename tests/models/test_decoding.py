@@ -179,7 +179,11 @@ def test_little_or_no_temperature_is_greedy(temperature):
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"temperature": 0.5}, "PRNG key"),
         ({"max_length": 2, "prefix": (5, 6)}, "2 prefix tokens"),
-        ({"max_length": 0}, "max_length 0"),
+        ({"max_length": 0}, "max_length: found 0"),
+        ({"max_length": 10**8}, "max_length: found 100000000"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": float("inf"), "key": 0}, "temperature inf"),
+        ({"top_p": float("nan")}, "top_p nan"),
         ({"stop": (40,)}, "stop .*40.* 0 to 39"),
         ({"banned": (0, -1)}, "banned .*-1.* 0 to 39"),
         ({"prefix": (1, 400)}, "prefix .*400.* 0 to 39"),
@@ -189,3 +193,19 @@ def test_settings_out_of_range_are_refused(settings, message):
     model, params = model_and_params()
     with pytest.raises(ValueError, match=message):
         qmoe_jax.generate(model, params, encoder_tokens(), **{"max_length": LENGTH, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"max_length": "7"}, {"temperature": "hot"}, {"stop": 1}, {"banned": [0.5]}])
+def test_settings_of_another_kind_are_named(settings):
+    model, params = model_and_params()
+    with pytest.raises(TypeError, match=next(iter(settings))):
+        qmoe_jax.generate(model, params, encoder_tokens(), **{"max_length": LENGTH, **settings})
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    model, params = model_and_params()
+    embedding = np.array(params["token_embedder"]["embedding"])
+    embedding[5] = 3e38  # A token that no prompt has; its logit overflows.
+    broken = {**params, "token_embedder": {"embedding": embedding}}
+    with pytest.raises(ValueError, match="Logits are NaN or Inf"):
+        qmoe_jax.generate(model, broken, np.full((1, 3), 4, np.int32), max_length=LENGTH)

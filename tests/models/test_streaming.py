@@ -320,3 +320,13 @@ def test_documents_that_do_not_fit_the_model_are_refused(native, pairs, message)
     pairs = [(np.array(e, np.int32), np.array(d, np.int32)) for e, d in pairs]
     with pytest.raises(ValueError, match=message):
         streaming.run(native("relu, tied, top-1"), pairs, streaming.Settings())
+
+
+def test_losses_that_are_not_numbers_are_an_error(tmp_path):
+    params = random_params(SWITCH)
+    params["token_embedder"]["embedding"][5] = 3e38  # No document has it; its logit overflows.
+    pairs = [(np.where(e == 5, 6, e), np.where(d == 5, 6, d)) for e, d in ONE_SHAPE]
+    with pytest.warns(UserWarning, match="token_embedder/embedding.*weights beyond 10000"):
+        checkpoint = qmoe_jax.open_checkpoint(write_t5x(tmp_path, params))
+        with pytest.raises(ValueError, match="The loss of document 0 is .*logits are NaN or Inf"):
+            streaming.run(checkpoint, pairs, streaming.Settings())

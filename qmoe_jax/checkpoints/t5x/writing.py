@@ -50,6 +50,7 @@ def write_t5x(
     Raises:
       CheckpointError: the step is there already; a parameter isn't floating-point; writing fails (and nothing
         is left behind).
+      TypeError: params or step are of another kind.
       OSError: the directory or the index file cannot be written.
     """
     if "://" in os.fspath(directory):
@@ -60,7 +61,11 @@ def write_t5x(
         raise CheckpointError(f"{final} exists: choose another directory or step, or overwrite it.")
     if dtype not in ("float32", "bfloat16"):
         raise CheckpointError(f"{final}: dtype {dtype!r} asked for, expected 'float32' or 'bfloat16'.")
-    flat = traverse_util.flatten_dict(params, sep="/")
+    if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
+        raise TypeError(f"params: found {type(params).__name__}, expected a dict of parameters by name.")
+    if type(step) is not int or step < 0:
+        raise TypeError(f"step: found {step!r}, expected a whole number from 0 on.")
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
     if not flat:
         raise CheckpointError(f"{final}: no parameters to write.")
     stamp = f"{os.getpid()}-{time.time_ns()}"

@@ -12,7 +12,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from qmoe_jax.models.common import MASKED, as_tokens, check_ids, check_sampling, sample
+from qmoe_jax.models.common import (
+    MASKED,
+    as_tokens,
+    check_finite_logits,
+    check_ids,
+    check_length,
+    check_sampling,
+    finite,
+    sample,
+)
 from qmoe_jax.models.decoder.cache import LayerCache
 from qmoe_jax.models.decoder.model import Decoder, as_lengths
 
@@ -36,6 +45,7 @@ class State(NamedTuple):
       ended: bool [batch].
       caches: of the layers.
       key: for the tokens to come.
+      fine: bool [], whether all logits were finite.
     """
 
     token: jax.Array
@@ -43,6 +53,7 @@ class State(NamedTuple):
     ended: jax.Array
     caches: list[LayerCache]
     key: jax.Array
+    fine: jax.Array
 
 
 def generate(model: Decoder, params: Any, tokens: ArrayLike, *, max_length: int, **options: Any) -> jax.Array:
@@ -56,10 +67,13 @@ def generate(model: Decoder, params: Any, tokens: ArrayLike, *, max_length: int,
       **options: see `prepared`: lengths, stop, banned, temperature, top_p, key, pad.
 
     Raises:
-      ValueError: settings or token ids out of range, or no key to sample with.
+      ValueError: settings or token ids out of range, or no key to sample with; logits are NaN or Inf.
+      TypeError: they are of another kind.
     """
     settings, key, prompts, lengths = prepared(model, tokens, max_length, **options)
-    return _generate(model, settings, max_length, params, prompts, lengths, key)
+    written, fine = _generate(model, settings, int(max_length), params, prompts, lengths, key)
+    check_finite_logits(fine)
+    return written
 
 
 def written(model: Decoder, params: Any, tokens: ArrayLike, *, max_length: int, **options: Any) -> Iterator[np.ndarray]:
@@ -68,6 +82,7 @@ def written(model: Decoder, params: Any, tokens: ArrayLike, *, max_length: int, 
     slots = prompts.shape[1] + max_length
     state = _begin(model, settings, slots, params, prompts, lengths, key)
     for i in range(max_length):
+        check_finite_logits(state.fine)
         yield np.asarray(state.token)
         if i + 1 == max_length or np.asarray(state.ended).all():
             return
@@ -105,8 +120,7 @@ def prepared(
       ValueError: settings or token ids out of range, or no key to sample with.
     """
     check_sampling(temperature, top_p, key)
-    if max_length < 1:
-        raise ValueError(f"max_length: found {max_length}, expected at least 1.")
+    check_length("max_length", max_length)
     stop = model.config.eos if stop is None else tuple(stop)
     check_ids(model.config.vocab_size, stop=stop, banned=banned, pad=(pad,))
     prompts = as_tokens("tokens", tokens, model.config.vocab_size)
@@ -117,13 +131,14 @@ def prepared(
     return settings, key, prompts, as_lengths(lengths, prompts)
 
 
-def _choose(model: Decoder, settings: Settings, logits, ended, key) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The next tokens [batch], which rows have ended after them, and a new key."""
+def _choose(model: Decoder, settings: Settings, logits, ended, key) -> tuple[jax.Array, ...]:
+    """The next tokens [batch], which rows have ended after them, a new key, and whether logits are finite."""
+    fine = finite(logits, ended)
     key, own = jax.random.split(key)
     logits = logits.at[:, jnp.asarray(settings.banned, jnp.int32)].set(MASKED)
     token = jnp.where(ended, settings.pad, sample(logits, own, settings.temperature, settings.top_p))
     ended = ended | jnp.isin(token, jnp.asarray(settings.stop, jnp.int32))
-    return _everywhere(model, token), _everywhere(model, ended), key
+    return _everywhere(model, token), _everywhere(model, ended), key, _everywhere(model, fine)
 
 
 def _everywhere(model: Decoder, x: jax.Array) -> jax.Array:
@@ -136,16 +151,16 @@ def _everywhere(model: Decoder, x: jax.Array) -> jax.Array:
 def _begin(model, settings, slots, params, prompts, lengths, key) -> State:
     """The first token after the prompts, for texts of up to `slots` tokens."""
     logits, caches = model.apply({"params": params}, prompts, lengths, slots, method="fill")
-    token, ended, key = _choose(model, settings, logits, jnp.zeros(len(lengths), bool), key)
-    return State(token, lengths, ended, caches, key)
+    token, ended, key, fine = _choose(model, settings, logits, jnp.zeros(len(lengths), bool), key)
+    return State(token, lengths, ended, caches, key, fine)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _next(model, settings, params, state: State) -> State:
     """One more token."""
     logits, caches = model.apply({"params": params}, state.token, state.positions, state.caches, method="step")
-    token, ended, key = _choose(model, settings, logits, state.ended, state.key)
-    return State(token, state.positions + 1, ended, caches, key)
+    token, ended, key, fine = _choose(model, settings, logits, state.ended, state.key)
+    return State(token, state.positions + 1, ended, caches, key, state.fine & fine)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -162,4 +177,5 @@ def _generate(model, settings, max_length, params, prompts, lengths, key):
         state = _next(model, settings, params, state)
         return i + 1, state, out.at[:, i].set(state.token)
 
-    return _everywhere(model, jax.lax.while_loop(more, step, (jnp.int32(1), state, out))[2])
+    _, state, out = jax.lax.while_loop(more, step, (jnp.int32(1), state, out))
+    return _everywhere(model, out), _everywhere(model, state.fine)

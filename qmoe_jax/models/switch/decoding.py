@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qmoe_jax.models.common import MASKED, as_tokens, check_ids, check_sampling, sample
+from qmoe_jax.models.common import (
+    MASKED,
+    as_tokens,
+    check_finite_logits,
+    check_ids,
+    check_length,
+    check_sampling,
+    finite,
+    sample,
+)
 from qmoe_jax.models.switch.model import SwitchTransformer
 
 
@@ -43,9 +52,11 @@ def generate(
       key: PRNG key, needed when temperature > 0.
 
     Raises:
-      ValueError: settings or token ids out of range, or no key to sample with.
+      ValueError: settings or token ids out of range, or no key to sample with; logits are NaN or Inf.
+      TypeError: they are of another kind.
     """
     check_sampling(temperature, top_p, key)
+    max_length = check_length("max_length", max_length)
     if max_length <= len(prefix):
         raise ValueError(f"max_length {max_length} leaves no room for {len(prefix)} prefix tokens and one more.")
     vocab_size = model.config.vocab_size
@@ -53,7 +64,9 @@ def generate(
     key = jax.random.key(0) if key is None else key
     tokens = as_tokens("encoder_input_tokens", encoder_input_tokens, vocab_size)
     settings = (max_length, tuple(prefix), tuple(stop), tuple(banned), float(temperature), float(top_p))
-    return _generate(model, settings, params, tokens, key)
+    written, fine = _generate(model, settings, params, tokens, key)
+    check_finite_logits(fine)
+    return written
 
 
 def written(model: SwitchTransformer, params: Any, tokens: jax.Array, **options: Any) -> Iterator[np.ndarray]:
@@ -70,12 +83,13 @@ def _generate(model, settings, params, encoder_input_tokens, key):
     forced = jnp.full(max_length, -1, jnp.int32).at[: len(prefix)].set(jnp.asarray(prefix, jnp.int32))
 
     def more(state):
-        index, _, ended, _, _, _ = state
+        index, _, ended, _, _, _, _ = state
         return (index < max_length) & ~jnp.all(ended)
 
     def step(state):
-        index, last, ended, written, caches, key = state
+        index, last, ended, written, caches, key, fine = state
         logits, caches = model.apply(variables, last, index, caches, encoder_input_tokens, method="step")
+        fine &= finite(logits, ended)
         logits = logits.at[:, jnp.asarray(banned, jnp.int32)].set(MASKED)
         key, subkey = jax.random.split(key)
         token = sample(logits, subkey, temperature, top_p)
@@ -83,11 +97,13 @@ def _generate(model, settings, params, encoder_input_tokens, key):
         token = jnp.where(ended, 0, token)
         written = written.at[:, index].set(token)
         ended = ended | (jnp.isin(token, jnp.asarray(stop, jnp.int32)) & (forced[index] < 0))
-        return index + 1, token, ended, written, caches, key
+        return index + 1, token, ended, written, caches, key, fine
 
     start = jnp.zeros(batch, jnp.int32)  # The decoder's first input is the padding token.
-    state = (jnp.int32(0), start, jnp.zeros(batch, bool), jnp.zeros((batch, max_length), jnp.int32), caches, key)
-    written = jax.lax.while_loop(more, step, state)[3]
+    ended, written, fine = jnp.zeros(batch, bool), jnp.zeros((batch, max_length), jnp.int32), jnp.bool_(True)
+    state = (jnp.int32(0), start, ended, written, caches, key, fine)
+    _, _, _, written, _, _, fine = jax.lax.while_loop(more, step, state)
     if model.mesh is not None:  # On every device, so that every process has it.
-        written = jax.lax.with_sharding_constraint(written, NamedSharding(model.mesh, PartitionSpec()))
-    return written
+        whole = NamedSharding(model.mesh, PartitionSpec())
+        written, fine = (jax.lax.with_sharding_constraint(x, whole) for x in (written, fine))
+    return written, fine

@@ -373,7 +373,8 @@ def forward(
         "decoder_input_tokens": decoder_input_tokens,
         "decoder_target_tokens": decoder_target_tokens,
     }
-    tokens = {n: as_tokens(n, t, model.config.vocab_size) for n, t in given.items() if t is not None}
+    needed = {n: t for n, t in given.items() if t is not None or n != "decoder_target_tokens"}
+    tokens = {n: as_tokens(n, t, model.config.vocab_size) for n, t in needed.items()}
     encoder, inputs = tokens["encoder_input_tokens"], tokens["decoder_input_tokens"]
     targets = tokens.get("decoder_target_tokens")
     if len(encoder) != len(inputs) or (targets is not None and targets.shape != inputs.shape):
