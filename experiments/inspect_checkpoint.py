@@ -16,6 +16,7 @@ from qmoe_jax import files, reports
 from qmoe_jax.checkpoints.inspection import inspect
 
 DENSITY = flags.DEFINE_bool("density", False, "Decode compressed experts to count non-zero weights.")
+PRESET = flags.DEFINE_string("preset", None, "Published architecture of a checkpoint of MaxText's without config.json.")
 REPORT = flags.DEFINE_string("report", None, "JSON file for all that is found.")
 
 
@@ -35,7 +36,7 @@ def summary(report: dict) -> list[list]:
 def main(argv):
     if len(argv) != 2:
         raise ValueError("expected one path: python experiments/inspect_checkpoint.py PATH")
-    report = inspect(argv[1], density=DENSITY.value)
+    report = inspect(argv[1], density=DENSITY.value, preset=PRESET.value)
     if REPORT.value:
         files.write_json(REPORT.value, report)
     for name in report["foreign"]:

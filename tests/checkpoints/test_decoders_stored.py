@@ -6,6 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import hugging_face
 
 import qmoe_jax
 from qmoe_jax import streaming
@@ -85,19 +86,9 @@ def test_layouts_without_it_refuse_it(case, tmp_path):
 
 def test_what_is_left_out_is_named_everywhere(fixture_path, tmp_path, caplog):
     """A DeepSeek-V3 with a multi-token head, as it is published: the layer after the last."""
-    from safetensors.numpy import load_file, save_file
-
-    source = fixture_path("deepseek_v3_tiny") / "checkpoint"
-    described = json.loads((source / "config.json").read_text())
-    layer = described["num_hidden_layers"]
-    tensors = load_file(source / "model.safetensors")
-    last = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{layer - 1}.")}
-    head = {n.replace(f"layers.{layer - 1}.", f"layers.{layer}."): t for n, t in last.items()}
-    head |= {f"model.layers.{layer}.{n}.weight": tensors["model.norm.weight"] for n in ("enorm", "hnorm")}
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file(tensors | head, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(described | {"num_nextn_predict_layers": 1}))
+    folder, layer = hugging_face.with_multi_token_head(
+        fixture_path("deepseek_v3_tiny") / "checkpoint", tmp_path / "model"
+    )
     with caplog.at_level("WARNING"):
         checkpoint = open_checkpoint(folder)
     (named,) = checkpoint.left_out.items()
@@ -117,6 +108,7 @@ def test_what_is_left_out_is_named_everywhere(fixture_path, tmp_path, caplog):
         assert len(account["tokens_per_expert"]) == checkpoint.config.num_experts
     assert list(report["layers"]) == list(checkpoint.config.sparse_layers)
 
+    described = hugging_face.described(folder)
     (folder / "config.json").write_text(json.dumps(described | {"num_nextn_predict_layers": 0}))
     with pytest.raises(CheckpointError, match=f"are not of a DeepSeek-V3:\n  model.layers.{layer}"):
         open_checkpoint(folder)
