@@ -133,11 +133,16 @@ def checkpoint_path(flag: flags.FlagHolder, config: config_dict.ConfigDict) -> s
     return path
 
 
+def say_left_out(checkpoint: Checkpoint) -> None:
+    """Prints what its files have and the model doesn't."""
+    for why, names in checkpoint.provenance.get("left_out", {}).items():
+        reports.say(f"{checkpoint.path}: left out: {why}: {', '.join(names)}")
+
+
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Any]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
     checkpoint = open_checkpoint(path, preset=config.model.preset or None, **untold(config))
-    for why, names in checkpoint.provenance.get("left_out", {}).items():
-        reports.say(f"{path}: left out: {why}: {', '.join(names)}")
+    say_left_out(checkpoint)
     if config.model.preset:
         families.check_preset(checkpoint.config, config.model.preset)
     vocabulary = checkpoint.family.task.vocabulary(_given(config, "vocabulary"))

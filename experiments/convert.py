@@ -41,6 +41,7 @@ UNTOLD = {
     field: (flags.DEFINE_integer if kind is int else flags.DEFINE_float)(field, None, f"Of the model: {what}.")
     for field, (kind, what) in families.untold().items()
 }
+PRESET = flags.DEFINE_string("preset", None, "Published architecture of a checkpoint of MaxText's without config.json.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what would be read and written.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output.")
 
@@ -107,7 +108,7 @@ def clear(output: pathlib.Path) -> None:
 def main(_):
     codecs.get(CODEC.value)
     untold = {field: flag.value for field, flag in UNTOLD.items() if flag.value is not None}
-    checkpoint = open_checkpoint(CHECKPOINT.value, **untold)
+    checkpoint = open_checkpoint(CHECKPOINT.value, preset=PRESET.value, **untold)
     output = pathlib.Path(OUTPUT.value)
     options = conversion.Options(DTYPE.value, CODEC.value, int(SHARD_MB.value * 1e6), NUM_SHARDS.value)
     identity = conversion.fingerprint(checkpoint, FORMAT.value, options)
@@ -130,6 +131,7 @@ def main(_):
     if not DRY_RUN.value:
         common.prepare_output(output, OVERWRITE.value or continued, CHECKPOINT.value)
     writer = TARGETS[FORMAT.value](checkpoint, output, options)
+    common.say_left_out(checkpoint)
     for what in writer.lost:
         reports.say(f"lost: {what}")
     if DRY_RUN.value:

@@ -28,6 +28,7 @@ SAMPLE = flags.DEFINE_bool("sample", False, "Hash a sample of the weights, to te
 CHECKSUMS = flags.DEFINE_bool(
     "checksums", False, "Write the SHA-256 of all files beside them (SHA256SUMS), or verify those that are there."
 )
+PRESET = flags.DEFINE_string("preset", None, "Published architecture of a checkpoint of MaxText's without config.json.")
 REPORT = flags.DEFINE_string("report", None, "JSON file for all that is found.")
 
 
@@ -59,7 +60,7 @@ def main(argv):
     if len(argv) != 2:
         raise ValueError("expected one path: python experiments/inspect_checkpoint.py PATH")
     common.check_file(REPORT.value, "report")
-    report = inspect(argv[1], density=DENSITY.value, sample=SAMPLE.value)
+    report = inspect(argv[1], density=DENSITY.value, sample=SAMPLE.value, preset=PRESET.value)
     if REPORT.value:
         files.write_json(REPORT.value, report)
     for name in report["foreign"]:

@@ -27,13 +27,16 @@ CONFIG = "config.json"
 
 
 def is_huggingface(path: str | os.PathLike) -> bool:
-    """Whether `path` is a directory with Hugging Face's files in it."""
-    path = pathlib.Path(path)
-    return (path / CONFIG).is_file() and any((path / name).is_file() for name in TENSORS)
+    """Whether `path` is a directory with Hugging Face's files in it; config.json may be missing."""
+    return any((pathlib.Path(path) / name).is_file() for name in TENSORS)
 
 
 def read_config(path: pathlib.Path, layout: str) -> tuple[Family, dict[str, Any]]:
     """The family that config.json names, and what it says. Raises CheckpointError for one that isn't known."""
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path}: {CONFIG} is missing, which tells the architecture: copy it from where the tensors come from."
+        )
     described = read_json(path / CONFIG)
     try:
         return family_of_type(described.get("model_type"), layout), described

@@ -21,13 +21,16 @@ _BESIDE = ("convert.json", "SHA256SUMS", "report.*", "README*", "LICENSE*", ".gi
 _TOKENIZER = ("tokenizer*", "spiece.model", "spm.model", "special_tokens_map.json", "added_tokens.json")
 
 
-def inspect(path: str | os.PathLike, *, density: bool = False, sample: bool = False) -> dict[str, Any]:
+def inspect(
+    path: str | os.PathLike, *, density: bool = False, sample: bool = False, preset: str | None = None
+) -> dict[str, Any]:
     """What the checkpoint at `path` is, as JSON values.
 
     Args:
       path: of a checkpoint of any layout.
       density: read and decode compressed experts, to count non-zero weights.
       sample: hash a sample of the weights; see `samples`, which says how much is read.
+      preset: see `open_checkpoint`.
 
     Returns:
       layout, problems (why it can't be opened: all that is missing or foreign), foreign (files that aren't the
@@ -45,7 +48,7 @@ def inspect(path: str | os.PathLike, *, density: bool = False, sample: bool = Fa
     if layout is not None:
         report["foreign"] = foreign_files(pathlib.Path(path), layout.files)
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, preset=preset)
     except CheckpointError as e:
         if layout is None:
             raise

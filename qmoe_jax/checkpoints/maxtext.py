@@ -10,6 +10,7 @@ named.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from qmoe_jax.models.families import PRESETS, family_of, family_of_type
 from qmoe_jax.models.fields import MOST_LAYERS
 from qmoe_jax.models.names import Shape
 
+logger = logging.getLogger(__name__)
 METADATA, ITEMS, CONFIG = "_METADATA", "items", "config.json"
 _SCANNED = re.compile(r"(.*/)?layers/(.+)")
 # What wraps parameters: trees of Linen, and of NNX, some of whose leaves are named 'value'.
@@ -230,6 +232,10 @@ class MaxTextCheckpoint(StoredCheckpoint):
             family = family_of(config)
             dtypes = dict.fromkeys(family.param_shapes(config), np.dtype(np.float32))
             described = family.names["huggingface"].describe(config, dtypes, None)
+            where = files.show(directory)
+            logger.warning(
+                "%s: taken for %s as first published; its files don't tell, no %s is there", where, preset, CONFIG
+            )
         else:
             raise CheckpointError(
                 f"{files.show(directory)}: MaxText's checkpoints don't tell the architecture"

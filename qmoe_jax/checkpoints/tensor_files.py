@@ -29,6 +29,10 @@ _DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
+    # No weights, but formats that aren't read have them, and are refused by their names.
+    "F64": np.dtype(np.float64),
+    "BOOL": np.dtype(np.bool_),
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (16, 32, 64)},
 }
 FLOATS = tuple(_DTYPES[kind] for kind in ("BF16", "F16", "F32"))  # weights that aren't packed
 

@@ -65,6 +65,17 @@ class Packed(NamedTuple):
     grains: tuple[tuple[int, int], ...]
     dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
 
+    def check(self, name: str, shapes: Mapping[str, Shape]) -> None:
+        """Raises CheckpointError where those beside the tensor `name` haven't an entry for each of its blocks."""
+        size = self.shape(shapes[name])[-2:]
+        for other, grain in zip(self.beside, self.grains[1:], strict=True):
+            expected = tuple(-(-n // g) for n, g in zip(size, grain, strict=True))
+            if shapes[other][-2:] != expected:
+                raise CheckpointError(
+                    f"Tensor {other!r} has shape {list(shapes[other])}, expected {list(expected)} at its end: one for "
+                    f"{grain[0]} x {grain[1]} weights of {name!r}, {list(size)}."
+                )
+
     def slices(self, rows: slice, columns: slice) -> tuple[list[tuple[slice, slice]], tuple[slice, slice]]:
         """What is to be read for rows and columns of the weights, bounds given: no more than the blocks these are in.
 
@@ -122,13 +133,15 @@ class Tensors(NamedTuple):
         return not (self.transposed or self.stacked or self.part or self.packed or changed)
 
     def shape(self, shapes: Mapping[str, Shape]) -> Shape:
-        """The parameter's. Raises CheckpointError where experts' shapes differ, or can't be split in parts."""
+        """The parameter's. Raises CheckpointError where shapes of experts differ, or don't fit parts or scales."""
         found = [shapes[name] for name in self.names]
         for name, other in zip(self.names, found, strict=True):
             if other != found[0]:
                 raise CheckpointError(
                     f"Tensor {name!r} has shape {list(other)}, but {self.names[0]!r} {list(found[0])}."
                 )
+        for name, packed in zip(self.names, self.packed, strict=False):
+            packed.check(name, shapes)
         shape = self.packed[0].shape(found[0]) if self.packed else found[0]
         if (axis := self.merged) is not None:
             if len(shape) < axis + 2:

@@ -1,10 +1,12 @@
 """Hugging Face's checkpoints of every decoder-only family: opened, streamed, compressed, and written again."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import hugging_face
 
 import qmoe_jax
 from qmoe_jax import streaming
@@ -84,19 +86,9 @@ def test_layouts_without_it_refuse_it(case, tmp_path):
 
 def test_what_is_left_out_is_named_everywhere(fixture_path, tmp_path, caplog):
     """A DeepSeek-V3 with a multi-token head, as it is published: the layer after the last."""
-    from safetensors.numpy import load_file, save_file
-
-    source = fixture_path("deepseek_v3_tiny") / "checkpoint"
-    described = json.loads((source / "config.json").read_text())
-    layer = described["num_hidden_layers"]
-    tensors = load_file(source / "model.safetensors")
-    last = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{layer - 1}.")}
-    head = {n.replace(f"layers.{layer - 1}.", f"layers.{layer}."): t for n, t in last.items()}
-    head |= {f"model.layers.{layer}.{n}.weight": tensors["model.norm.weight"] for n in ("enorm", "hnorm")}
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file(tensors | head, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(described | {"num_nextn_predict_layers": 1}))
+    folder, layer = hugging_face.with_multi_token_head(
+        fixture_path("deepseek_v3_tiny") / "checkpoint", tmp_path / "model"
+    )
     with caplog.at_level("WARNING"):
         checkpoint = open_checkpoint(folder)
     (named,) = checkpoint.left_out.items()
@@ -116,6 +108,33 @@ def test_what_is_left_out_is_named_everywhere(fixture_path, tmp_path, caplog):
         assert len(account["tokens_per_expert"]) == checkpoint.config.num_experts
     assert list(report["layers"]) == list(checkpoint.config.sparse_layers)
 
+    described = hugging_face.described(folder)
     (folder / "config.json").write_text(json.dumps(described | {"num_nextn_predict_layers": 0}))
     with pytest.raises(CheckpointError, match=f"are not of a DeepSeek-V3:\n  model.layers.{layer}"):
         open_checkpoint(folder)
+
+
+def test_files_that_are_not_all_there_or_packed(fixture_path, tmp_path):
+    from safetensors.numpy import save_file
+
+    source = fixture_path("deepseek_v3_fp8_tiny") / "checkpoint"
+    described = json.loads((source / "config.json").read_text())
+    # Kimi-K2 is a DeepSeek-V3 by another name.
+    kimi = shutil.copytree(source, tmp_path / "kimi")
+    (kimi / "config.json").write_text(json.dumps(described | {"model_type": "kimi_k2"}))
+    checkpoint = open_checkpoint(kimi)
+    assert checkpoint.config.model_type == "kimi_k2"
+    assert mismatches(checkpoint.config, open_checkpoint(source).config) == []
+    (kimi / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing, which tells the architecture: copy it from"):
+        open_checkpoint(kimi)
+    # Kimi-K2-Thinking: int4, in tensors of dtypes that no weight has.
+    packed = "model.layers.1.mlp.experts.0.up_proj.weight"
+    tensors = {f"{packed}_packed": np.zeros((4, 2), np.int32), f"{packed}_shape": np.zeros(2, np.int64)}
+    folder = tmp_path / "thinking"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    for settings in ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, None):
+        (folder / "config.json").write_text(json.dumps(described | {"quantization_config": settings}))
+        with pytest.raises(CheckpointError, match="compressed-tensors.*Take the model as it is published in bfloat16"):
+            open_checkpoint(folder)

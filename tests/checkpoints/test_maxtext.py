@@ -19,6 +19,7 @@ from flax import traverse_util
 
 import qmoe_jax
 from qmoe_jax.checkpoints import TARGETS, CheckpointError, conversion, open_checkpoint
+from qmoe_jax.models.families import FAMILIES, PRESETS
 
 ARCHIVE = pathlib.Path(__file__).with_name("maxtext.tar.gz")
 
@@ -173,6 +174,15 @@ def test_other_ways(mixtral, tmp_path, way):
     logits = np.asarray(qmoe_jax.forward(model, checkpoint.load(), io["input_ids"]))
     real = np.arange(io["input_ids"].shape[1]) < io["lengths"][:, None]
     np.testing.assert_allclose(logits[real], io["logits"][real], atol=2e-4, rtol=0)
+
+
+def test_a_published_one_may_be_named(mixtral, tmp_path, monkeypatch, caplog):
+    described, tree, _ = mixtral
+    save(tmp_path / "3", prefixed(scanned(tree, 3, 1), "params/params/"))
+    family = FAMILIES["mixtral"]
+    monkeypatch.setitem(PRESETS, "mixtral_8x7b", family.huggingface.from_described(described))
+    assert open_checkpoint(tmp_path, preset="mixtral_8x7b").config.num_layers == 3
+    assert "taken for mixtral_8x7b as first published" in caplog.text
 
 
 def test_the_newest_step_and_where_config_json_may_be(mixtral, tmp_path):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import tiny_model
+from models.hugging_face import with_multi_token_head
 from test_convert import assert_fails, run, write  # noqa: F401, a fixture
 
 from qmoe_jax.checkpoints import CheckpointError, inspection, open_checkpoint
@@ -73,6 +74,18 @@ def test_published_files(run, fixture_path, tmp_path):  # noqa: F811
     _, report = inspect(run, fixture_path("ista_base_tiny") / "checkpoint", tmp_path)
     assert (report["layout"], report["on_disk"]["files"]) == ("ista", 7)
     assert report["dtypes"]["compressed, dictionary"] == 4 * 2 * 8 * 64 * 128
+
+
+def test_what_is_left_out(run, fixture_path, tmp_path):  # noqa: F811
+    source = fixture_path("deepseek_v3_tiny") / "checkpoint"
+    folder, layer = with_multi_token_head(source, tmp_path / "model")
+    out, report = inspect(run, folder, tmp_path)
+    (names,) = report["left_out"].values()
+    assert f"model.layers.{layer}.enorm.weight" in names
+    assert f"left out          multi-token head: {', '.join(names)}" in out
+    _, out, _ = run("convert", f"--checkpoint={folder}", f"--output={tmp_path / 'hf'}", "--format=huggingface")
+    assert f"{folder}: left out: multi-token head: {', '.join(names)}" in out
+    assert not open_checkpoint(tmp_path / "hf").left_out
 
 
 def test_presets_are_recognised():

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 
 import qmoe_jax
 from qmoe_jax.checkpoints.checkpoint import Checkpoint
@@ -19,6 +20,19 @@ def load(directory, **overrides):
     """Family, config and parameters of a directory."""
     checkpoint = qmoe_jax.open_checkpoint(directory, **overrides)
     return checkpoint.family, checkpoint.config, checkpoint.load()
+
+
+def with_multi_token_head(source, folder):
+    """Writes a DeepSeek-V3 as it is published: with one more layer than the model has; the folder, and its number."""
+    tensors, config = load_file(source / "model.safetensors"), described(source)
+    layer = config["num_hidden_layers"]
+    last = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{layer - 1}.")}
+    head = {n.replace(f"layers.{layer - 1}.", f"layers.{layer}."): t for n, t in last.items()}
+    head |= {f"model.layers.{layer}.{n}.weight": tensors["model.norm.weight"] for n in ("enorm", "hnorm")}
+    folder.mkdir()
+    save_file(tensors | head, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return folder, layer
 
 
 class InMemory(Checkpoint):

@@ -7,6 +7,7 @@ import pytest
 from random_decoders import CONFIGS
 
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.models.decoder.huggingface import check_quantization
 from qmoe_jax.models.families import FAMILIES, PRESETS, family_of, mismatches
 from qmoe_jax.models.names import COPY
 
@@ -187,6 +188,44 @@ def test_published(preset):
     assert weights / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_in_the_style_of_transformers_5(preset):
+    old = COMMON | PUBLISHED[preset][0]
+    scaling = dict(old.get("rope_scaling") or {})
+    kind = scaling.pop("type", None) or scaling.pop("rope_type", "default")
+    new = {name: value for name, value in old.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new |= {"rope_parameters": {**scaling, "rope_type": kind, "rope_theta": old["rope_theta"]}, "dtype": "bfloat16"}
+    for a, b in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if a in old:
+            new[b] = new.pop(a)
+    config = PRESETS[preset]
+    assert family_of(config).huggingface.from_described(new) == family_of(config).huggingface.from_described(old)
+
+
+FLOAT8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    "preset, described",
+    [
+        ("deepseek_v3", {"quantization_config": FLOAT8}),
+        ("deepseek_v3", {"quantization_config": FLOAT8 | {"scale_fmt": "ue8m0"}}),  # V3.1
+        ("kimi_k2", {"quantization_config": FLOAT8}),
+        ("gpt_oss_20b", {"quantization_config": MXFP4}),
+        (
+            "qwen3_30b_a3b",
+            {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
+        ),  # Qwen3-Coder
+    ],
+)
+def test_settings_of_published_models(preset, described):
+    described = COMMON | PUBLISHED[preset][0] | described
+    check_quantization(described)
+    config = PRESETS[preset]
+    assert mismatches(family_of(config).huggingface.from_described(described), config) == []
+
+
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_config_survives_json(name):
     config = CONFIGS[name]
@@ -294,9 +333,16 @@ def test_tensors_are_accounted_for():
 @pytest.mark.parametrize(
     "quantization, named",
     [
-        ({"quant_method": "compressed-tensors"}, "'compressed-tensors' isn't read"),
-        ({"quant_method": "gptq", "bits": 4}, "'gptq' isn't read"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            r"'compressed-tensors' \(format pack-quantized\) isn't read\. Take the model .* in bfloat16",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, r"'gptq' \(bits 4\) isn't read"),
+        ({"quant_method": "awq", "bits": 4}, r"'awq' \(bits 4\) isn't read"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes' .load_in_4bit True. isn't read"),
         ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size None"),
+        (FLOAT8 | {"fmt": "e5m2"}, "float8 with fmt e5m2, expected e4m3"),
+        ("int4", "quantization_config: found 'int4'"),
     ],
 )
 def test_formats_that_are_not_read(quantization, named):
@@ -305,6 +351,23 @@ def test_formats_that_are_not_read(quantization, named):
     described = names.to_described(config, "float32") | {"quantization_config": quantization}
     with pytest.raises(CheckpointError, match=named):
         names.parameters(stored(config), described)
+
+
+@pytest.mark.parametrize(
+    "tensors, kind",
+    [
+        (("qweight", "qzeros", "scales", "g_idx"), "GPTQ or AWQ"),
+        (("weight_packed", "weight_scale", "weight_shape"), "compressed-tensors"),
+        (("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"), "bitsandbytes"),
+    ],
+)
+def test_packed_weights_are_known_by_their_tensors(tensors, kind):
+    config = CONFIGS["qwen3_moe"]
+    names = family_of(config).huggingface
+    projection = "model.layers.0.self_attn.q_proj"
+    found = {n: s for n, s in stored(config).items() if n != f"{projection}.weight"}
+    with pytest.raises(CheckpointError, match=f"packed by {kind}, such as '{projection}.*Take the model"):
+        names.parameters(found | {f"{projection}.{t}": () for t in tensors}, names.to_described(config, "float32"))
 
 
 def test_names_of_experts():
@@ -316,7 +379,7 @@ def test_names_of_experts():
     blocks, scales = (f"model.layers.3.mlp.experts.gate_up_proj_{kind}" for kind in ("blocks", "scales"))
     found, foreign = names.table.parameters([blocks, scales])
     assert not foreign and found[up].transposed and found[up].packed[0].beside == (scales,)
-    assert found[up].shape({blocks: (32, 5760, 90, 16)}) == (32, 2880, 2880)
+    assert found[up].shape({blocks: (32, 5760, 90, 16), scales: (32, 5760, 90)}) == (32, 2880, 2880)
     w3 = FAMILIES["mixtral"].huggingface.tensors("model/layers_0/mlp/experts/up_proj/kernel", PRESETS["mixtral_8x7b"])
     assert w3.names[7] == "model.layers.0.block_sparse_moe.experts.7.w3.weight" and len(w3.names) == 8
     with pytest.raises(KeyError):

@@ -193,6 +193,9 @@ def test_scales_that_are_not_there():
     assert not found["layers_0/dense"].packed and not foreign
     with pytest.raises(CheckpointError, match="'0.gate_up' has 7 outputs"):
         TABLE.parameters(["0.gate_up"])[0]["layers_0/up"].shape({"0.gate_up": (E, D, 7)})
+    shapes = {"0.dense.weight": (F, D), "0.dense.weight_scale": (3, 2)}
+    with pytest.raises(CheckpointError, match=r"weight_scale' has shape \[3, 2\], expected \[2, 2\] at its end"):
+        TABLE.parameters(shapes)[0]["layers_0/dense"].shape(shapes)
 
 
 @pytest.mark.parametrize("index", INDICES, ids=str)

@@ -80,7 +80,9 @@ class DecoderFamily:
         Raises CheckpointError without config.json, or that lists all that are missing, foreign or of wrong shape.
         """
         if described is None:
-            raise CheckpointError(f"Parameters alone don't tell {self.title}: config.json is needed.")
+            raise CheckpointError(
+                f"Parameters alone don't tell {self.title}: config.json is needed. Copy it from where they come from."
+            )
         return self.huggingface.config(shapes, described, **overrides)
 
     def summary(self, config: Any) -> list[tuple[str, str]]:

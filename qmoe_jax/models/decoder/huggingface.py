@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,8 @@ class HuggingFace:
         check_quantization(described)
         config = self.from_described(described)
         tensors, foreign = self.table.parameters(n for n in shapes if self.why_left_out(config, n) is None)
+        if foreign and (kind := format_of(foreign)):
+            raise CheckpointError(f"Weights packed by {kind}, such as {foreign[0]!r}, aren't read. {_INSTEAD}")
         if foreign:
             raise CheckpointError(listed(f"{len(foreign)} tensors are not of {self.title}:", foreign))
         return tensors
@@ -93,15 +95,33 @@ class HuggingFace:
 
 def check_quantization(described: Mapping[str, Any]) -> None:
     """Raises CheckpointError for tensors in a format that isn't read, by its name."""
-    settings = described.get("quantization_config") or {}
+    settings = described.get("quantization_config") or described.get("compression_config")
+    if not settings:
+        return
     if not isinstance(settings, Mapping):
-        raise CheckpointError(f"quantization_config: found {reprlib.repr(settings)}, expected an object.")
+        raise CheckpointError(f"quantization_config: found {reprlib.repr(settings)}, expected an object. {_INSTEAD}")
     method = settings.get("quant_method")
-    if method == "fp8" and settings.get("weight_block_size") != list(FLOAT8_BLOCK):
-        found = settings.get("weight_block_size")
-        raise CheckpointError(f"float8 with weight_block_size {found}, expected {list(FLOAT8_BLOCK)}: {_INSTEAD}")
-    if settings and method not in ("fp8", "mxfp4"):
-        raise CheckpointError(f"quant_method {method!r} isn't read: {_INSTEAD}")
+    if method == "fp8":
+        for setting, expected in (("weight_block_size", list(FLOAT8_BLOCK)), ("fmt", "e4m3")):
+            found = settings.get(setting, expected if setting == "fmt" else None)
+            if found != expected:
+                raise CheckpointError(f"float8 with {setting} {found}, expected {expected}: isn't read. {_INSTEAD}")
+    elif method != "mxfp4":
+        details = [f"{name} {settings[name]}" for name in ("format", "bits", "load_in_4bit") if name in settings]
+        more = f" ({', '.join(details)})" if details else ""
+        raise CheckpointError(f"quant_method {method!r}{more} isn't read. {_INSTEAD}")
 
 
-_INSTEAD = "take the model as it is published in bfloat16, or one in float8 with scales per block, or in MXFP4."
+# What tensors of formats that aren't read are called, where config.json doesn't say it.
+_FORMATS = {
+    r".*\.(qweight|qzeros|g_idx)": "GPTQ or AWQ",
+    r".*\.weight_(packed|shape|zero_point|global_scale)": "compressed-tensors",
+    r".*\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)|.*\.SCB": "bitsandbytes",
+}
+_INSTEAD = "Take the model as it is published in bfloat16, or one in float8 with scales per block, or in MXFP4."
+
+
+def format_of(tensors: Iterable[str]) -> str | None:
+    """The format of packed weights that tensors' names tell; None: none that is known."""
+    names = list(tensors)
+    return next((kind for pattern, kind in _FORMATS.items() if any(re.fullmatch(pattern, n) for n in names)), None)

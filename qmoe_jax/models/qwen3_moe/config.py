@@ -47,6 +47,9 @@ def from_described(described: Mapping[str, Any], **overrides: Any) -> Qwen3MoeCo
     """The architecture that config.json tells. Raises CheckpointError, see `Described.build`."""
     d = Described(described, "a Qwen3-MoE")
     fields = d.common(default_theta=1e4, default_eps=1e-6)
+    d.expect("qkv_bias", False)  # Qwen3-Coder tells these.
+    d.expect("use_qk_norm", True)
+    d.expect("shared_expert_intermediate_size", 0)
     slides, window = d.take("use_sliding_window", default=False), d.take("sliding_window", default=None)
     fields |= d.heads(fields) | {
         "d_ff": d.take("moe_intermediate_size"),
