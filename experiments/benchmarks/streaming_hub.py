@@ -45,7 +45,7 @@ PLANS = flags.DEFINE_list("plans", ["deepseek_v3", "kimi_k2"], "Presets of which
 
 SHARD_BYTES = 600_000_000
 LOG = "reads.log"
-# What --plan is asked of published models: two million tokens, activations and experts as a host of their size has them.
+# What --plan is asked of published models: two million tokens, and memory as hosts of that kind have it.
 PUBLISHED = {"data.num_calibration": 1024, "data.num_validation": 32, "data.window": 2048, "data.max_length": 2048}
 PUBLISHED |= {"model.dtype": "bfloat16", "memory.weights_bytes": 32_000_000_000}
 TEXT = EXPERIMENTS / "tiny_model" / "train.jsonl.gz"
