@@ -115,7 +115,8 @@ class _Looking:
 
     def __init__(self, checkpoint: Checkpoint, examples: Sequence[Example], processes: Processes, experts: bool):
         config, self.experts = checkpoint.config, experts
-        self.own, self.sample = processes.share(config.num_experts), dict[str, np.ndarray]()
+        self.own = processes.share(config.num_experts)
+        self.sample: Mapping[str, np.ndarray] = {}
         self.ends = {stream: np.cumsum(n) for stream, n in checkpoint.family.task.lengths(examples).items()}
         shape = (len(examples), config.num_experts)
         self.tokens = {layer: np.zeros(shape, np.int32) for layer in config.sparse_layers}

@@ -77,13 +77,13 @@ def compress_examples(
       CheckpointError: a weight can't be read, or is NaN or Inf; then no checkpoint is left behind, only what was
         committed.
     """
-    if quantization.calibration.min_tokens is None:
-        quantization = quantization.replace(min_tokens=checkpoint.family.min_tokens)
     if codec is not None and (problem := why_not_stored(quantization, codec)):
         if output is not None:
             raise ValueError(problem)
         codec = None
     check_uncompressed(checkpoint)
+    if quantization.calibration.min_tokens is None:
+        quantization = quantization.replace(min_tokens=checkpoint.family.min_tokens)
     if quantization.calibrated and calibration is None:
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     examples = [*(calibration or ()), *validation] if quantization.calibrated else list(validation)
@@ -191,6 +191,16 @@ class _Run:
             "memory.tokens_per_expert_call": memory.tokens_per_expert_call,
         }
 
+    def super_experts(self) -> dict[str, list[int]]:
+        """By layer, those that are to be kept at a higher rate, if any are."""
+        kept: dict[str, list[int]] = {}
+        if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
+            with self.stages("super experts"):
+                peaks = look(self.checkpoint, self.calibration[:LOOKED_AT], self.memory, self.processes).peaks
+            for found in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
+                kept.setdefault(found["layer"], []).append(found["expert"])
+        return kept
+
     def through(
         self, writer: CompressedWriter | None = None, progress: Progress | None = None
     ) -> streaming.DocumentLosses:
@@ -201,12 +211,6 @@ class _Run:
                 f"quantization.target_bits: {self.few} experts of each layer are tried by the first process, which "
                 f"would have {found}: take fewer processes."
             )
-        found: dict[str, list[int]] = {}
-        if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
-            with self.stages("super experts"):
-                peaks = look(self.checkpoint, self.calibration[:LOOKED_AT], self.memory, self.processes).peaks
-            for of in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
-                found.setdefault(of["layer"], []).append(of["expert"])
         quantizer = Quantizer(
             self.quantization,
             self.calibrates,
@@ -218,7 +222,7 @@ class _Run:
             self.control,
             own,
             self.processes,
-            found,
+            self.super_experts(),
         )
         commits = None
         if progress is not None and writer is not None:
