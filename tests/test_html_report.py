@@ -18,6 +18,7 @@ LAYER = {
     "overloaded": {"0": 45},
     "output_error": 0.04,
     "output_error_per_expert": [0.03, None, 0.05],
+    "starved": {"1": 0, "2": 12},
 }
 REPORT = {
     "loss": 1.25,
@@ -38,6 +39,7 @@ REPORT = {
     "experts_total": 6,
     "experts_quantized": 3,
     "experts_fallback": 3,
+    "super_experts": [{"layer": "decoder/layers_11", "expert": 2, "peak": 1234.5, "times_median": 310.0}],
     "layers": {
         "encoder/layers_1": LAYER,
         "decoder/layers_11": LAYER | {"fallback": {"1": "no calibration tokens", "2": "the Hessian of wo is zero"}},
@@ -115,6 +117,11 @@ def test_every_layer_and_every_expert_that_fell_back(page):
     found = {(layer, e): why for layer, experts, why in fallbacks for e in experts.split(", ")}
     expected = {(name, e): why for name, layer in REPORT["layers"].items() for e, why in layer["fallback"].items()}
     assert found == expected and len(found) == 3
+
+
+def test_experts_with_few_tokens_and_super_experts(page):
+    assert [row[1] for row in page.rows["Experts with few tokens"][1:]] == ["1 (0), 2 (12)"] * 2
+    assert page.rows["Super experts"][1] == ["decoder/layers_11", "2", "1234.5000", "310.0000"]
 
 
 def test_time_memory_settings_and_origin(page):

@@ -81,12 +81,12 @@ def compress_examples(
       CheckpointError: a weight can't be read, or is NaN or Inf, or the weights are replaced while the run reads them;
         then no checkpoint is left behind, only what was committed.
     """
-    quantization = _of_family(quantization, checkpoint)
     if codec is not None and (problem := why_not_stored(quantization, codec)):
         if output is not None:
             raise ValueError(problem)
         codec = None
     check_uncompressed(checkpoint)
+    quantization = _of_family(quantization, checkpoint)
     if quantization.calibrated and calibration is None:
         raise ValueError(f"quantization.method {quantization.method!r} needs calibration documents.")
     examples = [*(calibration or ()), *validation] if quantization.calibrated else list(validation)
@@ -239,6 +239,17 @@ class _Run:
             )
         return before
 
+    def super_experts(self) -> dict[str, list[int]]:
+        """By layer, those that are to be kept at a higher rate, if any are."""
+        kept: dict[str, list[int]] = {}
+        if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
+            looked_at = self.examples[: min(self.num_calibration, LOOKED_AT)]
+            with self.stages("super experts"):
+                peaks = look(self.checkpoint, looked_at, self.memory, self.processes).peaks
+            for found in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
+                kept.setdefault(found["layer"], []).append(found["expert"])
+        return kept
+
     def through(
         self, writer: CompressedWriter | None = None, progress: Progress | None = None
     ) -> streaming.DocumentLosses:
@@ -249,13 +260,6 @@ class _Run:
                 f"quantization.target_bits: {self.few} experts of each layer are tried by the first process, which "
                 f"would have {first}: take fewer processes."
             )
-        found: dict[str, list[int]] = {}
-        if getattr(self.quantization.rounding, "super_weight", 1.0) != 1:
-            with self.stages("super experts"):
-                looked_at = self.examples[: min(self.num_calibration, LOOKED_AT)]
-                peaks = look(self.checkpoint, looked_at, self.memory, self.processes).peaks
-            for of in super_experts({layer: dict(enumerate(p.tolist())) for layer, p in peaks.items()}):
-                found.setdefault(of["layer"], []).append(of["expert"])
         quantizer = Quantizer(
             self.quantization,
             self.calibrates,
@@ -267,7 +271,7 @@ class _Run:
             self.control,
             own,
             self.processes,
-            found,
+            self.super_experts(),
         )
         commits = None
         if progress is not None and writer is not None:

@@ -7,14 +7,13 @@ A stage's seconds are per unit: per expert, per token, per byte. What the whole 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,8 @@ import numpy as np
 from flax import traverse_util
 
 from qmoe_jax import resources, streaming
-from qmoe_jax.checkpoints import Checkpoint, CompressedWriter, open_t5x, reading
+from qmoe_jax.checkpoints import Checkpoint, open_t5x, reading
+from qmoe_jax.checkpoints.compressed.parts import save, sha256
 from qmoe_jax.checkpoints.t5x import ArrayWriter, index_file, placeholder, t5x_chunks
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.compression.planning import Workload, expert_shapes, sizes
@@ -170,13 +170,17 @@ def read_experts(
     return {m: np.array(k[:experts]) for m, k in kernels.items()}, taken / (size * read)
 
 
-def write_group(config: Config, experts: Mapping[str, CompressedExperts], scratch: str | None) -> float:
-    """Seconds per byte of writing compressed experts."""
-    few: Any = dataclasses.replace(cast(Any, config), num_experts=experts[config.expert.last].shape[0])
+def write_group(experts: Mapping[str, CompressedExperts], scratch: str | None) -> float:
+    """Seconds per byte of writing compressed experts as a checkpoint has them."""
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
-        writer = CompressedWriter(directory, few, {}, "gap", {})
-        layers = itertools.count()
-        taken = seconds(lambda: writer.write_layer(f"layers_{next(layers)}", experts), 1)
+        parts = (pathlib.Path(directory) / str(i) for i in itertools.count())
+
+        def write():
+            part = next(parts)
+            save(part, {m: e.stored() for m, e in experts.items()})
+            sha256(part)
+
+        taken = seconds(write, 1)
     return taken / sum(e.nbytes for e in experts.values())
 
 
@@ -302,7 +306,7 @@ def measure(
     found["writing"] = 0.0
     if codec is not None:
         say("writing")
-        found["writing"] = write_group(config, trits(config, experts, codec), scratch)
+        found["writing"] = write_group(trits(config, experts, codec), scratch)
     return found
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from qmoe_jax.models.switch.config import GATED, PLAIN
 from qmoe_jax.quantization import statistics
+from qmoe_jax.quantization.gptq import gptq, round_to_nearest
 from qmoe_jax.quantization.sharding import expert_sharding
 from qmoe_jax.quantization.statistics import Samples
 
@@ -243,6 +244,55 @@ def test_shrinkage_adds_the_layer_as_so_many_mean_tokens(router_weighted):
         prior = 20 * (weights[e].mean() if len(weights[e]) else 1)
         expected = 2 * (own + prior * layer) / (weights[e].sum() + prior)
         np.testing.assert_allclose(H[e], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router_weighted", [False, True])
+def test_tokens_of_the_layer_stand_for_those_that_an_expert_lacks(router_weighted):
+    """H = (weight of its own tokens H_own + mean weight of as many as it lacks H_layer) / both."""
+    tokens, gates = routed()
+    _, inputs, _ = problem(3, False)
+    calibration = np.arange(0, TOKENS, 2)
+    options = dict(router_weighted=router_weighted, shrinkage=0.0, min_tokens=25)
+    samples = statistics.weighted_tokens(tokens, gates, calibration, **options)
+    assert [len(s.rows) for s in samples] == [30, 25, 25]
+    H = statistics.input_hessians(inputs, samples, expert_sharding(3))
+    X = inputs.astype(np.float64)
+    for e, lacks in enumerate((0, 25, 18)):
+        weights = gates[e].astype(np.float64) ** (2 if router_weighted else 0)
+        mean = weights.mean() if len(weights) else 1
+        layer = X[calibration[np.linspace(0, len(calibration) - 1, lacks).astype(int)]]
+        expected = (X[tokens[e]] * weights[:, None]).T @ X[tokens[e]] + mean * layer.T @ layer
+        np.testing.assert_allclose(H[e], 2 * expected / (weights.sum() + mean * lacks), rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_calibration_tokens_than_are_lacked_weigh_more():
+    options = dict(router_weighted=False, shrinkage=0.0, min_tokens=100)
+    (sample,) = statistics.weighted_tokens([np.arange(3)], [np.ones(3)], np.arange(10), **options)
+    assert len(sample.rows) == 13
+    np.testing.assert_allclose([sample.weights[:3].sum(), sample.weights[3:].sum()], [3, 97], rtol=1e-6)
+
+
+@pytest.mark.parametrize("own", [0, 3, 8])
+def test_tokens_of_the_layer_are_better_than_damping_alone(own):
+    """On tokens that no Hessian has seen, where an expert's tokens are as correlated as the layer's, about a mean."""
+    experts, width, rng = 8, 24, np.random.default_rng(3)
+    mixing = rng.normal(size=(width, width)) * (0.8 ** np.arange(width))[:, None]
+    of_layer = rng.normal(size=(600, width)) @ mixing
+    of_experts = rng.normal(size=(experts, own + 300, width)) @ mixing + rng.normal(size=(experts, 1, width)) @ mixing
+    inputs = np.concatenate([of_layer, *of_experts[:, :own]]).astype(np.float32)
+    tokens = [600 + np.arange(e * own, (e + 1) * own) for e in range(experts)]
+    W = rng.normal(size=(experts, 20, width)).astype(np.float32)
+
+    def error(min_tokens):
+        gates = [np.ones(own, np.float32)] * experts
+        options = dict(router_weighted=False, shrinkage=0.0, sample_starved=False, min_tokens=min_tokens)
+        samples = statistics.weighted_tokens(tokens, gates, np.arange(len(inputs)), **options)
+        H = statistics.input_hessians(inputs, samples, expert_sharding(experts)) if own or min_tokens else None
+        quantized = round_to_nearest(W, bits=2) if H is None else gptq(W, H, bits=2, damping=0.1)
+        lost = np.einsum("eoi,eti->eto", W - np.asarray(quantized.Q), of_experts[:, own:])
+        return np.square(lost).sum() / np.square(np.einsum("eoi,eti->eto", W, of_experts[:, own:])).sum()
+
+    assert error(4 * width) < 0.9 * error(0)
 
 
 def test_shrinkage_takes_a_sample_of_many_tokens():

@@ -113,10 +113,13 @@ class DecoderFamily:
 
     def attention_bytes(self, config: Any, longest: Mapping[str, int], tokens_per_batch: int) -> int:
         length = longest[stream.TEXT]
-        rows = max(1, tokens_per_batch // length)
+        rows, tokens = max(1, tokens_per_batch // length), max(tokens_per_batch, length)
+        # Of scores there are two or three at once; then queries, keys and values, or the MLP of a dense layer.
+        attention = 3 * rows * config.num_heads * length**2
+        attention += tokens * 3 * (config.num_heads * config.query_dim + config.d_model) // 2
         widest = max(config.shared_width, config.dense_width if config.dense_layers else 0)
-        wide = 4 * config.num_heads * config.query_dim + 6 * config.d_model + 3 * widest
-        return 4 * (3 * rows * config.num_heads * length**2 + max(tokens_per_batch, length) * wide)
+        return 4 * max(attention, tokens * 3 * (widest + config.d_model))
 
     def loss_bytes(self, config: Any, longest: Mapping[str, int]) -> int:
-        return 4 * config.vocab_size * (3 * longest[stream.TEXT] + (0 if config.tied else config.d_model))
+        # The head in float32, logits, and a little of what the softmax takes.
+        return 4 * config.vocab_size * (longest[stream.TEXT] * 5 // 4 + config.d_model)
