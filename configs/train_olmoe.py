@@ -1,6 +1,9 @@
 """The carried decoder: a small OLMoE, trained on the same text as the carried Switch Transformer.
 
-python experiments/train.py --config=configs/train_olmoe.py --workdir=out/tiny_olmoe
+    python experiments/train.py --config=configs/train_olmoe.py --workdir=out/tiny_olmoe
+
+3.94 M parameters: 4 layers of 16 experts, top-4. 2800 steps; 51 minutes of a share of one busy CPU core. Matrices start
+as OLMoE's own are drawn (deviation .02): with larger ones, what layers add drowns the embedding for some hundred steps.
 """
 
 import pathlib
