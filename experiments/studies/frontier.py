@@ -21,6 +21,7 @@ from qmoe_jax.quantization.methods import TERNARY
 from qmoe_jax.reports.figures import plot_frontier
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 from studies.laboratory import Laboratory
 
@@ -155,4 +156,4 @@ def bits_at(above: float, points: list[dict]) -> float | None:
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))
