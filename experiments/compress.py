@@ -22,6 +22,7 @@ import pathlib
 
 from absl import app, flags
 
+import command_line
 import common
 from qmoe_jax import files, reports, resources, streaming
 from qmoe_jax.checkpoints.compressed import is_compressed
@@ -39,7 +40,7 @@ from qmoe_jax.reports.html import html_report
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = common.define_checkpoint("Uncompressed checkpoint.")
-common.define_process_flags()
+command_line.define_process_flags()
 OUTPUT = flags.DEFINE_string("output", "out/compressed", "Directory for the compressed checkpoint and the report.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --output, finished or not.")
 
@@ -66,7 +67,7 @@ def plan_only(config, quantization, memory, codec: str | None) -> None:
 
 
 def main(_):
-    processes = common.start_processes()
+    processes = command_line.start_processes()
     config = CONFIG.value
     common.agree(processes, config, overwrite=OVERWRITE.value, plan=PLAN.value)
     quantization = common.quantization_settings(config)
@@ -236,4 +237,4 @@ def compare_and_report(report, config, quantization, memory, model, validation, 
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -19,6 +19,7 @@ import pathlib
 
 from absl import app, flags
 
+import command_line
 import common
 from qmoe_jax import codecs, reports, resources
 from qmoe_jax.checkpoints import LAYOUTS, TARGETS, Checkpoint, conversion, open_checkpoint
@@ -188,4 +189,4 @@ def write(
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

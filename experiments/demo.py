@@ -14,6 +14,7 @@ import pathlib
 
 from absl import app, flags
 
+import command_line
 import common
 import qmoe_jax
 from generate import PROMPT, pieces
@@ -81,4 +82,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+import command_line
 import common
 from qmoe_jax import files, reports, resources, streaming
 from qmoe_jax.models.family import Example, Task
@@ -21,7 +22,7 @@ from qmoe_jax.models.family import Example, Task
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = common.define_checkpoint("Checkpoint of any layout.")
-common.define_process_flags()
+command_line.define_process_flags()
 REPORT = flags.DEFINE_string("report", None, "JSON file for the report; none is written by default.")
 
 
@@ -33,7 +34,7 @@ def unigram_entropy(task: Task, examples: Sequence[Example]) -> float:
 
 
 def main(_):
-    processes = common.start_processes()
+    processes = command_line.start_processes()
     common.agree(processes, CONFIG.value)
     if processes.first:
         common.check_file(REPORT.value, "report")
@@ -60,4 +61,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-import common
+import command_line
 import qmoe_jax
 from qmoe_jax import reports, streaming
 from qmoe_jax.models.switch import Vocabulary, load_examples, make_batches
@@ -125,4 +125,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

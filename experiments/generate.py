@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import jax
 from absl import app, flags
 
+import command_line
 import common
 from qmoe_jax import reports
 from qmoe_jax.models.common import check_length
@@ -27,7 +28,7 @@ from qmoe_jax.models.families import family_of
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Vocabulary and settings.")
 CHECKPOINT = common.define_checkpoint("Checkpoint of any layout.")
-common.define_process_flags()
+command_line.define_process_flags()
 PROMPT = flags.DEFINE_multi_string(
     "prompt",
     None,
@@ -69,7 +70,7 @@ def main(_):
     for prompt in PROMPT.value or ():
         check_prompt(prompt)
     check_length("config.generation.max_length", CONFIG.value.generation.max_length)
-    processes = common.start_processes()
+    processes = command_line.start_processes()
     common.agree(processes, CONFIG.value, prompt=PROMPT.value)
     config = CONFIG.value
     checkpoint, vocabulary = common.open_model(common.checkpoint_path(CHECKPOINT, config), config)
@@ -87,4 +88,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -17,6 +17,7 @@ import collections
 
 from absl import app, flags
 
+import command_line
 import common
 from qmoe_jax import files, reports
 from qmoe_jax.checkpoints import checksums, open_checkpoint
@@ -91,4 +92,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -21,6 +21,7 @@ import sys
 
 from absl import app, flags
 
+import command_line
 import common
 from qmoe_jax import reports
 from studies import open_questions
@@ -351,4 +352,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

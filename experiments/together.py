@@ -9,6 +9,7 @@ says nothing for a while, is named to all.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -54,10 +55,8 @@ def meet(address: str, count: int, index: int, patience: float = PATIENCE) -> Co
 
 def _receive(address: str, port: int, count: int, patience: float) -> dict[int, Peer]:
     """Process 0's part."""
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        server = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+        server = _listen(port)
     except OSError as e:
         raise MeetingError(
             f"--coordinator_address={address}: port {port} can't be had here ({os.strerror(e.errno or 0)}). Another "
@@ -96,6 +95,16 @@ def _receive(address: str, port: int, count: int, patience: float) -> dict[int, 
     if problem:
         raise MeetingError(f"The processes of this run don't fit together: {problem}.")
     return met
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE:
+                raise
+    return socket.create_server(("", port))  # IPv6 is there, but switched off.
 
 
 def _join(address: str, host: str, port: int, count: int, index: int, patience: float) -> Peer:
@@ -149,6 +158,8 @@ class Peer:
                 data = self.socket.recv(4096)
             except TimeoutError:
                 return None
+            except OSError:  # It was reset.
+                return {}
             if not data:
                 return {}
             self._rest += data
@@ -249,10 +260,7 @@ class Companions:
     def _read(self, peer: Peer, now: float) -> str | None:
         """What is bad in the news from a process."""
         while True:
-            try:
-                news = peer.receive(0.1)
-            except OSError:  # A connection that was reset.
-                news = {}
+            news = peer.receive(0.1)
             if news == {}:
                 peer.gone = True
                 return f"{peer.name} has ended"

@@ -19,6 +19,7 @@ import optax
 from absl import app, flags
 from flax import traverse_util
 
+import command_line
 import common
 from qmoe_jax import files, reports, resources
 from qmoe_jax.models.families import FAMILIES, family_of
@@ -116,4 +117,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -18,7 +18,7 @@ from typing import Any
 # Old module: where its names are now, searched in this order.
 MODULES: dict[str, tuple[str, ...]] = {
     # For users' own configs: there while a script of experiments/ runs.
-    "qmoe_jax.experiment": ("common", "qmoe_jax.resources"),
+    "qmoe_jax.experiment": ("common", "command_line", "qmoe_jax.resources"),
     "qmoe_jax.config": ("qmoe_jax.models.switch.config", "qmoe_jax.models.families"),
     "qmoe_jax.reporting": ("qmoe_jax.reports", "qmoe_jax.files", "qmoe_jax.resources"),
     "qmoe_jax.figures": ("qmoe_jax.reports.figures",),

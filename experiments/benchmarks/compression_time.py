@@ -16,6 +16,7 @@ from absl import app, flags
 from qmoe_jax import files, reports
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 from studies.laboratory import Laboratory
 
@@ -67,4 +68,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -48,6 +48,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "T5X or compressed checkpoint, instead of random weights.")
@@ -395,4 +396,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -22,7 +22,7 @@ from qmoe_jax import files, reports
 from qmoe_jax.quantization import gptq
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
-import common
+import command_line
 
 SHAPES = flags.DEFINE_list("shapes", ["16x768x3072", "16x3072x768"], "Experts x rows (outputs) x columns (inputs).")
 BITS = flags.DEFINE_enum("bits", "1.5", ["1.5", "2"], "1.5 is ternary.")
@@ -127,4 +127,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

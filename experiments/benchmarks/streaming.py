@@ -23,6 +23,7 @@ from qmoe_jax import files, reports, resources
 from qmoe_jax.compression.compress import compress_examples
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -129,4 +130,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

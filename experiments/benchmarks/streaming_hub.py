@@ -33,6 +33,7 @@ from qmoe_jax.data.text import read_documents
 from qmoe_jax.models.families import family_of, preset
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1]
@@ -263,4 +264,4 @@ def written(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

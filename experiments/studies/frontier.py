@@ -21,6 +21,7 @@ from qmoe_jax.quantization.methods import TERNARY
 from qmoe_jax.reports.figures import plot_frontier
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 from studies.laboratory import Laboratory
 
@@ -87,18 +88,33 @@ def main(_):
     for bits in (TERNARY, 2):
         measure(ROUNDING, "gap", "rtn", bits)
     ours = [measure(OURS, "gap", "rd", target_bits=float(t)) for t in TARGETS.value]
-    points += outside
+    report = dict(
+        bfloat16=bfloat16,
+        without_experts=without_experts(lab),
+        points=points + outside,
+        comparison=compare(paper, ours),
+        config=common.without_folders(lab.config),
+    )
+    write(report, output)
+
+
+def compare(paper: dict, ours: list[dict]) -> dict:
+    """Ours within the paper's bits, and at its loss."""
     within = [p for p in ours if p["bits_per_weight"] <= paper["bits_per_weight"]]
     best = min(within, key=lambda p: p["above_bfloat16"], default=None)
-
-    comparison = dict(
+    bits = bits_at(paper["above_bfloat16"], ours)
+    found = dict(
         paper_bits=paper["bits_per_weight"],
         paper_above_bfloat16=paper["above_bfloat16"],
+        bits_within_paper_bits=None if best is None else best["bits_per_weight"],
         loss_ratio_within_paper_bits=None if best is None else best["above_bfloat16"] / paper["above_bfloat16"],
-        bits_at_paper_loss=bits_at(paper["above_bfloat16"], ours),
+        bits_at_paper_loss=bits,
     )
-    if comparison["bits_at_paper_loss"] is not None:
-        comparison["bits_ratio_at_paper_loss"] = comparison["bits_at_paper_loss"] / paper["bits_per_weight"]
+    return found if bits is None else found | dict(bits_ratio_at_paper_loss=bits / paper["bits_per_weight"])
+
+
+def write(report: dict, output: pathlib.Path) -> None:
+    """frontier.json, .md and .png; and says what is in them."""
     table = reports.table(
         ("method", "values", "target", "bits/weight", "entropy", "zeros", "loss", "above bfloat16"),
         [
@@ -111,28 +127,21 @@ def main(_):
                 f"{p['loss']:.4f}",
                 f"{p['above_bfloat16']:+.4f}",
             )
-            for p in points
+            for p in report["points"]
         ],
     )
-    silent = without_experts(lab)
-    report = dict(
-        bfloat16=bfloat16,
-        without_experts=silent,
-        points=points,
-        comparison=comparison,
-        config=common.without_folders(lab.config),
-    )
+    table += f"\n\nbfloat16: {report['bfloat16']:.4f} nats per token; without experts: {report['without_experts']:.4f}."
     files.write_json(output / "frontier.json", report)
-    table += f"\n\nbfloat16: {bfloat16:.4f} nats per token; without experts: {silent:.4f}."
     files.write_text(output / "frontier.md", table + "\n")
     plot_frontier(report, output / "frontier.png")
     reports.say(f"\n{table}")
-    if best is not None:
+    found = report["comparison"]
+    if found["bits_within_paper_bits"] is not None:
         reports.say(
-            f"Within the paper's {paper['bits_per_weight']:.3f} bits, at {best['bits_per_weight']:.3f}: "
-            f"{comparison['loss_ratio_within_paper_bits']:.0%} of its loss above bfloat16."
+            f"Within the paper's {found['paper_bits']:.3f} bits, at {found['bits_within_paper_bits']:.3f}: "
+            f"{found['loss_ratio_within_paper_bits']:.0%} of its loss above bfloat16."
         )
-    if (ratio := comparison.get("bits_ratio_at_paper_loss")) is not None:
+    if (ratio := found.get("bits_ratio_at_paper_loss")) is not None:
         reports.say(f"At the paper's loss: {ratio:.0%} of its bits (between the two points next to it).")
 
 
@@ -155,4 +164,4 @@ def bits_at(above: float, points: list[dict]) -> float | None:
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

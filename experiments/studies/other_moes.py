@@ -26,6 +26,7 @@ from qmoe_jax.quantization.methods import TERNARY
 from qmoe_jax.quantization.settings import QuantizationSettings
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -106,4 +107,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -28,6 +28,7 @@ from qmoe_jax import files, reports, streaming
 from qmoe_jax.checkpoints.in_memory import InMemoryCheckpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 from studies.laboratory import Laboratory
 
@@ -155,4 +156,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

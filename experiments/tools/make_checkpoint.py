@@ -25,7 +25,7 @@ from qmoe_jax.models.switch import ModelConfig
 from qmoe_jax.models.switch.parameters import param_shapes
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
-import common
+import command_line
 
 OUTPUT = flags.DEFINE_string("output", None, "Parent of checkpoint_0/.", required=True)
 PRESET = flags.DEFINE_string("preset", "switch_base_8", "Published size to start from.")
@@ -108,4 +108,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -28,7 +28,7 @@ from absl import app, flags
 from qmoe_jax import reports
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
-import common
+import command_line
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the three files.", required=True)
 _VOCABULARY = flags.DEFINE_integer("vocabulary_size", 2_000, "SentencePiece pieces, without the sentinels.")
@@ -241,4 +241,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

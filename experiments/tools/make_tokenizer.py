@@ -15,7 +15,7 @@ from qmoe_jax import files, reports
 from qmoe_jax.data import read_documents
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
-import common
+import command_line
 
 DOCUMENTS = flags.DEFINE_string("documents", None, "JSON lines or plain text, globs too.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the two files.", required=True)
@@ -59,4 +59,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

@@ -24,6 +24,7 @@ from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.reports.figures import plot_rehearsal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
+import command_line
 import common
 
 # Calibration documents, and minutes on one A6000 (QMoE, section 4.1 and table 7).
@@ -145,4 +146,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(common.without_traceback(main))
+    app.run(command_line.without_traceback(main))

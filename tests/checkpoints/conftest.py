@@ -1,6 +1,7 @@
 """What tests of checkpoints share."""
 
 import pytest
+from compressed_models import copy, experts, gap_original, original  # noqa: F401, fixtures
 from t5x_by_hand import SCALE, WI, values
 
 

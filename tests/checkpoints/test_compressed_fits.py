@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_compressed import assert_refused, copy, edit_manifest, experts, original  # noqa: F401, fixtures
+from compressed_models import assert_refused, edit_manifest
 
 import qmoe_jax
 from qmoe_jax.checkpoints import CheckpointError, compressed, open_checkpoint
@@ -21,7 +21,7 @@ from qmoe_jax.checkpoints import CheckpointError, compressed, open_checkpoint
         ({"d_model": 24}, "wrong shape: "),
     ],
 )
-def test_another_architecture_than_the_arrays(copy, change, message):  # noqa: F811
+def test_another_architecture_than_the_arrays(copy, change, message):
     with pytest.raises(CheckpointError, match=message):
         qmoe_jax.load(copy, **change)
     edit_manifest(copy, lambda m: m["model"].update(change))
@@ -58,13 +58,13 @@ def narrow_router(tree):
         (lambda tree: tree.update(extra=np.zeros(3, np.float32)), r"unknown: extra \[3\]"),
     ],
 )
-def test_a_dense_part_of_another_model(copy, change, message):  # noqa: F811
+def test_a_dense_part_of_another_model(copy, change, message):
     resave_dense(copy, change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(copy)
 
 
-def test_all_problems_of_a_manifest_are_told_at_once(copy):  # noqa: F811
+def test_all_problems_of_a_manifest_are_told_at_once(copy):
     def edit(manifest):
         manifest["codec"] = "dictionary"
         manifest["layers"]["encoder/layers_0"]["matrices"]["wi"]["shape"] = [8, 28.0, 20]

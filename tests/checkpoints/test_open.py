@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny_model
-from test_compressed import CONFIG, LAYERS, random_experts, write
+from compressed_models import CONFIG, LAYERS, random_experts, write
 
 import qmoe_jax
 from qmoe_jax.checkpoints import (

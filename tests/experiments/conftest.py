@@ -4,3 +4,5 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
+
+from as_users import compress, damaged, elsewhere, run  # noqa: F401, fixtures

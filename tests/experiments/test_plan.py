@@ -8,7 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from experiments.test_experiments import CONFIG, assert_fails, environment, run  # noqa: F401
+from as_users import CONFIG, assert_fails, environment
 
 import common
 from qmoe_jax import streaming
@@ -23,7 +23,7 @@ MODEL = [
 ]
 
 
-def test_plan_of_a_published_model_needs_neither_weights_nor_data(run, tmp_path):  # noqa: F811
+def test_plan_of_a_published_model_needs_neither_weights_nor_data(run, tmp_path):
     result = run("compress", f"--config={ROOT}/configs/paper/c2048.py", "--plan", f"--plan_json={tmp_path}/p.json")
     assert result.code == 0, result.err
     for line in ("6.29 TB", "3840, each read once", "host: peak"):
@@ -33,7 +33,7 @@ def test_plan_of_a_published_model_needs_neither_weights_nor_data(run, tmp_path)
     assert "expected_seconds" not in plan
 
 
-def test_a_config_by_the_old_name_of_what_experiments_share(run, tmp_path):  # noqa: F811
+def test_a_config_by_the_old_name_of_what_experiments_share(run, tmp_path):
     config = tmp_path / "mine.py"
     config.write_text("""
 from qmoe_jax import experiment
@@ -49,7 +49,7 @@ def get_config():
     assert "host: peak" in result.out
 
 
-def test_plan_of_a_checkpoint_tells_the_time(run, tiny, tmp_path):  # noqa: F811
+def test_plan_of_a_checkpoint_tells_the_time(run, tiny, tmp_path):
     output = tmp_path / "out"
     data = [*tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={output}"]
     result = run("compress", CONFIG, *data, "--plan", f"--plan_json={tmp_path}/p.json")
@@ -59,7 +59,7 @@ def test_plan_of_a_checkpoint_tells_the_time(run, tiny, tmp_path):  # noqa: F811
     assert not output.exists()
 
 
-def test_a_bound_that_nothing_fits_into_is_refused_before_anything_is_read(run, tiny, tmp_path):  # noqa: F811
+def test_a_bound_that_nothing_fits_into_is_refused_before_anything_is_read(run, tiny, tmp_path):
     data = [*tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path}/out"]
     result = run("compress", CONFIG, *data, "--config.memory.weights_bytes=100")
     assert_fails(result, "weights_bytes: found 100", "experts_per_group")
@@ -82,7 +82,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(tmp_path, monkey
     common.check_room(plan, memory, tmp_path / "out")
 
 
-def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  # noqa: F811
+def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):
     result = run("tools/make_checkpoint", f"--output={tmp_path}/model", *MODEL)
     assert result.code == 0, result.err
     checkpoint = open_checkpoint(tmp_path / "model")
@@ -112,14 +112,14 @@ def test_a_synthetic_checkpoint_streams_within_its_plan(run, tiny, tmp_path):  #
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]  # No scratch files are left.
 
 
-def test_synthetic_checkpoints_refuse_what_they_dont_know(run, tmp_path):  # noqa: F811
+def test_synthetic_checkpoints_refuse_what_they_dont_know(run, tmp_path):
     assert_fails(run("tools/make_checkpoint", f"--output={tmp_path}", "--set=depth=3"), "depth", "num_experts")
     assert_fails(run("tools/make_checkpoint", f"--output={tmp_path}", "--preset=switch_base_9"), "switch_base_8")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long
-def test_rehearsal_of_a_published_size(run, tmp_path):  # noqa: F811
+def test_rehearsal_of_a_published_size(run, tmp_path):
     options = ("--models=switch_base_8", "--experts=1", "--tokens=16", "--method=rtn", "--nogeneration")
     result = run("tools/rehearse", f"--output={tmp_path}/out", *options)
     assert result.code == 0, result.err

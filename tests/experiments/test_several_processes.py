@@ -13,7 +13,7 @@ import time
 import distributed
 import pytest
 from absl import flags
-from test_experiments import CONFIG, ROOT, files_below, read_json
+from as_users import CONFIG, ROOT, files_below, read_json
 
 from qmoe_jax.quantization import trials
 

@@ -3,6 +3,7 @@
 import queue
 import re
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,15 @@ def all_meet(*processes, address=None, patience=LONG):
 
     with ThreadPoolExecutor(len(processes)) as pool:
         return list(pool.map(one, processes))
+
+
+def connected(address):
+    """A connection to process 0, as soon as it is there."""
+    while True:
+        try:
+            return socket.create_connection(("localhost", int(address.rpartition(":")[2])))
+        except ConnectionRefusedError:
+            time.sleep(0.01)
 
 
 def close(companions):
@@ -80,12 +90,7 @@ def test_one_that_went_away_while_it_waited_is_named():
     address = distributed.free_address()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(together.meet, address, 3, 0, LONG)
-        while True:
-            try:
-                connection = socket.create_connection(("localhost", int(address.rpartition(":")[2])))
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.01)
+        connection = connected(address)
         together.Peer(connection).send({"index": 1, "count": 3, "pid": 77, "host": "there"})
         connection.close()
         third = pool.submit(together.meet, address, 3, 2, LONG)
@@ -113,6 +118,22 @@ def test_something_else_that_listens_there_is_not_taken_for_process_0(answer):
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(together.MeetingError, match=r"not been let in by process 0 at .* within 0\.5 s"):
             together.meet(f"localhost:{other.getsockname()[1]}", 2, 1, patience=0.5)
+
+
+@pytest.mark.parametrize("says", [b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b"[1]\n", b"", None], ids=repr)
+def test_strangers_at_the_port_are_ignored(says):
+    """Whoever looks which ports are open, by a connection that is closed, or reset."""
+    address = distributed.free_address()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(together.meet, address, 2, 0, LONG)
+        stranger = connected(address)
+        if says is None:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            stranger.sendall(says)
+        stranger.close()
+        second = pool.submit(together.meet, address, 2, 1, LONG)
+        close([first.result(timeout=LONG), second.result(timeout=LONG)])
 
 
 @pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:http", "localhost:99999", ":1234"])
