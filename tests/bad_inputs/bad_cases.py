@@ -361,6 +361,24 @@ def rename_tensor(old: str, new: str) -> Damage:
     return damage
 
 
+def overlapping_offsets(path: pathlib.Path, rng: random.Random) -> None:
+    """Two tensors of one size in the same bytes."""
+    file = path / "model.safetensors"
+    content = file.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    sizes: dict[int, str] = {}
+    for name, tensor in header.items():
+        if "data_offsets" in tensor:
+            begin, end = tensor["data_offsets"]
+            if end - begin in sizes:
+                tensor["data_offsets"] = header[sizes[end - begin]]["data_offsets"]
+                break
+            sizes[end - begin] = name
+    text = json.dumps(header).encode()
+    replace(file, struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
 def msgpack_value(change: Callable[[dict], Any]) -> Damage:
     def damage(path: pathlib.Path, rng: random.Random) -> None:
         root = msgpack.unpackb((path / "checkpoint").read_bytes(), strict_map_key=False)
@@ -535,6 +553,11 @@ NAMED: dict[str, tuple[str, Damage]] = {
         lambda p, r: edit_json(
             p / "model.safetensors.index.json", lambda m: m["weight_map"].update({"lm_head.weight": "../x"})
         ),
+    ),
+    "overlapping offsets": ("olmoe", overlapping_offsets),
+    "a header of 2^63 bytes": (
+        "olmoe",
+        in_file("model.safetensors", lambda f, r: replace(f, struct.pack("<Q", 2**63) + f.read_bytes()[8:])),
     ),
     "a key of a million tuples": ("ista", program(TUPLES)),
     "a key of a million tuples, bin": ("bin", program(TUPLES)),

@@ -81,14 +81,20 @@ def peak_bytes() -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+def keep_programs(folder: pathlib.Path) -> None:
+    """What one process compiles, the others take: where the run of tests keeps programs, or below `folder`."""
+    place = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+    jax.config.update("jax_compilation_cache_dir", place)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def child(kind: str, path: pathlib.Path, folder: pathlib.Path, out: int) -> None:
     """Reads the input, writes what came of it to `out`, and ends."""
     log = os.open(path.parent / "log.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    keep_programs(folder)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -150,9 +156,7 @@ def prepare(folder: pathlib.Path) -> None:
         status = 9
         try:
             logging.set_verbosity(logging.FATAL)
-            jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+            keep_programs(folder)
             bad_bases.make(folder / "bases")
             for kind in bad_bases.BASES:
                 read(kind, folder / "bases" / kind, folder)

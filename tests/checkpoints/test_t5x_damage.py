@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
+import tensorstore as ts
 from t5x_by_hand import (
     CHUNKS,
     LOST,
@@ -209,6 +210,25 @@ def test_parameter_with_nan_is_named():
     array[4999, 7] = np.nan
     with pytest.raises(CheckpointError, match=r"'token_embedder/embedding': .*\[4999, 7\]"):
         check_finite("token_embedder/embedding", array)
+
+
+@pytest.mark.parametrize("shape", [[10**12, 6], [2**62, 2**62], [10**9, 6], [-1, 6]])
+def test_an_ocdbt_store_that_declares_what_it_cannot_hold(shape, tmp_path):
+    """TensorStore would end the process."""
+    state = tmp_path / "checkpoint_5" / "state"
+    state.mkdir(parents=True)
+    array = {WI: values(4, 6)}
+    kvstore = {"driver": "ocdbt", "base": f"file://{state}/", "path": f"target.{WI.replace('/', '.')}/"}
+    metadata = {"shape": [4, 6], "chunks": [4, 6], "dtype": "<f4"}
+    ts.open({"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "create": True}).result()[:] = array[WI]
+    store = ts.KvStore.open(kvstore).result()
+    metadata = json.loads(store.read(".zarray").result().value)
+    store.write(".zarray", json.dumps(metadata | {"shape": shape, "chunks": shape}).encode()).result()
+    (state / "checkpoint").write_bytes(msgpack.packb({"target": placeholders(array)}))
+    with pytest.raises(
+        CheckpointError, match=r"cannot open parameter 'encoder/layers_1/mlp/expert/wi/kernel' .*\.zarray"
+    ):
+        t5x.open_t5x(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

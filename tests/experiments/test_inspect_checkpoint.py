@@ -10,7 +10,7 @@ import tiny_model
 from models.hugging_face import with_multi_token_head
 from test_convert import assert_fails, run, write  # noqa: F401, a fixture
 
-from qmoe_jax.checkpoints import CheckpointError, inspection, open_checkpoint
+from qmoe_jax.checkpoints import CheckpointError, checksums, inspection, open_checkpoint
 from qmoe_jax.models.switch.config import PRESETS
 
 EXPERTS = 3 * 2 * 8 * 20 * 28  # layers, matrices, experts, d_model, d_ff
@@ -124,6 +124,8 @@ def test_checksums_are_written_once_and_verified_ever_after(run, tmp_path):  # n
     assert set(listed) == {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"SHA256SUMS"}
     code, out, _ = run("inspect_checkpoint", path, "--checksums")
     assert code == 0 and "files verified" in out
+    digest = hashlib.sha256((path / "SHA256SUMS").read_bytes()).hexdigest()
+    assert checksums.noted(open_checkpoint(path)) == {"sha256_of_checksums": digest}
 
     # zarr has no checksum: uncompressed, the weight would be another.
     chunk = path / "target.decoder.decoder_norm.scale" / "0"

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_jax.kernels import grouped_dot, ragged_dot
+from qmoe_jax.kernels.grouped import group_ends
 
 CASES = {
     "even": (6, [2, 2, 2]),
@@ -111,3 +112,12 @@ def test_shapes_that_do_not_fit_are_refused():
     lhs, rhs = operands(10, 3, 4, 6)
     with pytest.raises(ValueError, match=r"lhs \[10, 3\], rhs \[3, 4, 6\]"):
         ragged_dot(lhs[:, 1:], rhs, jnp.array([4, 5, 1]))
+
+
+@pytest.mark.parametrize("tokens", [10, 2**30])  # The sum fits into int32, and doesn't.
+def test_ends_of_groups_whatever_is_promised(tokens):
+    sizes = np.array([3, -5, 2**31 - 1, 4, 2**31 - 1], np.int32)
+    expected = np.minimum(np.cumsum(np.clip(sizes.astype(np.int64), 0, tokens)), tokens)
+    np.testing.assert_array_equal(group_ends(jnp.asarray(sizes), tokens), expected)
+    with pytest.raises(TypeError, match="group_sizes: found list"):
+        ragged_dot(np.ones((1, 2), np.float32), np.ones((1, 2, 3), np.float32), [1])
