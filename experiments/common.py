@@ -260,7 +260,8 @@ def expected_seconds(
         reading_seconds=per_byte,
         say=lambda what: reports.say(f"trying: {what}"),
     )
-    return rehearsal.project(model, work, quantization, measured)
+    stored = max(grid.itemsize for grid in checkpoint.grids(model.sparse_layers[0]).values())
+    return rehearsal.project(model, work, quantization, measured, stored_itemsize=stored)
 
 
 def check_room(plan: dict, memory: streaming.Settings, output: str | os.PathLike) -> None:

@@ -23,6 +23,8 @@ from qmoe_jax.quantization.statistics import TOKENS_PER_CHUNK
 from qmoe_jax.resources import duration, gigabytes
 
 COMPILED = 700 << 20  # programs and their buffers, allocators' slack
+# Bytes of a weight, by layout in which a family is published; float8 and MXFP4 count as the bfloat16 that they become.
+PUBLISHED_ITEMSIZE = {"t5x": 4, "huggingface": 2}
 ROUTING = 4 + 4 + 3 * 8  # bytes of a choice: expert, gate, and rows in the order of experts (int64), one expert's again
 
 
@@ -76,9 +78,10 @@ def expert_shapes(config: Config) -> dict[str, Shape]:
     return {m: shapes[family.expert_parameter(layer, m)] for m in config.expert.matrices}
 
 
-def grids_of(config: Config, itemsize: int = 4) -> dict[str, Grid]:
+def grids_of(config: Config) -> dict[str, Grid]:
     """How the layout in which the family is published cuts the experts of a layer, where no checkpoint is at hand."""
-    chunks = published_chunks(family_of(config).published_as)
+    layout = family_of(config).published_as
+    chunks, itemsize = published_chunks(layout), PUBLISHED_ITEMSIZE[layout]
     return {m: Grid(shape, chunks(shape), itemsize) for m, shape in expert_shapes(config).items()}
 
 

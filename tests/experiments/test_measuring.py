@@ -41,6 +41,18 @@ def test_frontier(measure, tmp_path):
     assert (tmp_path / "frontier.png").stat().st_size > 1000
 
 
+@pytest.mark.long
+def test_experts_with_few_tokens(measure, tmp_path):
+    arguments = ("--candidates=60", "--taken=8", "--documents=8", "--min_tokens=0,512")
+    measure("studies/few_tokens", *arguments)
+    report = json.loads((tmp_path / "few_tokens.json").read_text())
+    fewest = {row["taken"]: row["fewest"] for row in report["choices"]}
+    assert fewest["routing"] > fewest["in order"] and fewest["routers"] >= fewest["in order"]
+    for method in ("gptq", "rd"):
+        alone, filled = (row["error below 64"] for row in report["min_tokens"] if row["method"] == method)
+        assert filled < 0.8 * alone
+
+
 def test_seconds_of_a_compression(measure, tmp_path):
     measure("benchmarks/compression_time", "--rounds=2")
     report = json.loads((tmp_path / "compression_time.json").read_text())

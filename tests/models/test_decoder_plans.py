@@ -9,8 +9,11 @@ import pytest
 from flax import traverse_util
 from random_decoders import CONFIGS
 
+from qmoe_jax import streaming
+from qmoe_jax.compression import planning
 from qmoe_jax.models.decoder import stream
-from qmoe_jax.models.families import family_of
+from qmoe_jax.models.families import family_of, preset
+from qmoe_jax.quantization.settings import QuantizationSettings
 
 ROWS, LENGTH = 4, 256
 
@@ -47,3 +50,19 @@ def test_bytes_of_a_layer_and_of_the_loss(name):
     nested = traverse_util.unflatten_dict(params, sep="/")
     xla = taken(stream._losses.lower(model.losses.args[0], nested, x, targets), params)
     assert 0.8 * xla < family.loss_bytes(config, longest) < 1.8 * xla
+
+
+@pytest.mark.parametrize(("name", "billions"), [("deepseek_v3", 671), ("kimi_k2", 1027), ("qwen3_30b_a3b", 30.5)])
+def test_published_models_are_read_as_bfloat16(name, billions):
+    config = preset(name)
+    work = planning.greatest_workload(family_of(config).task, 100, 10, 512)
+    found = planning.plan(
+        config,
+        work,
+        streaming.Settings(),
+        QuantizationSettings(),
+        grids=planning.grids_of(config),
+        is_cpu=False,
+        resident_bytes=0,
+    )
+    assert found["read_bytes"] == pytest.approx(2e9 * billions, rel=0.01)
