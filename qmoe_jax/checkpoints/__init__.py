@@ -52,6 +52,11 @@ def open_checkpoint(path: str | os.PathLike, *, preset: str | None = None, **ove
         if layout.fits(path):
             given = {"preset": preset} if layout.takes_preset else {}
             return layout.open(path, **given, **overrides)
+    if huggingface.has_tensors(path):
+        raise CheckpointError(
+            f"{os.fspath(path)}: config.json is missing, which tells the architecture: copy it from where the tensors "
+            "come from."
+        )
     return NativeCheckpoint(path, **overrides)  # Says best what is wrong with the path.
 
 

@@ -27,16 +27,17 @@ CONFIG = "config.json"
 
 
 def is_huggingface(path: str | os.PathLike) -> bool:
-    """Whether `path` is a directory with Hugging Face's files in it; config.json may be missing."""
+    """Whether `path` is a directory with Hugging Face's files in it."""
+    return (pathlib.Path(path) / CONFIG).is_file() and has_tensors(path)
+
+
+def has_tensors(path: str | os.PathLike) -> bool:
+    """Whether there are files of tensors, with config.json or without."""
     return any((pathlib.Path(path) / name).is_file() for name in TENSORS)
 
 
 def read_config(path: pathlib.Path, layout: str) -> tuple[Family, dict[str, Any]]:
     """The family that config.json names, and what it says. Raises CheckpointError for one that isn't known."""
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(
-            f"{path}: {CONFIG} is missing, which tells the architecture: copy it from where the tensors come from."
-        )
     described = read_json(path / CONFIG)
     try:
         return family_of_type(described.get("model_type"), layout), described

@@ -16,7 +16,7 @@ these can't be read in part.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,7 +24,6 @@ import tensorstore as ts
 
 from qmoe_jax.checkpoints.checkpoint import Checkpoint, StoredCheckpoint
 from qmoe_jax.checkpoints.store import Store
-from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.errors import CheckpointError
 
 SAMPLE = 4_096  # bytes
@@ -35,10 +34,14 @@ Samples = dict[str, str | None]  # by parameter; None: it couldn't be read, whic
 
 def samples(checkpoint: Checkpoint) -> Samples:
     """Of every parameter: those of `specs`, and compressed experts' matrices; 16 hexadecimal digits each."""
-    experts = [n for layer in checkpoint.config.sparse_layers for n in checkpoint.matrices(layer).values()]
-    names = sorted({*checkpoint.specs, *experts})
+    names = list(checkpoint.specs)
     with ThreadPoolExecutor(AT_ONCE, "samples") as pool:
-        return dict(zip(names, pool.map(lambda name: _sample(checkpoint, name), names), strict=True))
+        found: Samples = dict(zip(names, pool.map(lambda n: _hash(lambda: _stored(checkpoint, n)), names), strict=True))
+    if checkpoint.is_compressed:
+        for layer in checkpoint.config.sparse_layers:
+            sample = _hash(lambda: _compressed(checkpoint, layer))  # noqa: B023, called at once
+            found |= dict.fromkeys(checkpoint.matrices(layer).values(), sample)
+    return found
 
 
 def of_layers(found: Samples, checkpoint: Checkpoint, layers: Iterable[str]) -> Samples:
@@ -58,10 +61,10 @@ def digest(found: Samples) -> str:
     return hashlib.sha256("".join(f"{n} {s}\n" for n, s in sorted(found.items())).encode()).hexdigest()[:16]
 
 
-def _sample(checkpoint: Checkpoint, name: str) -> str | None:
+def _hash(read: Callable[[], Iterable[bytes]]) -> str | None:
     sha256 = hashlib.sha256()
     try:
-        for data in _stored(checkpoint, name):
+        for data in read():
             sha256.update(data)
     except (CheckpointError, OSError):
         return None
@@ -70,22 +73,18 @@ def _sample(checkpoint: Checkpoint, name: str) -> str | None:
 
 def _stored(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
     """Some of a parameter's bytes."""
-    if name not in checkpoint.specs:
-        layer, matrix = next(
-            (layer, m)
-            for layer in checkpoint.config.sparse_layers
-            for m, n in checkpoint.matrices(layer).items()
-            if n == name
-        )
-        kernel = checkpoint.read_experts(layer, 0, 1)[matrix]
-        assert isinstance(kernel, CompressedExperts)
-        for part, array in sorted(kernel.stored().items()):
-            yield part.encode() + np.asarray(array).tobytes()[:SAMPLE]
-    elif isinstance(checkpoint, StoredCheckpoint):
+    if isinstance(checkpoint, StoredCheckpoint):
         for array in _three(checkpoint.stored_names(name)):
             yield from _of_array(checkpoint.store, array)
     else:
         yield checkpoint.read(name, _corner(checkpoint.specs[name])).tobytes()
+
+
+def _compressed(checkpoint: Checkpoint, layer: str) -> Iterator[bytes]:
+    """Of a layer's first expert, all matrices together: reading one reads all."""
+    for matrix, kernel in checkpoint.read_experts(layer, 0, 1).items():
+        for part, array in sorted(kernel.stored().items()):
+            yield f"{matrix} {part}".encode() + np.asarray(array).tobytes()[:SAMPLE]
 
 
 def _of_array(store: Store, name: str) -> Iterator[bytes]:
