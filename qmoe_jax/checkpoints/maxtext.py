@@ -140,7 +140,7 @@ def _opened(
 ) -> dict[str, ts.TensorStore]:
     """All arrays, opened at once. Raises CheckpointError that lists those that can't be, or are quantized."""
     base = files.child(directory, "/")
-    stored = zarr.chunk_files(base["path"])[1] if base["driver"] == "file" else None
+    stored = zarr.bytes_below(base["path"]) if base["driver"] == "file" else None
     if files.read_file(files.child(directory, "/manifest.ocdbt")) is not None:
         base = {"driver": "ocdbt", "base": base, "path": ""}
     spec = {

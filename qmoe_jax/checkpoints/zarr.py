@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 import reprlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -26,6 +26,7 @@ METADATA = ".zarray"
 _MOST_RATIO = {None: 1, "gzip": 1_032, "zlib": 1_032, "zstd": 2**17, "blosc": 2**17, "bz2": 2**17}
 # What is lost of an array that was whole is left to reading, which names the chunk.
 _LOST, _SLACK = 2, 1_024
+_LARGE = 1 << 28  # bytes of a chunk; T5X's have up to 1 << 26
 
 
 class Declared(NamedTuple):
@@ -85,48 +86,61 @@ def _dtype(name: Any) -> np.dtype:
     return dtype
 
 
-def check(declared: Declared, files: tuple[int, int] | None) -> None:
+def check(declared: Declared, number: int | None, nbytes: int | None) -> None:
     """Raises CheckpointError, in words for the name of the file before it, for what can't be.
 
     Args:
       declared: what the metadata say.
-      files: how many files may be chunks, and bytes of all of them; None: nothing is known of them.
+      number: how many files may be chunks; None: it isn't known.
+      nbytes: of all of them; None: it isn't known.
     """
     if declared.chunk_bytes > host_memory_bytes():
         raise CheckpointError(
             f"chunks {list(declared.chunks)} of {declared.dtype} take {declared.chunk_bytes:,} bytes each, more than "
             "this machine's memory"
         )
-    if files is None:
-        return
-    number, nbytes = files
     wanted = declared.number_of_chunks * declared.chunk_bytes
-    if (
-        declared.number_of_chunks > _LOST * number + _SLACK
-        or wanted > _LOST * nbytes * _MOST_RATIO[declared.codec] + _SLACK
-    ):
-        raise CheckpointError(
-            f"shape {list(declared.shape)} in chunks {list(declared.chunks)} of {declared.dtype} takes "
-            f"{declared.number_of_chunks:,} chunks, {wanted:,} bytes; there are {number:,} files of {nbytes:,} bytes"
-        )
+    shaped = f"shape {list(declared.shape)} in chunks {list(declared.chunks)} of {declared.dtype} takes"
+    if number is not None and declared.number_of_chunks > _LOST * number + _SLACK:
+        raise CheckpointError(f"{shaped} {declared.number_of_chunks:,} chunks, but there are {number:,} files")
+    if nbytes is not None and wanted > _LOST * nbytes * _MOST_RATIO[declared.codec] + _SLACK:
+        raise CheckpointError(f"{shaped} {wanted:,} bytes, which {nbytes:,} bytes of files can't hold")
 
 
 def check_opened(array: ts.TensorStore, nbytes: int | None) -> None:
     """The same of an array that is open, of any version, whose chunks are somewhere in files of so many bytes."""
     layout: Any = array.chunk_layout.read_chunk
     declared = Declared(tuple(array.shape), tuple(map(int, layout.shape)), array.dtype.numpy_dtype, "zstd")
-    check(declared, None if nbytes is None else (declared.number_of_chunks, nbytes))
+    check(declared, None, nbytes)
 
 
-def chunk_files(folder: str | os.PathLike) -> tuple[int, int]:
-    """How many files an array's folder has beside its metadata, and their bytes.
+def check_files(declared: Declared, folder: str | os.PathLike) -> None:
+    """`check` with what is in the array's folder. How large files are is looked up where a chunk is large."""
+    number = nbytes = 0
+    for entry in regular_files(folder):
+        if entry.name != METADATA:
+            number += 1
+            nbytes += entry.stat().st_size if declared.chunk_bytes > _LARGE else 0
+    check(declared, number, nbytes if declared.chunk_bytes > _LARGE else None)
+
+
+def bytes_below(folder: str | os.PathLike) -> int:
+    """Of all files. Raises CheckpointError as `regular_files` does."""
+    return sum(entry.stat().st_size for entry in regular_files(folder))
+
+
+def regular_files(folder: str | os.PathLike) -> Iterator[os.DirEntry[str]]:
+    """All files below a folder.
 
     Raises CheckpointError for what is neither file nor folder: a pipe would be waited for.
     """
-    number = nbytes = 0
-    for parent, _, names in os.walk(os.fspath(folder)):
-        for name in names:
-            if name != METADATA:
-                number += 1
-                nbytes += check_regular(pathlib.Path(parent) / name)
-    return number, nbytes
+    if not os.path.isdir(folder):
+        return
+    with os.scandir(str(folder)) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from regular_files(entry.path)
+                continue
+            if entry.is_symlink() or not entry.is_file():
+                check_regular(entry.path)
+            yield entry

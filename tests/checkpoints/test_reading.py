@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
-from checkpoints.test_t5x import corrupt, encoded, truncate, values, write_index, write_legacy
+from t5x_by_hand import encoded, values, write_index, write_legacy
+from test_t5x_damage import corrupt, truncate
 from tiny_model import CONFIG, random_params
 
 from qmoe_jax import scratch

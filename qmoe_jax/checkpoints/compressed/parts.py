@@ -123,7 +123,7 @@ def declared(directory: pathlib.Path) -> dict[str, zarr.Declared]:
         try:
             file = folder / zarr.METADATA
             found[folder.name] = array = zarr.parse(read_bytes(file) if os.path.lexists(file) else None)
-            zarr.check(array, zarr.chunk_files(folder))
+            zarr.check_files(array, folder)
         except CheckpointError as e:
             raise CheckpointError(f"{folder}: cannot open the array ({zarr.METADATA}): {e}.") from e
     return found

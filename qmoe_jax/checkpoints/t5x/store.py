@@ -160,22 +160,24 @@ class T5XStore:
         """Once what the array's metadata declare can be."""
         try:
             declared = zarr.parse(files.content(metadata, self._child(name, zarr.METADATA)))
-            zarr.check(declared, self._chunk_files(name))
+            self._check_files(name, declared)
         except CheckpointError as e:
             raise CheckpointError(f"{self._cannot_open(name)}: {e}.") from e
         # T5X writes every chunk (fill_value null), so that a missing one is a loss, not zeros.
         spec = {"driver": "zarr", "kvstore": self._child(name, ""), "fill_missing_data_reads": False}
         return ts.open(spec, read=True)
 
-    def _chunk_files(self, name: str) -> tuple[int, int] | None:
-        """See `zarr.check`."""
+    def _check_files(self, name: str, declared: zarr.Declared) -> None:
+        """Holds what an array's metadata declare against its files, where they are local."""
         if self._directory["driver"] == "file":
-            return zarr.chunk_files(self._child(name, "")["path"])
-        if self._stored_bytes is None:
-            return None
-        # All arrays share the files of an OCDBT store, and one may hold many chunks.
-        number = len(ts.KvStore.open(self._child(name, "")).result().list().result())
-        return number, self._stored_bytes
+            zarr.check_files(declared, self._child(name, "")["path"])
+        elif (
+            self._stored_bytes is not None
+        ):  # All arrays share the files of an OCDBT store, which may hold many chunks.
+            number = len(ts.KvStore.open(self._child(name, "")).result().list().result())
+            zarr.check(declared, number, self._stored_bytes)
+        else:
+            zarr.check(declared, None, None)
 
     def _cannot_open(self, name: str) -> str:
         return f"{self.path}: cannot open parameter {name!r} ({self._leaves[name].array}/{zarr.METADATA})"
@@ -219,7 +221,7 @@ def open_t5x(path: str | os.PathLike) -> T5XStore:
     stored_bytes = None
     if files.read_file(files.child(directory, "manifest.ocdbt")) is not None:
         if directory["driver"] == "file":
-            stored_bytes = zarr.chunk_files(directory["path"])[1]
+            stored_bytes = zarr.bytes_below(directory["path"])
         directory = {"driver": "ocdbt", "base": directory, "path": ""}
     step = files.step_of(file)
     return T5XStore(where, index.step if step is None else step, directory, index.leaves, stored_bytes)
