@@ -104,7 +104,7 @@ def _whose(path: pathlib.Path, file: IO[str]) -> str:
     try:
         found = json.loads(file.read())
         whose = f"process {found['process']} on {found['host']}, which began {found['began']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whose = "another process"
     file.close()
     return f"{path.parent} is being written by {whose}. Wait for it, stop it, or choose another output."

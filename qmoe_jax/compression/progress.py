@@ -27,7 +27,8 @@ import numpy as np
 
 from qmoe_jax.checkpoints.checkpoint import Checkpoint
 from qmoe_jax.checkpoints.compressed import PROGRESS, VERSION
-from qmoe_jax.files import sync, write_json
+from qmoe_jax.errors import CheckpointError
+from qmoe_jax.files import read_json, sync, write_json
 from qmoe_jax.lock import LOCK
 from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
@@ -105,10 +106,12 @@ class Progress:
         if not self._file.is_file():
             return None
         try:
-            found = json.loads(self._file.read_text(encoding="utf-8"))
-            return {"fingerprint": found["fingerprint"], "committed": found["committed"]}
-        except (ValueError, KeyError, TypeError) as e:
-            raise OtherRunError(f"{self._file} is damaged ({e!r}). Give --overwrite to start anew.") from e
+            found = read_json(self._file)
+        except CheckpointError as e:
+            raise OtherRunError(f"{e} Give --overwrite to start anew.") from e
+        if found.pop("sha256", None) != _sha256(found):
+            raise OtherRunError(f"{self._file} isn't what a run wrote: damaged. Give --overwrite to start anew.")
+        return found
 
     def stored(self) -> dict[str, Any] | None:
         """What is committed on disk, which counts, however the last `commit` ended."""
@@ -131,7 +134,8 @@ class Progress:
             )
 
     def _write(self, committed: dict[str, Any] | None) -> None:
-        write_json(self._file, {"fingerprint": self.fingerprint, "committed": committed})
+        value = {"fingerprint": self.fingerprint, "committed": committed}
+        write_json(self._file, value | {"sha256": _sha256(value)})
         sync(self.folder)
 
     def due(self, arrays: Mapping[str, OwnRows]) -> bool:
@@ -282,6 +286,11 @@ def _runs(array: OwnRows, width: int) -> Iterator[tuple[int, int, int]]:
 
 
 # --- What has to be the same ------------------------------------------------------------------------------------------
+
+
+def _sha256(value: Any) -> str:
+    """Of JSON values."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(

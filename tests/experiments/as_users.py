@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import tiny_model
-from absl import app, flags
+from absl import app, flags, logging
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT}/configs/tiny.py"
@@ -34,7 +34,7 @@ def run(monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
 
     def run_here(experiment, *args):
-        known = set(flags.FLAGS)
+        known, verbosity = set(flags.FLAGS), logging.get_verbosity()
         monkeypatch.setattr(sys, "argv", [f"experiments/{experiment}.py", *map(str, args)])
         capfd.readouterr()
         code, message = 0, ""
@@ -43,6 +43,7 @@ def run(monkeypatch, capfd):
         except SystemExit as e:  # Python prints what isn't a number, and exits with 1.
             code, message = (e.code, "") if isinstance(e.code, int | None) else (1, f"{e.code}\n")
         finally:
+            logging.set_verbosity(verbosity)
             for name in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, name)
         out, err = capfd.readouterr()

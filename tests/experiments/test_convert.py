@@ -12,10 +12,11 @@ import sys
 import numpy as np
 import pytest
 import tiny_model
-from absl import app, flags
+from absl import app, flags, logging
 
 from qmoe_jax.checkpoints import CompressedWriter, NativeCheckpoint, conversion, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.compression.progress import Progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ("--config.memory.tokens_per_batch=512", "--config.memory.experts_per_group=4", "--config.compare=false")
@@ -29,7 +30,7 @@ def run(monkeypatch, capfd):
 
     def run_here(experiment, *args):
         script = ROOT / f"experiments/{experiment}.py"
-        known = set(flags.FLAGS)
+        known, verbosity = set(flags.FLAGS), logging.get_verbosity()
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
         capfd.readouterr()
         code, message = 0, ""
@@ -38,6 +39,7 @@ def run(monkeypatch, capfd):
         except SystemExit as e:  # Python prints what isn't a number, and exits with 1.
             code, message = (e.code, "") if isinstance(e.code, int | None) else (1, e.code)
         finally:
+            logging.set_verbosity(verbosity)
             for name in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, name)
         out, err = capfd.readouterr()
@@ -474,8 +476,7 @@ def test_overwrite_removes_no_folder_that_is_no_part_of_a_checkpoint(folder, run
 
 def test_a_refused_resume_leaves_the_report_that_is_there(run, tiny, tmp_path):
     output = tmp_path / "out"
-    (output / "progress").mkdir(parents=True)
-    (output / "progress" / "progress.json").write_text(json.dumps({"fingerprint": {"x": 1}, "committed": None}))
+    Progress(output, {"x": 1})
     (output / "report.json").write_text("{}")
     code, _, errors = run("compress", *tiny.flags(), f"--checkpoint={tiny.checkpoint}", f"--output={output}", *SMALL)
     assert code == 1 and "unfinished compression of something else" in errors

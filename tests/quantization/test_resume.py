@@ -153,6 +153,21 @@ class _Free:
     free: int
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"[" * 10**5, b'{"fingerprint": {"a": 1}, "committed": {}}', b'"sha', 0.5],
+    ids=["empty", "list", "deep", "no checksum", "text", "changed"],
+)
+def test_a_progress_that_no_run_wrote_is_refused(content, tmp_path):
+    progress.Progress(tmp_path / "out", {"a": 1})
+    file = tmp_path / "out" / "progress" / "progress.json"
+    found = file.read_bytes()
+    file.write_bytes(found.replace(b'"a": 1', b'"a": 2') if content == 0.5 else content)
+    with pytest.raises(progress.OtherRunError, match="progress.json.* Give --overwrite to start anew"):
+        progress.Progress(tmp_path / "out", {"a": 1})
+    progress.Progress(tmp_path / "out", {"a": 1}, resume=False)
+
+
 def test_activations_lie_in_one_file_in_the_order_of_tokens(arguments, tmp_path):
     output = tmp_path / "out"
     interrupt(arguments, output, commits=LAYERS)
