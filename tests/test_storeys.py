@@ -69,6 +69,8 @@ def test_there_is_no_circle():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("module", sorted(FILES))
-def test_no_file_is_long(module):
-    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= 500
+@pytest.mark.parametrize("folder", ["qmoe_jax", "kernels", "experiments", "configs", "tests"])
+def test_no_file_is_long(folder):
+    files = sorted((ROOT.parent / folder).rglob("*.py"))
+    long = [p for p in files if len(p.read_text(encoding="utf-8").splitlines()) > 500]
+    assert files and not long
