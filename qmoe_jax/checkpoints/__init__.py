@@ -37,8 +37,8 @@ def open_checkpoint(path: str | os.PathLike, *, preset: str | None = None, **ove
     """Opens a checkpoint of any layout; only its index is read.
 
     Args:
-      path: a compressed checkpoint; a directory of Hugging Face's, or of a published QMoE model; or a checkpoint of
-        MaxText or T5X (step directory, its parent, or T5X's single file; gs:// too).
+      path: a compressed checkpoint; a directory of Hugging Face's (gs:// too), or of a published QMoE model; or a
+        checkpoint of MaxText or T5X (step directory, its parent, or T5X's single file; gs:// too).
       preset: name of the published architecture, for layouts that may not tell it: MaxText's without config.json.
       **overrides: fields of the config that the checkpoint can't tell, such as top_k=2.
 

@@ -17,9 +17,9 @@ import numpy as np
 from qmoe_jax.checkpoints.checkpoint import Checkpoint, StoredCheckpoint
 from qmoe_jax.checkpoints.conversion import ExpertReader, Options, Part, Writer, expert_dtype, names_of, replacing
 from qmoe_jax.checkpoints.layout import Layout
-from qmoe_jax.checkpoints.tensor_files import FLOATS, INDEX, TENSORS, SafetensorsFile, open_tensor_files
+from qmoe_jax.checkpoints.tensor_files import FLOATS, INDEX, TENSORS, SafetensorsFile, folder, open_tensor_files
 from qmoe_jax.errors import CheckpointError, listed
-from qmoe_jax.files import read_json, write_json
+from qmoe_jax.files import write_json
 from qmoe_jax.models.families import family_of_type
 from qmoe_jax.models.family import Family
 
@@ -28,28 +28,28 @@ CONFIG = "config.json"
 
 def is_huggingface(path: str | os.PathLike) -> bool:
     """Whether `path` is a directory with Hugging Face's files in it."""
-    return (pathlib.Path(path) / CONFIG).is_file() and has_tensors(path)
+    return folder(path).has(CONFIG) and has_tensors(path)
 
 
 def has_tensors(path: str | os.PathLike) -> bool:
     """Whether there are files of tensors, with config.json or without."""
-    return any((pathlib.Path(path) / name).is_file() for name in TENSORS)
+    return any(map(folder(path).has, TENSORS))
 
 
-def read_config(path: pathlib.Path, layout: str) -> tuple[Family, dict[str, Any]]:
+def read_config(path: str | os.PathLike, layout: str) -> tuple[Family, dict[str, Any]]:
     """The family that config.json names, and what it says. Raises CheckpointError for one that isn't known."""
-    described = read_json(path / CONFIG)
+    described = folder(path).json(CONFIG)
     try:
         return family_of_type(described.get("model_type"), layout), described
     except CheckpointError as e:
-        raise CheckpointError(f"{path / CONFIG}: {e}") from e
+        raise CheckpointError(f"{os.fspath(path)}/{CONFIG}: {e}") from e
 
 
 class HuggingFaceCheckpoint(StoredCheckpoint):
     """See `StoredCheckpoint`.
 
     Args:
-      path: the directory.
+      path: the directory, local or gs://.
       **overrides: fields of the config to change.
 
     Raises:
@@ -58,7 +58,7 @@ class HuggingFaceCheckpoint(StoredCheckpoint):
     """
 
     def __init__(self, path: str | os.PathLike, **overrides: Any):
-        path = pathlib.Path(path)
+        path = os.fspath(path).rstrip("/") if "://" in os.fspath(path) else pathlib.Path(path)
         family, described = read_config(path, "huggingface")
         store = open_tensor_files(path, described)
         super().__init__(store, "huggingface", family, overrides)

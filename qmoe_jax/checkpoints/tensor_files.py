@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
+import tensorstore as ts
 
+from qmoe_jax.checkpoints import retry
 from qmoe_jax.checkpoints.reading import Source
-from qmoe_jax.checkpoints.store import Index
+from qmoe_jax.checkpoints.store import Index, box_of
+from qmoe_jax.checkpoints.t5x.files import child, located
 from qmoe_jax.checkpoints.torch_files import TorchFile
 from qmoe_jax.errors import CheckpointError, listed
 from qmoe_jax.files import MOST_BYTES, parse_json, read_json
@@ -84,6 +90,89 @@ class SafetensorsFile:
         return np.array(values.view(spec.dtype).reshape(spec.shape)[index])
 
 
+class RemoteSafetensorsFile:
+    """See `TensorFile`; at a URL, of which the bytes are fetched that a slice of the first axis takes.
+
+    Args:
+      url: for messages.
+      piece: piece(start, stop), bytes of the file.
+    """
+
+    def __init__(self, url: str, piece: Callable[[int, int], bytes]):
+        self._url, self._piece = url, piece
+        size = int.from_bytes(piece(0, 8), "little")
+        if not 0 < size <= MOST_BYTES:
+            raise CheckpointError(f"{url}: not a safetensors file: a header of {size:,} bytes.")
+        header = parse_json(piece(8, 8 + size), f"{url}: the header")
+        header.pop("__metadata__", None)
+        self.specs, self._begin, end = {}, {}, 0
+        odd, begins = [], {}
+        for name, told in header.items():
+            match told:
+                case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(begin), int(stop)]} if (
+                    kind in _DTYPES
+                    and all(type(n) is int and 0 <= n < 2**48 for n in shape)
+                    and stop - begin == math.prod(shape) * _DTYPES[kind].itemsize
+                ):
+                    self.specs[name] = jax.ShapeDtypeStruct(tuple(shape), _DTYPES[kind])
+                    begins[begin, stop] = name
+                    self._begin[name] = 8 + size + begin
+                case _:
+                    odd.append(f"{name}: {reprlib.repr(told)}")
+        for begin, stop in sorted(begins):  # One after the other, as the format has it.
+            if begin != end:
+                odd.append(f"{begins[begin, stop]}: begins at {begin}, expected {end}")
+            end = stop
+        if odd:
+            raise CheckpointError(listed(f"{url}: the header is damaged, or tensors are of unknown kinds:", odd))
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        spec = self.specs[name]
+        if spec.size == 0:
+            return np.zeros(spec.shape, spec.dtype)[index]
+        box, rest = box_of(index, spec.shape)
+        rows, others = (box[0], spec.shape[1:]) if spec.shape else (range(1), ())
+        row = math.prod(others) * spec.dtype.itemsize
+        begin = self._begin[name] + rows.start * row
+        content = self._piece(begin, begin + len(rows) * row)
+        if len(content) != len(rows) * row:
+            raise CheckpointError(f"{self._url}: tensor {name!r} is cut off: copy it again.")
+        values = np.frombuffer(content, spec.dtype).reshape(len(rows), *others)
+        if not spec.shape:
+            return np.array(values[0])
+        inner = tuple(slice(r.start, r.stop) for r in box[1:])
+        return np.array(values[(slice(None), *inner)][rest])
+
+
+class RemoteFolder:
+    """See `LocalFolder`; TensorStore fetches pieces of its files."""
+
+    def __init__(self, url: str):
+        self.path = url.rstrip("/")
+        self._location = located(self.path)
+
+    def has(self, name: str) -> bool:
+        return self._read(name, 0, 1).state != "missing"
+
+    def json(self, name: str) -> dict[str, Any]:
+        return parse_json(self._piece(name, 0, None), f"{self.path}/{name}")
+
+    def tensors(self, name: str) -> TensorFile:
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{self.path}/{name}: of files at a URL only safetensors are read: copy it here.")
+        return RemoteSafetensorsFile(f"{self.path}/{name}", functools.partial(self._piece, name))
+
+    def _piece(self, name: str, start: int, stop: int | None) -> bytes:
+        found = self._read(name, start, stop)
+        if found.state == "missing":
+            raise CheckpointError(f"{self.path}/{name} is missing; copy it again.")
+        return found.value
+
+    def _read(self, name: str, start: int, stop: int | None) -> Any:
+        store = ts.KvStore.open(child(self._location, f"/{name}")).result()
+        return retry.result(lambda: store.read("", byte_range=slice(start, stop)), f"{self.path}/{name}")
+
+
 class BinFile:
     """See `TensorFile`; a file of torch.save."""
 
@@ -117,27 +206,48 @@ class TensorFiles:
         return None
 
 
-def open_tensor_files(path: pathlib.Path, described: Mapping[str, Any]) -> TensorFiles:
+class LocalFolder:
+    """Files of a folder, by name. Paths are told by errors."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def json(self, name: str) -> dict[str, Any]:
+        return read_json(self.path / name)
+
+    def tensors(self, name: str) -> TensorFile:
+        path = self.path / name
+        return SafetensorsFile(path) if name.endswith(".safetensors") else BinFile(path)
+
+
+def folder(path: str | os.PathLike) -> LocalFolder | RemoteFolder:
+    """A folder of this machine, or one at a URL that TensorStore understands (gs://bucket/..., file:///...)."""
+    return RemoteFolder(os.fspath(path)) if "://" in os.fspath(path) else LocalFolder(path)
+
+
+def open_tensor_files(path: str | os.PathLike, described: Mapping[str, Any]) -> TensorFiles:
     """The tensors of a folder. Raises CheckpointError if there are none, or files are missing or damaged."""
-    source = next((path / name for name in TENSORS if (path / name).is_file()), None)
+    path, at = os.fspath(path), folder(path)
+    source = next((name for name in TENSORS if at.has(name)), None)
     if source is None:
         raise CheckpointError(f"{path}: no tensors: expected one of {', '.join(TENSORS)}.")
-    if source.name.endswith(".json"):
-        weight_map = read_json(source).get("weight_map")
+    if source.endswith(".json"):
+        weight_map = at.json(source).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{source}: no 'weight_map' of names and files: damaged, copy it again.")
+            raise CheckpointError(f"{path}/{source}: no 'weight_map' of names and files: damaged, copy it again.")
         files = sorted(set(weight_map.values()))
         if outside := [f for f in files if pathlib.PurePath(f).name != f]:
-            raise CheckpointError(f"{source}: the file {outside[0]!r} doesn't lie beside it, as expected.")
-        if missing := [f for f in files if not (path / f).is_file()]:
-            raise CheckpointError(listed(f"{path}: files of {source.name} are missing:", missing))
+            raise CheckpointError(f"{path}/{source}: the file {outside[0]!r} doesn't lie beside it, as expected.")
+        if missing := [f for f in files if not at.has(f)]:
+            raise CheckpointError(listed(f"{path}: files of {source} are missing:", missing))
     else:
-        files, weight_map = [source.name], None
-    opened: dict[str, TensorFile] = {
-        f: SafetensorsFile(path / f) if f.endswith(".safetensors") else BinFile(path / f) for f in files
-    }
+        files, weight_map = [source], None
+    opened = {f: at.tensors(f) for f in files}
     if weight_map is None:
-        weight_map = {name: source.name for name in opened[source.name].specs}
+        weight_map = {name: source for name in opened[source].specs}
     if missing := [f"{n} in {f}" for n, f in weight_map.items() if n not in opened[f].specs]:
-        raise CheckpointError(listed(f"{path}: tensors of {source.name} are missing from their files:", missing))
+        raise CheckpointError(listed(f"{path}: tensors of {source} are missing from their files:", missing))
     return TensorFiles(path, {name: opened[file] for name, file in weight_map.items()}, described)
