@@ -61,6 +61,11 @@ def test_written_again_it_is_the_same(case, shard_bytes, tmp_path):
         np.testing.assert_array_equal(found.read(name), checkpoint.read(name), err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [f if f in ("deepseek_v3_fp8", "gpt_oss_mxfp4") else pytest.param(f, marks=pytest.mark.long) for f in FIXTURES],
+    indirect=True,
+)
 def test_compressed_it_gives_the_loss_of_its_dequantized_weights(case, tmp_path):
     checkpoint, io = case
     examples = [(ids[:n],) for ids, n in zip(io["input_ids"].astype(np.int32), io["lengths"], strict=True)]

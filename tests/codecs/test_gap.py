@@ -115,7 +115,7 @@ def experts(draw):
 # --- Encoding and decoding -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(experts())
 @example((np.zeros((3, 33, 5), np.uint8), 2))
 @example((np.full((3, 33, 5), 3, np.uint8), 3))

@@ -48,7 +48,8 @@ def run(monkeypatch, capfd):
             jax.config.update("jax_disable_most_optimizations", False)
             for name in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, name)
-        return code or 0, capfd.readouterr().out + message
+        out, err = capfd.readouterr()
+        return code or 0, out + err + message
 
     return run_here
 

@@ -52,7 +52,7 @@ def as_xla(monkeypatch):
     return run
 
 
-@pytest.fixture(scope="module", params=codecs.CODECS)
+@pytest.fixture(scope="module", params=["gap", pytest.param("dictionary", marks=pytest.mark.long)])
 def carried(request, tmp_path_factory):
     """The carried model's compressed checkpoint."""
     path = tmp_path_factory.mktemp("carried")

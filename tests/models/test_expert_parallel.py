@@ -134,11 +134,11 @@ def tokens(batch, length, seed=0):
 @pytest.mark.parametrize(
     "kind, top_k, batch, devices, capacity_factor",
     [
-        ("gap", 1, 4, 4, None),
         ("gap", 2, 3, 8, None),
         ("dictionary", 2, 8, 8, 1.25),
-        (None, 1, 3, 2, 1.25),
-        (None, 2, 8, 4, None),
+        pytest.param("gap", 1, 4, 4, None, marks=pytest.mark.long),
+        pytest.param(None, 1, 3, 2, 1.25, marks=pytest.mark.long),
+        pytest.param(None, 2, 8, 4, None, marks=pytest.mark.long),
     ],
 )
 def test_logits_are_those_of_one_device(kind, top_k, batch, devices, capacity_factor):
@@ -185,6 +185,7 @@ np.savez(f"{arguments[0]}/{index}.npz", logits=logits, written=np.asarray(writte
 """
 
 
+@pytest.mark.long
 def test_two_processes_have_the_results_of_one_device(tmp_path):
     distributed.run(2, CODE, tmp_path)
     model = on_mesh(*small_model(2, "gap"), None)

@@ -92,10 +92,20 @@ def arrays():
     }
 
 
+def family(arrays):
+    """A family of models that have what is expected of these arrays."""
+    shapes = {name: value.shape for name, value in expected(arrays).items()}
+    return types.SimpleNamespace(names={"some": Names()}, title="toy", param_shapes=lambda config: shapes)
+
+
+def opened(arrays, family):
+    """Of that family, which its config doesn't tell."""
+    return type("Toy", (StoredCheckpoint,), {"family": family})(Memory(arrays), "some", family, {})
+
+
 @pytest.fixture
 def checkpoint(arrays):
-    family = types.SimpleNamespace(names={"some": Names()})
-    return StoredCheckpoint(Memory(arrays), "some", family, {})
+    return opened(arrays, family(arrays))
 
 
 def expected(arrays):
@@ -174,12 +184,12 @@ def test_a_table_is_read_both_ways():
 
 
 def test_arrays_that_nobody_knows_are_refused(arrays):
-    family = types.SimpleNamespace(names={"some": Names()})
-    family.names["some"].why_left_out = lambda config, name: "spare" if name == "tied.weight" else None
-    checkpoint = StoredCheckpoint(Memory({**arrays, "tied.weight": arrays["embed.weight"]}), "some", family, {})
+    toy = family(arrays)
+    toy.names["some"].why_left_out = lambda config, name: "spare" if name == "tied.weight" else None
+    checkpoint = opened({**arrays, "tied.weight": arrays["embed.weight"]}, toy)
     assert checkpoint.left_out == checkpoint.provenance["left_out"] == {"spare": ["tied.weight"]}
     with pytest.raises(CheckpointError, match="1 arrays are part of no parameter:\n  other"):
-        StoredCheckpoint(Memory({**arrays, "other": arrays["embed.weight"]}), "some", family, {})
+        opened({**arrays, "other": arrays["embed.weight"]}, toy)
 
 
 def test_names_in_short():

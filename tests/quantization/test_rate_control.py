@@ -74,7 +74,7 @@ def with_overhead(bits):
     return 1.03 * bits + 0.05
 
 
-@pytest.mark.parametrize("target", [0.35, pytest.param(0.7, marks=pytest.mark.long), 1.3])
+@pytest.mark.parametrize("target", [*(pytest.param(t, marks=pytest.mark.long) for t in (0.35, 0.7)), 1.3])
 @pytest.mark.parametrize("stored", [None, with_overhead], ids=["entropy", "overhead"])
 def test_all_matrices_together_have_the_target_rate_at_about_one_lagrangian(target, stored):
     bits, lagrangians, trials = quantize_all(target, stored)
