@@ -73,7 +73,7 @@ def main(_):
     reports.say(f"\n{table}\n\nLosses are nats per predicted token; rates are against bfloat16; MB is the whole model.")
 
     model, params = qmoe_jax.load(output)
-    (prompt,) = PROMPT.value
+    (prompt,) = PROMPT.value or [config.generation.prompt]
     for temperature in (0.0, 0.7):
         config.generation.temperature = temperature
         text = "".join(pieces(model, params, vocabulary, prompt, config.generation))

@@ -63,3 +63,12 @@ def test_seconds_of_a_compression(measure, tmp_path):
     for run_ in (paper, ours):
         assert sum(s for stage, s in run_.items() if stage != "total") <= run_["total"]
     assert f"{ours['total']:.2f}" in (tmp_path / "compression_time.md").read_text()
+
+
+@pytest.mark.long
+def test_demo(run, tmp_path):
+    args = ("--demo_config.data.num_calibration=30", "--demo_config.data.num_validation=10", f"--output={tmp_path}")
+    code, out, err = run("demo", *args)
+    assert code == 0, err
+    assert "rate-distortion, ternary" in out and out.count("Filled in by the compressed model") == 2
+    assert {"demo.json", "demo.md", "demo.png", "manifest.json"} <= {p.name for p in tmp_path.iterdir()}
