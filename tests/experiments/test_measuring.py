@@ -66,7 +66,7 @@ def test_seconds_of_a_compression(measure, tmp_path):
 
 
 @pytest.mark.long
-def test_demo(run, tmp_path):
+def test_demo(run, tmp_path):  # noqa: F811
     args = ("--demo_config.data.num_calibration=30", "--demo_config.data.num_validation=10", f"--output={tmp_path}")
     code, out, err = run("demo", *args)
     assert code == 0, err
