@@ -14,7 +14,6 @@ from absl import app, flags
 
 import qmoe_jax
 from qmoe_jax import files, reports
-from qmoe_jax.models.families import family_of
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # experiments/
 import command_line
@@ -24,7 +23,7 @@ PROMPT = flags.DEFINE_integer("prompt", 9, "Tokens of `greedy` that are given.")
 
 
 def compare(folder: pathlib.Path, prompt: int) -> tuple[str, ...]:
-    """A row of the table: name, family, largest difference at real positions, largest logit, greedy tokens."""
+    """A row of the table: name, largest difference at real positions, largest logit, greedy tokens."""
     model, params = qmoe_jax.load(folder / "checkpoint")
     io = np.load(folder / "io.npz")
     real = np.arange(io["input_ids"].shape[1]) < io["lengths"][:, None]
@@ -35,14 +34,14 @@ def compare(folder: pathlib.Path, prompt: int) -> tuple[str, ...]:
         given, new = io["greedy"][:, :prompt], io["greedy"][:, prompt:]
         found = qmoe_jax.generate(model, params, given, max_length=new.shape[1], stop=())
         greedy = f"{int((np.asarray(found) == new).sum())} of {new.size}"
-    return folder.name, family_of(model.config).title, f"{difference:.1e}", f"{np.abs(io['logits'][real]).max():.2f}", greedy
+    return folder.name, f"{difference:.1e}", f"{np.abs(io['logits'][real]).max():.2f}", greedy
 
 
 def main(argv):
     if len(argv) < 2:
         raise ValueError("expected folders: python experiments/tools/compare_logits.py FOLDER ...")
     rows = [compare(pathlib.Path(folder), PROMPT.value) for folder in argv[1:]]
-    table = reports.table(("model", "family", "largest difference", "largest logit", "greedy tokens equal"), rows)
+    table = reports.table(("model", "largest difference", "largest logit", "greedy tokens equal"), rows)
     reports.say(table)
     if OUTPUT.value:
         files.write_text(OUTPUT.value, table + "\n")
