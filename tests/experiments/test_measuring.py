@@ -20,6 +20,7 @@ def measure(run, tmp_path):  # noqa: F811
     return measure
 
 
+@pytest.mark.long
 def test_frontier(measure, tmp_path):
     few = ("--config.data.num_calibration=24", "--config.data.num_validation=10")
     out = measure("studies/frontier", f"--config={ROOT}/configs/tiny_olmoe.py", "--targets=0.7,1.2", few=few)
@@ -53,6 +54,7 @@ def test_experts_with_few_tokens(measure, tmp_path):
         assert filled < 0.8 * alone
 
 
+@pytest.mark.long
 def test_seconds_of_a_compression(measure, tmp_path):
     measure("benchmarks/compression_time", "--rounds=2")
     report = json.loads((tmp_path / "compression_time.json").read_text())

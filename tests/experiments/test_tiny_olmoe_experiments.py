@@ -70,6 +70,7 @@ def training(vocabulary, tiny, workdir, **train):
     ]
 
 
+@pytest.mark.long
 def test_training_makes_a_checkpoint_that_evaluates(succeed, vocabulary, tiny, tmp_path):
     workdir = tmp_path / "work"
     succeed("train", *training(vocabulary, tiny, workdir, steps=30, warmup_steps=2))

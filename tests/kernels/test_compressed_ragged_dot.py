@@ -35,7 +35,9 @@ TERNARY = ("dictionary", 2)
 KINDS = {"dictionary": TERNARY, "gap": ("gap", 2), "gap of 3 levels": ("gap", 3)}
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(
+    params=[k if k != ("gap", 3) else pytest.param(k, marks=pytest.mark.long) for k in KINDS.values()], ids=KINDS.keys()
+)
 def kind(request):
     return request.param
 

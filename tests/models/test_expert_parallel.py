@@ -151,7 +151,7 @@ def test_logits_are_those_of_one_device(kind, top_k, batch, devices, capacity_fa
     np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_generated_tokens_are_those_of_one_device(batch):
     model = small_model(2, "gap")
     one, many = (

@@ -89,8 +89,15 @@ def test_equals_the_reference(case, fixture_path):
     assert_same(result.Q, expected, W, H)
 
 
-@pytest.mark.parametrize("bits", [1.5, 2])
-@pytest.mark.parametrize(("group_size", "block_size"), [(None, 16), (8, 16), (None, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("group_size", "block_size", "bits"),
+    [
+        (None, 16, 1.5),
+        (8, 16, 2),
+        (4, 2, 1.5),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [(None, 16, 2), (None, 2, 2), (4, 2, 2)]),
+    ],
+)
 def test_equals_optimal_brain_quantization(bits, group_size, block_size):
     W, H = problem()
     result = gptq(W, H, bits=bits, group_size=group_size, block_size=block_size)
