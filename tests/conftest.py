@@ -24,7 +24,7 @@ FIXTURES = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="how many runs the test of killed runs kills")
+    parser.addoption("--kills", type=int, default=3, help="how many runs the test of killed runs kills")
 
 
 @pytest.fixture(autouse=True, scope="module")

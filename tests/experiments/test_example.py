@@ -16,6 +16,7 @@ def run(directory, *args):
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, env=os.environ, timeout=300)
 
 
+@pytest.mark.long
 def test_one_layer_compressed_and_run_beside_the_original(tmp_path):
     finished = run(tmp_path)
     assert finished.returncode == 0, finished.stderr

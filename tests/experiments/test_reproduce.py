@@ -112,6 +112,7 @@ def test_table_7_times_each_amount_of_calibration(reproduce):
     assert [name.split()[1] for name in rows] == ["30", "60", "120"]
 
 
+@pytest.mark.long
 def test_entropy_limit_is_below_every_code(reproduce):
     data, _ = reproduce("--study=entropy_limit")
     for name, bits in data["matrices"].items():

@@ -161,6 +161,7 @@ def test_generated_tokens_are_those_of_one_device(batch):
     np.testing.assert_array_equal(many, one)
 
 
+@pytest.mark.long
 def test_streamed_losses_are_those_of_one_device(tmp_path):
     config, flat = small_model(top_k=2)
     checkpoint = qmoe_jax.open_checkpoint(write_t5x(tmp_path, flat), top_k=2)

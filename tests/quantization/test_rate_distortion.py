@@ -99,6 +99,7 @@ def column_loop(W, H, lagrangian, levels, share, order):
     return symbols
 
 
+@pytest.mark.long
 def test_rows_of_different_codes_do_not_know_of_each_other():
     W, H = problem()
     lagrangian = np.geomspace(0.005, 0.1, 12) * np.ones((2, 1))
