@@ -5,14 +5,11 @@ import re
 
 import numpy as np
 import pytest
-from watch import watched
+from carried_models import entropy_of_tokens, loss, loss_quantized, loss_without_experts, unused_experts
 
-from qmoe_jax import streaming
 from qmoe_jax.checkpoints import open_checkpoint
-from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.decoder.task import load_examples
 from qmoe_jax.models.decoder.vocabulary import Vocabulary
-from qmoe_jax.quantization.settings import QuantizationSettings
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1] / "experiments"
 MODEL, TEXT = EXPERIMENTS / "tiny_olmoe", EXPERIMENTS / "tiny_model"
@@ -34,10 +31,6 @@ def validation(vocabulary):
     return load_examples(TEXT / "validation.jsonl.gz", vocabulary, WINDOWS, window=256)
 
 
-def loss(checkpoint, examples, look=lambda group: group.kernels):
-    return watched(checkpoint, examples, streaming.Settings(), look).summary()["loss"]
-
-
 @pytest.fixture(scope="module")
 def own_loss(checkpoint, validation):
     return loss(checkpoint, validation)
@@ -49,39 +42,23 @@ def test_its_loss_is_that_of_its_readme(own_loss):
 
 
 def test_it_predicts_far_better_than_token_frequencies(own_loss, validation):
-    counts = np.bincount(np.concatenate([tokens[1:] for (tokens,) in validation]))
-    p = counts[counts > 0] / counts.sum()
-    assert own_loss < -np.sum(p * np.log(p)) - 1.5
+    assert own_loss < entropy_of_tokens(np.concatenate([tokens[1:] for (tokens,) in validation])) - 1.5
 
 
 def test_every_expert_is_used(checkpoint, validation):
-    unused = []
-
-    def hook(group):
-        unused.extend((group.layer, group.start + i) for i, tokens in enumerate(group.tokens) if len(tokens) == 0)
-        return group.kernels
-
-    loss(checkpoint, validation, hook)
-    assert checkpoint.config.num_experts >= 16 and checkpoint.config.top_k == 4 and not unused
+    assert checkpoint.config.num_experts >= 16 and checkpoint.config.top_k == 4
+    assert not unused_experts(checkpoint, validation)
 
 
 def test_without_its_experts_it_is_much_worse(checkpoint, validation, own_loss):
-    def silence(group):
-        return {name: np.zeros_like(kernel) for name, kernel in group.kernels.items()}
-
-    assert loss(checkpoint, validation, silence) > own_loss + 0.5
+    assert loss_without_experts(checkpoint, validation) > own_loss + 0.5
 
 
 @pytest.mark.long
 def test_rounding_hurts_and_gptq_hurts_much_less(checkpoint, vocabulary, validation, own_loss):
     calibration = load_examples(TEXT / "train.jsonl.gz", vocabulary, 200, window=256)
-    above = {}
-    for method in ("rtn", "gptq"):
-        settings = QuantizationSettings(method=method)
-        report = compress_examples(
-            checkpoint, vocabulary, calibration, validation, settings, streaming.Settings(), codec=None
-        )
-        above[method] = report["loss"] - own_loss
+    given = checkpoint, vocabulary, calibration, validation
+    above = {method: loss_quantized(method, *given) - own_loss for method in ("rtn", "gptq")}
     assert above["rtn"] > 0.05
     assert above["gptq"] < 0.5 * above["rtn"]
 

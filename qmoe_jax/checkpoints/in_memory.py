@@ -12,11 +12,10 @@ import numpy as np
 from flax import traverse_util
 
 from qmoe_jax.checkpoints.checkpoint import Checkpoint
+from qmoe_jax.checkpoints.checks import check_tree
 from qmoe_jax.checkpoints.conversion import Options
 from qmoe_jax.checkpoints.huggingface import HuggingFaceWriter
 from qmoe_jax.checkpoints.store import Index
-from qmoe_jax.errors import CheckpointError, listed
-from qmoe_jax.models.families import family_of
 
 
 class InMemoryCheckpoint(Checkpoint):
@@ -37,15 +36,7 @@ class InMemoryCheckpoint(Checkpoint):
         self._params = {n: np.asarray(p) for n, p in traverse_util.flatten_dict(dict(params), sep="/").items()}
         self._specs = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in self._params.items()}
         self.provenance = {"checkpoint": self.path, "layout": None, "step": None}
-        expected = family_of(config).param_shapes(config)
-        found = {name: spec.shape for name, spec in self._specs.items()}
-        problems = [
-            f"{name}: found {found.get(name)}, expected {expected.get(name)}"
-            for name in sorted({*expected, *found})
-            if expected.get(name) != found.get(name)
-        ]
-        if problems:
-            raise CheckpointError(listed(f"{len(problems)} parameters don't fit the architecture:", problems))
+        check_tree(self)
 
     @property
     def specs(self) -> Mapping[str, jax.ShapeDtypeStruct]:

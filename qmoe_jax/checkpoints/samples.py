@@ -32,12 +32,12 @@ AT_ONCE = 16  # reads, for the sake of stores that are far away
 Samples = dict[str, str | None]  # by parameter; None: it couldn't be read, which reading it will tell
 
 
-def samples(checkpoint: Checkpoint) -> Samples:
-    """Of every parameter: those of `specs`, and compressed experts' matrices; 16 hexadecimal digits each."""
-    names = list(checkpoint.specs)
+def samples(checkpoint: Checkpoint, of: Iterable[str] | None = None) -> Samples:
+    """16 hexadecimal digits of each parameter: those of `specs`, and compressed experts' matrices; or of some of `specs`."""
+    names = list(checkpoint.specs if of is None else of)
     with ThreadPoolExecutor(AT_ONCE, "samples") as pool:
         found: Samples = dict(zip(names, pool.map(lambda n: _hash(lambda: _stored(checkpoint, n)), names), strict=True))
-    if checkpoint.is_compressed:
+    if of is None and checkpoint.is_compressed:
         for layer in checkpoint.config.sparse_layers:
             sample = _hash(lambda: _compressed(checkpoint, layer))  # noqa: B023, called at once
             found |= dict.fromkeys(checkpoint.matrices(layer).values(), sample)

@@ -149,7 +149,7 @@ class RemoteFolder:
 
     def __init__(self, url: str):
         self.path = url.rstrip("/")
-        self._location = located(self.path)
+        self._store = ts.KvStore.open(child(located(self.path), "/")).result()
 
     def has(self, name: str) -> bool:
         return self._read(name, 0, 1).state != "missing"
@@ -169,8 +169,7 @@ class RemoteFolder:
         return found.value
 
     def _read(self, name: str, start: int, stop: int | None) -> Any:
-        store = ts.KvStore.open(child(self._location, f"/{name}")).result()
-        return retry.result(lambda: store.read("", byte_range=slice(start, stop)), f"{self.path}/{name}")
+        return retry.result(lambda: self._store.read(name, byte_range=slice(start, stop)), f"{self.path}/{name}")
 
 
 class BinFile:

@@ -231,7 +231,7 @@ class _Run:
     def weights_of(self, layers: Iterable[str]) -> Samples:
         """Samples of what these layers came from. Raises CheckpointError, in all processes, where one has changed."""
         before = of_layers(self.weights, self.checkpoint, layers)
-        names = self.processes.gather(changed(before, samples(self.checkpoint)))
+        names = self.processes.gather(changed(before, samples(self.checkpoint, before)))
         if found := next(filter(None, names), None):
             raise CheckpointError(
                 f"{self.checkpoint.path}: weights were replaced while the run read them: {found[0]} isn't what it was, "

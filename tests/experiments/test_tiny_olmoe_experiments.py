@@ -126,13 +126,13 @@ def test_frontier_takes_only_points_of_the_same_model(run, tmp_path):  # noqa: F
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("hqq") is not None, reason="HQQ is installed")
+@pytest.mark.skipif(importlib.util.find_spec("hqq") is not None, reason="HQQ is installed, so that nothing is missing")
 def test_hqq_is_named_where_it_is_missing(run, tmp_path):  # noqa: F811
     assert_fails(run("studies/outside", f"--output={tmp_path / 'out.json'}"), "pip install hqq")
     assert not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="HQQ isn't installed")
+@pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="the package hqq isn't installed (it needs torch)")
 def test_hqq(succeed, tmp_path):
     output = tmp_path / "hqq.json"
     succeed("studies/outside", CONFIG, *FEW, "--bits=2,4", "--group_sizes=64", f"--output={output}")

@@ -152,23 +152,16 @@ def three(monkeypatch):
     close(found)
 
 
-def test_one_that_ends_is_named_to_all(three):
+@pytest.mark.parametrize("ended", [1, 0])
+def test_one_that_ends_is_named_to_all(three, ended):
     found, told = three
-    for i in (0, 2):
+    others = sorted({0, 1, 2} - {ended})
+    for i in others:
         found[i].watch(told[i].put)
-    close([found[1]])
-    for i in (0, 2):
-        assert re.fullmatch(r"process 1 \(pid \d+ on .+\) has ended", told[i].get(timeout=LONG))
-    assert found[2].lost == found[0].lost
-
-
-def test_process_0_that_ends_is_named_to_all(three):
-    found, told = three
-    for i in (1, 2):
-        found[i].watch(told[i].put)
-    close([found[0]])
-    for i in (1, 2):
-        assert re.fullmatch(r"process 0 \(pid \d+ on .+\) has ended", told[i].get(timeout=LONG))
+    close([found[ended]])
+    for i in others:
+        assert re.fullmatch(rf"process {ended} \(pid \d+ on .+\) has ended", told[i].get(timeout=LONG))
+        assert re.fullmatch(rf"process {ended} .*", found[i].lost)
 
 
 def test_one_that_is_silent_is_named_to_all(three):

@@ -73,27 +73,28 @@ def _embed_decoder(params: Mapping[str, Any], example: Example) -> np.ndarray:
 
 
 def _attend_encoder(module: EncoderLayer, params, shared, x, context, tokens):
-    return _encoder_layer(module, params, x, tokens[0], _shared_bias(module, "encoder", shared, x.shape[1]))
+    return _encoder_layer(module, params, shared, x, tokens[0])
 
 
 def _attend_decoder(module: DecoderLayer, params, shared, x, context, tokens):
-    bias = _shared_bias(module, "decoder", shared, x.shape[1])
-    return _decoder_layer(module, params, x, context["encoder"], tokens, bias)
+    return _decoder_layer(module, params, shared, x, context["encoder"], tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encoder_layer(layer: EncoderLayer, params, x, tokens, shared_bias):
+def _encoder_layer(layer: EncoderLayer, params, shared, x, tokens):
     params = {"params": params}
     token_mask, bias = encoder_masks(tokens, layer.dtype)
+    shared_bias = _shared_bias(layer, "encoder", shared, x.shape[1])
     x = layer.apply(params, x, token_mask, bias, shared_bias, method="attend")
     return _mlp_or_route(layer, params, x, token_mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decoder_layer(layer: DecoderLayer, params, x, encoded, tokens, shared_bias):
+def _decoder_layer(layer: DecoderLayer, params, shared, x, encoded, tokens):
     params = {"params": params}
     encoder_tokens, inputs, targets = tokens
     masks = decoder_masks(encoder_tokens, inputs, targets, layer.dtype)
+    shared_bias = _shared_bias(layer, "decoder", shared, x.shape[1])
     x = layer.apply(params, x, encoded, masks, shared_bias, method="attend")
     return _mlp_or_route(layer, params, x, masks.token)
 
@@ -102,19 +103,9 @@ def _shared_bias(layer: EncoderLayer | DecoderLayer, stack: str, shared, length:
     """Position bias that all layers of a stack share [heads, length, length]; None in scanned models."""
     if layer.config.relpos_per_layer:
         return None
-    embedding = np.asarray(shared[stack]["relpos_bias"]["rel_embedding"])
-    return _bias(layer.config, stack == "encoder", layer.dtype, length, embedding.dtype, embedding.tobytes())
-
-
-@functools.lru_cache(maxsize=1)  # Batches of one length follow each other.
-def _bias(config, bidirectional: bool, dtype, length: int, stored, embedding: bytes) -> jax.Array:
-    table = np.frombuffer(embedding, stored).reshape(config.num_heads, -1)
-    return _compute_bias(RelativePositionBias(config, bidirectional, dtype), length, {"rel_embedding": table})
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _compute_bias(bias: RelativePositionBias, length: int, params) -> jax.Array:
-    found: Any = bias.apply({"params": params}, jnp.arange(length), jnp.arange(length))
+    bias = RelativePositionBias(layer.config, stack == "encoder", layer.dtype)
+    positions = jnp.arange(length)
+    found: Any = bias.apply({"params": shared[stack]["relpos_bias"]}, positions, positions)
     return found
 
 
