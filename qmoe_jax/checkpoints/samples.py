@@ -33,7 +33,10 @@ Samples = dict[str, str | None]  # by parameter; None: it couldn't be read, whic
 
 
 def samples(checkpoint: Checkpoint, of: Iterable[str] | None = None) -> Samples:
-    """16 hexadecimal digits of each parameter: those of `specs`, and compressed experts' matrices; or of some of `specs`."""
+    """Of every parameter: those of `specs`, and compressed experts' matrices; 16 hexadecimal digits each.
+
+    Or of these alone, names in `specs`.
+    """
     names = list(checkpoint.specs if of is None else of)
     with ThreadPoolExecutor(AT_ONCE, "samples") as pool:
         found: Samples = dict(zip(names, pool.map(lambda n: _hash(lambda: _stored(checkpoint, n)), names), strict=True))
