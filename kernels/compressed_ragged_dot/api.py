@@ -34,8 +34,8 @@ def compressed_ragged_dot(
     The contract of `jax.lax.ragged_dot` with a compressed right-hand side: the first group_sizes[0] rows of
     lhs meet expert 0, the next group_sizes[1] expert 1, and so on. Experts without tokens are not decoded.
 
-    Differentiable in reverse mode with respect to lhs and rhs.levels, from the same bytes (see `gradient`); symbols have
-    no derivative. `rhs.with_levels(levels)` puts in levels that are trained.
+    Differentiable in reverse mode with respect to lhs and rhs.levels, from the same bytes (see `gradient`); symbols
+    have no derivative. `rhs.with_levels(levels)` puts in levels that are trained.
 
     Args:
       lhs: float32 or bfloat16 [tokens, in].

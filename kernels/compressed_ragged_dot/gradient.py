@@ -1,6 +1,6 @@
 """The derivative of `compressed_ragged_dot`, from the same bytes as the product.
 
-With token t of expert e, and its row r of weights W[r, c] = level[r, k] where the symbol of (r, c) is k, 0 for symbol 0:
+For token t of expert e, whose weights W[r, c] are level[r, k] where the symbol of (r, c) is k, and 0 where it is 0:
 
     y[t, r] = sum_c x[t, c] W[r, c] = sum_k level[r, k] y_k[t, r],     y_k[t, r] = sum of x[t, c] where symbol is k
 
@@ -54,7 +54,7 @@ def d_levels(
       g: [tokens, out], gradient of the product.
       product: an implementation of it.
     """
-    tokens, (experts, out, L) = lhs.shape[0], rhs.levels.shape
+    tokens, (experts, _, L) = lhs.shape[0], rhs.levels.shape
     # Tokens that are nobody's are expert number `experts`, which the sums drop.
     expert = jnp.searchsorted(group_ends(group_sizes, tokens), jnp.arange(tokens), side="right")
     x, g = lhs.astype(jnp.float32), g.astype(jnp.float32)

@@ -90,8 +90,8 @@ class CompressedExperts:
     def with_levels(self, levels: jax.Array) -> CompressedExperts:
         """The same symbols with other levels [experts, out, L]; rounded to bfloat16. Works inside `jit`.
 
-        Levels are what can be trained: `jax.grad` of lambda levels: loss(experts.with_levels(levels)), levels in float32.
-        They are not checked: `validate` does that.
+        They are what can be trained: `jax.grad` of lambda levels: loss(experts.with_levels(levels)), with levels in
+        float32. They are not checked: `validate` does that.
 
         Raises ValueError for another shape.
         """

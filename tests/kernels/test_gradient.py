@@ -12,7 +12,6 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels import compressed_ragged_dot
 from qmoe_jax.kernels.compressed_ragged_dot import cpu
 
-
 # Of 12 tokens and 3 experts, and what is made of group sizes that can't be.
 GROUPS = {
     "even": ([4, 4, 4], [4, 4, 4]),
