@@ -189,9 +189,8 @@ def finetuning_settings(config: config_dict.ConfigDict) -> finetuning.Settings:
     """What the config says; names of parts are joined by commas there. Raises ValueError that names the field."""
     fields = config.finetune.to_dict()
     try:
-        return finetuning.Settings(
-            **fields | {"parts": tuple(p.strip() for p in fields["parts"].split(",") if p.strip())}
-        )
+        parts = tuple(filter(None, re.split(r"[\s,]+", fields["parts"])))
+        return finetuning.Settings(**fields | {"parts": parts})
     except ValueError as e:
         raise ValueError(f"config.finetune.{e}") from e
 

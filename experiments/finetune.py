@@ -125,7 +125,7 @@ def finished_report(path: str) -> dict | None:
 
 
 def measure(texts: dict, original, before, after, memory: streaming.Settings) -> dict:
-    """Losses by text: of the original in bfloat16, of the compressed checkpoint before and after, and what is gained."""
+    """Losses by text: of the original in bfloat16, of the compressed checkpoint before and after; what is recovered."""
     found = {}
     for name, text in texts.items():
         losses = {

@@ -1,4 +1,4 @@
-"""What people call: compress a checkpoint, fine-tune what came of it; load one of any layout, compute logits with it, let it write."""
+"""What people call: compress a checkpoint, fine-tune the result; load any layout, compute logits, let it write."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains what isn't quantized to predict what the original model predicts; a new compressed checkpoint.
 
-    Norms, routers, attention and the levels of compressed experts; their symbols, and so their sizes, stay. Interrupted,
-    it goes on when repeated.
+    Norms, routers, attention and the levels of compressed experts; their symbols, and so their sizes, stay.
+    Interrupted, it goes on when repeated.
 
     Args:
       compressed: a compressed checkpoint, or an opened one.

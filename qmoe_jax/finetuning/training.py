@@ -142,7 +142,7 @@ class State(NamedTuple):
     batch: int
     steps: int
     total: float
-    history: tuple[dict[str, float | None], ...]
+    history: tuple[dict[str, Any], ...]
 
     def _arrays(self) -> Any:
         return self.trained, self.optimizer, self.best
