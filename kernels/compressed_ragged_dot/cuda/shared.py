@@ -12,10 +12,10 @@ import subprocess
 import tempfile
 
 import jax
-import numpy as np
 
 from qmoe_jax.kernels.compressed_ragged_dot import gpu
 
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Machine code for Hopper, and what drivers compile for any other GPU from compute capability 8.0 on.
 FLAGS = (
     *("-O3", "-std=c++17", "-w"),
@@ -30,7 +30,7 @@ def build(source: pathlib.Path) -> pathlib.Path:
     """
     nvcc = find_nvcc()
     version = subprocess.run([nvcc, "--version"], capture_output=True).stdout
-    key = hashlib.sha256(source.read_bytes() + version + repr((FLAGS, jax.lib.__version__)).encode())
+    key = hashlib.sha256(_sources(source) + version + repr((FLAGS, jax.lib.__version__)).encode())
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "qmoe_jax")
     library = cache / f"{source.stem}_cuda_{key.hexdigest()[:16]}.so"
     if not library.exists():
@@ -40,6 +40,11 @@ def build(source: pathlib.Path) -> pathlib.Path:
             compile_with(nvcc, source, *FLAGS, "-Xcompiler=-fPIC", "-shared", "-o", part)
             part.replace(library)  # at once, so that another process sees all of it or nothing
     return library
+
+
+def _sources(source: pathlib.Path) -> bytes:
+    """Everything beside it that it may include, too."""
+    return b"".join(p.read_bytes() for p in sorted(source.parent.iterdir()))
 
 
 def find_nvcc() -> str:
@@ -73,7 +78,6 @@ def load(source: pathlib.Path, function: str, target: str) -> str | None:
     return None
 
 
-def call(target: str, out: jax.ShapeDtypeStruct, *inputs: jax.Array, **attributes: int) -> jax.Array:
+def call(target: str, out: jax.ShapeDtypeStruct, *inputs: jax.Array, **attributes: object) -> jax.Array:
     """The registered function's result, like `out` in shape and dtype."""
-    values = {name: np.int32(value) for name, value in attributes.items()}
-    return gpu.vary_together((jax.ffi.ffi_call(target, out)(*inputs, **values), *inputs))[0]
+    return gpu.vary_together((jax.ffi.ffi_call(target, out)(*inputs, **attributes), *inputs))[0]
