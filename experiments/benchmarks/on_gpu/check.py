@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -91,7 +92,7 @@ def build(device) -> dict:
 
 
 def bandwidth(sizes: products.Sizes) -> dict:
-    timing = Timing(cuda.shared.build(SOURCE))
+    timing = Timing(ctypes.CDLL(str(cuda.shared.build(SOURCE))))
     return {
         "empty_kernel_microseconds": timing.empty_kernel(),
         "copy_bytes_per_second": timing.copy(max(sizes.cold_bytes, 1 << 20)),

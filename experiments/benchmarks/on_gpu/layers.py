@@ -1,4 +1,4 @@
-"""Stages 4 and 5: a layer of c2048 with all experts resident, generation, rehearsals, Hessians."""
+"""Stages 4 and 5: products as JAX runs them, a layer of c2048 with all experts resident, generation, rehearsals, Hessians."""
 
 from __future__ import annotations
 
@@ -11,24 +11,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.on_gpu import kernels, products
+from benchmarks.on_gpu import products
 from benchmarks.on_gpu.check import ROOT, output_of
 from benchmarks.on_gpu.report import Stage
-from qmoe_jax.kernels.compressed_ragged_dot.api import compressed_ragged_dot
+from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS, compressed_ragged_dot
 
 STEPS = 16  # of a program
+JIT_LOADS = ((1, 1), (8, 8))
 MODELS = ("switch_base_128", "switch_large_128", "switch_c_2048")
 TINY_MODEL = ROOT / "experiments/tiny_model/checkpoint_3000"
 
 
 def layers(stage: Stage, sizes: products.Sizes, dry_run: bool) -> None:
     """Stage 4: products with many experts; a layer's experts, compressed and all there, against a single dense one."""
-    out, width = list(sizes.shapes.values())[-1]
-    for experts in sizes.layer_experts:
-        for tokens in (1, 8):
-            what = dict(out=out, width=width, experts=experts, tokens=tokens)
-            run = functools.partial(many_experts, out, width, experts, tokens)
-            stage.attempt("product", what, run, least=20)
+    names = [name for name in IMPLEMENTATIONS if runs_here(name)]
+    stage.put("implementations", names)
+    for shape, (out, width) in sizes.shapes.items():
+        most = max(sizes.layer_experts) if shape == list(sizes.shapes)[-1] else min(sizes.layer_experts)
+        for tokens, active in JIT_LOADS:
+            what = dict(shape=shape, tokens=tokens, experts=active)
+            calls = max(1, min(sizes.calls // 4, min(sizes.layer_experts) // active))
+            run = functools.partial(jit_dense, out, width, tokens, active, calls)
+            stage.attempt("jit", {**what, "product": "dense"}, run, least=10)
+            for experts in sorted({min(sizes.layer_experts), most}):
+                for name in names:
+                    few = calls if name in ("cuda", "cpu") else 1  # XLA's loop takes milliseconds
+                    run = functools.partial(jit_compressed, out, width, experts, tokens, active, few, name)
+                    stage.attempt("jit", {**what, "product": f"{name} gap of {experts}"}, run, least=10)
     for batch in (1, 8):
         run = functools.partial(layer, max(out, width), min(out, width), sizes.layer_experts[-1], batch)
         stage.attempt("layer", dict(experts=sizes.layer_experts[-1], batch=batch), run, least=30)
@@ -43,9 +52,41 @@ def layers(stage: Stage, sizes: products.Sizes, dry_run: bool) -> None:
     stage.complete()
 
 
-def many_experts(out: int, width: int, experts: int, tokens: int) -> dict:
+def runs_here(name: str) -> bool:
+    try:
+        compressed_ragged_dot(jnp.ones((1, 8)), products.encoded(2, 8, 1), jnp.ones(1, jnp.int32), implementation=name)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def jit_compressed(
+    out: int, width: int, experts: int, tokens: int, active: int, calls: int, implementation: str
+) -> dict:
+    """A program of several products after each other, each with other experts."""
     rhs = products.encoded(out, width, experts)
-    return kernels.jit_compressed(rhs, tokens, min(tokens, experts), min(STEPS, experts // min(tokens, experts)), None)
+    sizes = products.group_sizes(calls, rhs.shape[0], tokens, active)
+    x = jnp.ones((tokens, rhs.shape[2]), jnp.bfloat16)
+
+    @jax.jit
+    def run(x, rhs, sizes):
+        return [compressed_ragged_dot(x, rhs, sizes[i], implementation=implementation) for i in range(calls)]
+
+    seconds = products.median_seconds(lambda: run(x, rhs, jnp.asarray(sizes)))
+    return {"microseconds": seconds / calls * 1e6, "calls": calls}
+
+
+def jit_dense(out: int, width: int, tokens: int, active: int, calls: int) -> dict:
+    """The same in bfloat16, dense; matrices [in, out], which XLA hands to cuBLAS or to a kernel of its own."""
+    W = [jnp.full((active, width, out), 0.01, jnp.bfloat16) for _ in range(calls)]
+    x = jnp.ones((active, tokens // active, width), jnp.bfloat16)
+
+    @jax.jit
+    def run(x, W):
+        return [jnp.einsum("eti,eio->eto", x, w, preferred_element_type=jnp.bfloat16) for w in W]
+
+    seconds = products.median_seconds(lambda: run(x, W))
+    return {"microseconds": seconds / calls * 1e6, "calls": calls}
 
 
 def layer(hidden: int, d_model: int, experts: int, batch: int) -> dict:

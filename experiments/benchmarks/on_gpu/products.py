@@ -30,7 +30,7 @@ class Sizes:
 
 
 FULL = Sizes(dict(zip(NAMES, arg_specs.SHAPES, strict=True)), LOADS, 1 << 30, 64, (128, 2048))
-TINY = Sizes({"tiny": (24, 40)}, ((1, 1), (4, 2)), 0, 2, (4,))
+TINY = Sizes({"tiny": (24, 40)}, ((1, 1), (4, 2)), 0, 2, (8,))
 
 
 def encoded(out: int, width: int, experts: int, codec: str = "gap", seed: int = 0) -> CompressedExperts:

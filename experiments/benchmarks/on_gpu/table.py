@@ -22,7 +22,9 @@ def summary(folder: pathlib.Path, stages: list[str]) -> str:
     if "check" in found:
         parts.append(_correct(found["check"], found.get("tests", {})))
     if "kernels" in found:
-        parts += [_speeds(found["kernels"], "events"), _speeds(found["kernels"], "jit"), _paper(found)]
+        parts += [_speeds(found["kernels"], "events"), _paper(found)]
+    if "layers" in found:
+        parts.append(_speeds(found["layers"], "jit"))
     if "rehearsal" in found:
         parts.append(_hours(found["rehearsal"]))
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -40,8 +40,13 @@ void Replay(int calls, int replays, float* microseconds, const std::function<voi
   call(stream, 0);  // what is loaded at a first call isn't loaded during capture
   Check(cudaStreamSynchronize(stream), "a first call");
   Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (int i = 0; i < calls; ++i) call(stream, i);
   cudaGraph_t graph;
+  try {
+    for (int i = 0; i < calls; ++i) call(stream, i);
+  } catch (...) {
+    cudaStreamEndCapture(stream, &graph);
+    throw;
+  }
   Check(cudaStreamEndCapture(stream, &graph), "the end of capture");
   cudaGraphExec_t program;
   Check(cudaGraphInstantiate(&program, graph, 0), "a graph");
@@ -80,8 +85,7 @@ __global__ void Empty() {}
 
 struct Timed {
   Handler handler = nullptr;
-  int sizes = 0;  // which argument holds the group sizes: int32 [calls * experts] instead of [experts]
-  int calls = 0;
+  int calls = 0;  // the last argument, group sizes, is int32 [calls * experts] instead of [experts]
   int replays = 0;
   float* microseconds = nullptr;
   cudaStream_t stream = nullptr;
@@ -104,12 +108,12 @@ void TimeCalls(XLA_FFI_CallFrame* frame) {
   std::memcpy(&api, frame->api, frame->api->struct_size < sizeof(api) ? frame->api->struct_size : sizeof(api));
   api.XLA_FFI_Stream_Get = OwnStream;
   std::vector<void*> arguments(frame->args.args, frame->args.args + frame->args.size);
-  XLA_FFI_Buffer sizes = *static_cast<XLA_FFI_Buffer*>(arguments.at(timed.sizes));
+  XLA_FFI_Buffer sizes = *static_cast<XLA_FFI_Buffer*>(arguments.back());
   if (sizes.rank != 1 || sizes.dims[0] % timed.calls) throw std::runtime_error("group sizes of another shape");
   int64_t experts = sizes.dims[0] / timed.calls;
   auto* first = static_cast<int32_t*>(sizes.data);
   sizes.dims = &experts;
-  arguments[timed.sizes] = &sizes;
+  arguments.back() = &sizes;
   XLA_FFI_CallFrame own = *frame;
   own.api = &api;
   own.args.args = arguments.data();
@@ -125,8 +129,8 @@ void TimeCalls(XLA_FFI_CallFrame* frame) {
 extern "C" {
 
 // What the next execution of `QmoeTimed` times.
-void TimingSet(void* handler, int sizes, int calls, int replays, float* microseconds) {
-  timed = {reinterpret_cast<Handler>(handler), sizes, calls, replays, microseconds, nullptr};
+void TimingSet(void* handler, int calls, int replays, float* microseconds) {
+  timed = {reinterpret_cast<Handler>(handler), calls, replays, microseconds, nullptr};
   failure = "the custom call was not executed";
 }
 

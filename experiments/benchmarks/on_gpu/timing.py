@@ -5,25 +5,24 @@ from __future__ import annotations
 import ctypes
 import pathlib
 import sysconfig
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 SOURCE = pathlib.Path(__file__).with_name("timing.cu")
-TARGET = "qmoe_timed"
 REPLAYS = 31
 
 
 class Timing:
     """The library's functions. Errors are RuntimeError, with CUDA's text; times are the median of `REPLAYS` replays."""
 
-    def __init__(self, library: pathlib.Path, platform: str = "CUDA"):
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library: ctypes.CDLL, platform: str = "CUDA", function: str = "QmoeTimed"):
+        self.library, self.platform, self.function = library, platform, getattr(library, function)
         for name in ("TimingFailure", "TimeEmpty", "TimeCopy", "TimeGemm"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.times = np.zeros(REPLAYS, np.float32)
-        self.platform = platform
-        self.registered = False
+        self.registered: set[str] = set()
 
     def empty_kernel(self) -> float:
         """Microseconds of a kernel that does nothing, one of many that follow each other."""
@@ -39,28 +38,25 @@ class Timing:
         path = str(cublas_library()).encode()
         return self._median(self.library.TimeGemm(path, *sizes, ctypes.c_int(by_rows), REPLAYS, self._out()))
 
-    def custom_call(self, handler, sizes_argument: int, calls: int, run) -> float:
+    def custom_call(self, target: str, handler, calls: int, run: Callable[[], object]) -> float:
         """Microseconds of one custom call.
 
         Args:
-          handler: the function that XLA would call: of a library that ctypes has loaded.
-          sizes_argument: which of its arguments is group_sizes.
+          target: what XLA calls it. This process must not have registered it, and not use it otherwise.
+          handler: the function that XLA would call: of a library that ctypes has loaded. Its last argument is
+            group_sizes, int32 [experts].
           calls: different ones, after each other.
-          run: executes a program with one custom call of `TARGET` instead, whose group sizes are int32
-            [calls * experts], and waits for it.
+          run: executes a program with one such call, whose group sizes are int32 [calls * experts], and waits for it.
         """
-        if self.registered is False:
-            self._set(handler, sizes_argument, calls)
-            function = jax.ffi.pycapsule(self.library.QmoeTimed)
-            jax.ffi.register_ffi_target(TARGET, function, platform=self.platform)
-            self.registered = True
-        self._set(handler, sizes_argument, calls)
+        self._set(handler, calls)
+        if target not in self.registered:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(self.function), platform=self.platform)
+            self.registered.add(target)
         run()
         return self._median(self.library.TimingFailure())
 
-    def _set(self, handler, sizes_argument, calls):
-        address = ctypes.cast(handler, ctypes.c_void_p)
-        self.library.TimingSet(address, sizes_argument, calls, REPLAYS, self._out())
+    def _set(self, handler, calls):
+        self.library.TimingSet(ctypes.cast(handler, ctypes.c_void_p), calls, REPLAYS, self._out())
 
     def _out(self):
         self.times[:] = np.nan
