@@ -9,8 +9,12 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(VENV)/bin/python experiments/demo.py --output=out/demo
 
+# Compiling is what takes time: here the compiler doesn't optimise. `test-all` takes programs as users have them.
+UNOPTIMISED := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+	--xla_cpu_parallel_codegen_split_count=1
+
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not long"
+	XLA_FLAGS="$(UNOPTIMISED) $$XLA_FLAGS" $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not long"
 
 # Those that take long and guard little beside the others, too.
 test-all: lint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import jax
 
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, cuda, pallas, triton, xla
+from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, cuda, gradient, pallas, triton, xla
 
 # Best first.
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, CompressedExperts, jax.Array], jax.Array]] = {
@@ -33,6 +34,9 @@ def compressed_ragged_dot(
     The contract of `jax.lax.ragged_dot` with a compressed right-hand side: the first group_sizes[0] rows of
     lhs meet expert 0, the next group_sizes[1] expert 1, and so on. Experts without tokens are not decoded.
 
+    Differentiable in reverse mode with respect to lhs and rhs.levels, from the same bytes (see `gradient`); symbols
+    have no derivative. `rhs.with_levels(levels)` puts in levels that are trained.
+
     Args:
       lhs: float32 or bfloat16 [tokens, in].
       rhs: experts of shape (experts, out, in).
@@ -50,11 +54,30 @@ def compressed_ragged_dot(
       NotImplementedError with the reason where the implementation named cannot run.
     """
     base.check_arguments(lhs, rhs, group_sizes)
-    if implementation is None:
-        return _best(lhs, rhs, group_sizes)
-    if implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation {implementation!r}. Known: {', '.join(IMPLEMENTATIONS)}.")
-    return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
+    return _product(implementation, lhs, rhs, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(implementation, lhs, rhs, group_sizes):
+    product = _best if implementation is None else IMPLEMENTATIONS[implementation]
+    return product(lhs, rhs, group_sizes)
+
+
+def _forward(implementation, lhs, rhs, group_sizes):
+    return _product(implementation, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _backward(implementation, residuals, g):
+    lhs, rhs, group_sizes = residuals
+    product = functools.partial(_product, implementation)
+    d_levels = gradient.d_levels(lhs, rhs, group_sizes, g, product).astype(rhs.levels.dtype)
+    d_rhs = dataclasses.replace(rhs, data=dict.fromkeys(rhs.data), levels=d_levels)
+    return gradient.transposed(g, rhs, group_sizes), d_rhs, None
+
+
+_product.defvjp(_forward, _backward)
 
 
 def _best(lhs, rhs, group_sizes):

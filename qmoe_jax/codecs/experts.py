@@ -87,6 +87,18 @@ class CompressedExperts:
             raise ValueError(f"levels: expert {expert}, row {row} has ({found}), expected at most {MOST_LEVEL:g}.")
         return _resident(data, jnp.asarray(levels), codec, shape)
 
+    def with_levels(self, levels: jax.Array) -> CompressedExperts:
+        """The same symbols with other levels [experts, out, L]; rounded to bfloat16. Works inside `jit`.
+
+        They are what can be trained: `jax.grad` of lambda levels: loss(experts.with_levels(levels)), with levels in
+        float32. They are not checked: `validate` does that.
+
+        Raises ValueError for another shape.
+        """
+        if levels.shape != self.levels.shape:
+            raise ValueError(f"levels: shape {list(levels.shape)}, expected {list(self.levels.shape)}.")
+        return dataclasses.replace(self, levels=levels.astype(self.levels.dtype))
+
     def stored(self) -> dict[str, np.ndarray]:
         """What a checkpoint stores, levels included: the inverse of `from_stored`."""
         return codecs.get(self.codec).pack(self.data, self.levels, self.shape)

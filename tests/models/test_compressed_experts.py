@@ -70,6 +70,8 @@ def documents():
     return load_examples(CARRIED / "validation.jsonl.gz", Vocabulary.load(CARRIED / "spm.model"), 24).pairs
 
 
+# That it is the loss of the dequantized weights: test_streaming.py.
+@pytest.mark.long
 def test_loss_is_that_of_plain_xla(carried, documents, as_xla):
     loss = lambda: streaming.run(open_checkpoint(carried), documents, streaming.Settings()).summary()["loss"]
     assert loss() == pytest.approx(as_xla(loss), abs=1e-4)

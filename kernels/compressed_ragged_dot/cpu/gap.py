@@ -2,8 +2,9 @@
 
 import ctypes
 
-# The library's function, and the arrays of `data` that it takes, in order.
+# The library's functions, and the arrays of `data` that they take, in order.
 FUNCTION = "QmoeGapDot"
+TRANSPOSED = "QmoeGapDotTransposed"
 ARRAYS = ("words", "word_counts", "starts", "skips", "parameters")
 
 

@@ -2,6 +2,7 @@
 // Loaded by ctypes from ../__init__.py; ../gap.py says what the arguments are.
 
 #include "shared/compressed_ragged_dot.h"
+#include "shared/transposed.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -134,6 +135,7 @@ struct Gap {
     return rows >= 8 * kStreams ? 3 : rows >= 4 * kStreams ? 2 : rows >= 2 * kStreams ? 1 : 0;
   }
 
+  int64_t MostLevels() const { return kLevels; }
   int64_t Size(int64_t expert) const { return word_counts[expert]; }
 
   Block At(int64_t expert, int64_t first, int64_t row, int64_t) const {
@@ -147,25 +149,45 @@ struct Gap {
   }
 };
 
+// The codec's own arrays, or an error where they don't fit the others.
+ffi::ErrorOr<Gap> Checked(ffi::Buffer<ffi::U32> words, ffi::Buffer<ffi::S32> word_counts, ffi::Buffer<ffi::U32> starts,
+                          ffi::Buffer<ffi::U8> skips, ffi::Buffer<ffi::U8> parameters, ffi::Buffer<ffi::BF16> levels,
+                          ffi::Buffer<ffi::S32> group_sizes, int64_t out) {
+  const auto shape = starts.dimensions();
+  const auto experts = group_sizes.element_count();
+  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || shape[2] < 1 ||
+      skips.element_count() != starts.element_count() || word_counts.element_count() != experts ||
+      parameters.element_count() != experts || levels.dimensions().size() != 3) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "expected starts and skips [experts, out, segments], word_counts and parameters [experts]"));
+  }
+  if (words.element_count() < 2) return ffi::Unexpected(ffi::Error::InvalidArgument("expected at least two words"));
+  return Gap{words.typed_data(),      static_cast<int64_t>(words.element_count()),
+             word_counts.typed_data(), starts.typed_data(),
+             skips.typed_data(),       parameters.typed_data(),
+             shape[1],                 shape[2],
+             levels.dimensions()[2]};
+}
+
 ffi::Error GapDot(ffi::ThreadPool pool, std::string_view isa, ffi::AnyBuffer lhs, ffi::Buffer<ffi::U32> words,
                   ffi::Buffer<ffi::S32> word_counts, ffi::Buffer<ffi::U32> starts, ffi::Buffer<ffi::U8> skips,
                   ffi::Buffer<ffi::U8> parameters, ffi::Buffer<ffi::BF16> levels, ffi::Buffer<ffi::S32> group_sizes,
                   ffi::Result<ffi::AnyBuffer> result, ffi::ResultBuffer<ffi::U8> scratch) {
-  const auto shape = starts.dimensions();
-  const auto experts = group_sizes.element_count();
-  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != result->dimensions().back() ||
-      shape[2] < 1 || skips.element_count() != starts.element_count() || word_counts.element_count() != experts ||
-      parameters.element_count() != experts || levels.dimensions().size() != 3) {
-    return ffi::Error::InvalidArgument(
-        "expected starts and skips [experts, out, segments], word_counts and parameters [experts]");
-  }
-  if (words.element_count() < 2) return ffi::Error::InvalidArgument("expected at least two words");
-  const Gap codec = {words.typed_data(),      static_cast<int64_t>(words.element_count()),
-                     word_counts.typed_data(), starts.typed_data(),
-                     skips.typed_data(),       parameters.typed_data(),
-                     shape[1],                 shape[2],
-                     levels.dimensions()[2]};
-  return CompressedRaggedDot(pool, FindInstructionSet(isa), codec, lhs, levels, group_sizes, result, scratch);
+  const int64_t out = result->dimensions().back();
+  const auto codec = Checked(words, word_counts, starts, skips, parameters, levels, group_sizes, out);
+  if (codec.has_error()) return codec.error();
+  return CompressedRaggedDot(pool, FindInstructionSet(isa), codec.value(), lhs, levels, group_sizes, result, scratch);
+}
+
+ffi::Error GapDotTransposed(ffi::ThreadPool pool, std::string_view isa, ffi::AnyBuffer g, ffi::Buffer<ffi::U32> words,
+                            ffi::Buffer<ffi::S32> word_counts, ffi::Buffer<ffi::U32> starts,
+                            ffi::Buffer<ffi::U8> skips, ffi::Buffer<ffi::U8> parameters,
+                            ffi::Buffer<ffi::BF16> levels, ffi::Buffer<ffi::S32> group_sizes,
+                            ffi::Result<ffi::AnyBuffer> result) {
+  const int64_t out = g.dimensions().back();
+  const auto codec = Checked(words, word_counts, starts, skips, parameters, levels, group_sizes, out);
+  if (codec.has_error()) return codec.error();
+  return CompressedRaggedDotTransposed(pool, FindInstructionSet(isa), codec.value(), g, levels, group_sizes, result);
 }
 
 }  // namespace
@@ -184,3 +206,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(QmoeGapDot, GapDot,
                                   .Arg<ffi::Buffer<ffi::S32>>()    // group_sizes
                                   .Ret<ffi::AnyBuffer>()           // [tokens, out]
                                   .Ret<ffi::Buffer<ffi::U8>>());   // scratch
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QmoeGapDotTransposed, GapDotTransposed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<std::string_view>("isa")
+                                  .Arg<ffi::AnyBuffer>()           // g
+                                  .Arg<ffi::Buffer<ffi::U32>>()    // words
+                                  .Arg<ffi::Buffer<ffi::S32>>()    // word_counts
+                                  .Arg<ffi::Buffer<ffi::U32>>()    // starts
+                                  .Arg<ffi::Buffer<ffi::U8>>()     // skips
+                                  .Arg<ffi::Buffer<ffi::U8>>()     // parameters
+                                  .Arg<ffi::Buffer<ffi::BF16>>()   // levels
+                                  .Arg<ffi::Buffer<ffi::S32>>()    // group_sizes
+                                  .Ret<ffi::AnyBuffer>());         // [tokens, in]

@@ -70,10 +70,20 @@ struct Rows {
   }
 };
 
+// A block of rows, and what is added to sums of its expert's tokens; see transposed.h.
+struct Columns {
+  Rows rows;       // without tokens and results
+  float* weights;  // written here: [rows.count, rows.x_stride]
+  const float* g;  // [rows.count, tokens]
+  int64_t tokens;
+  float* sums;  // [tokens, rows.x_stride], arranged as tokens are
+};
+
 template <typename Block>
 struct InstructionSet {
   void (*multiply_float32)(const Block&, const Rows&);
   void (*multiply_bfloat16)(const Block&, const Rows&);
+  void (*add_transposed)(const Block&, const Columns&);
 };
 
 inline float FromBfloat16(uint16_t bits) {

@@ -71,4 +71,4 @@ void Multiply(const Block& block, const Rows& rows) {
   }
 }
 
-constexpr InstructionSet<Block> kSet = {Multiply<float>, Multiply<uint16_t>};
+constexpr InstructionSet<Block> kSet = {Multiply<float>, Multiply<uint16_t>, AddTransposed};
