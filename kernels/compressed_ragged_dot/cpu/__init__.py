@@ -23,7 +23,7 @@ from qmoe_jax.kernels.grouped import varying_as
 ISAS = ("avx512", "avx2", "portable")
 TARGET = "qmoe_compressed_ragged_dot"  # and _ and the codec's name
 
-# A codec is csrc/CODEC.cc, CODEC.py with FUNCTION, ARRAYS and prepare(library), and a line here.
+# A codec is csrc/CODEC.cc, CODEC.py with FUNCTION, ARRAYS and prepare(library, num_levels), and a line here.
 CODECS: dict[str, ModuleType] = {
     "dictionary": dictionary,
     "gap": gap,
@@ -67,6 +67,7 @@ def _multiply(lhs, rhs, group_sizes, *, isa):
     experts, out = rhs.levels.shape[:2]
     if tokens == 0 or out == 0 or experts == 0:
         return jnp.zeros((tokens, out), lhs.dtype)
+    _prepare(rhs.codec, rhs.levels.shape[2])
     padded = -(-width // BLOCK) * BLOCK
     scratch = 4 * tokens * padded + ACTIVE_BYTES * min(experts, tokens) + ALIGNMENT
     results = jax.ShapeDtypeStruct((tokens, out), lhs.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
@@ -84,6 +85,13 @@ def _isa() -> str:
 
 
 @functools.cache
+def _prepare(codec: str, num_levels: int) -> None:
+    """Hands the library the tables that the codec needs, once; whatever is traced may count on them."""
+    library, _ = _load()
+    CODECS[codec].prepare(library, num_levels)
+
+
+@functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, registered with XLA; or None and the reason."""
     found = importlib.util.find_spec(f"{__package__}._cpu")
@@ -96,7 +104,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         for name, codec in CODECS.items():
             capsule = jax.ffi.pycapsule(getattr(library, codec.FUNCTION))
             jax.ffi.register_ffi_target(f"{TARGET}_{name}", capsule, platform="cpu")
-            codec.prepare(library)
     except (OSError, AttributeError, RuntimeError) as e:
         return None, f"its library {found.origin} cannot be loaded ({e}); install qmoe_jax again"
     library.QmoeHasInstructionSet.argtypes = [ctypes.c_char_p]

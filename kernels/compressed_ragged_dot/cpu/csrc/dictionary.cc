@@ -12,7 +12,7 @@ namespace {
 // How many codewords ahead memory is fetched: 2 KB, or about 10 us.
 constexpr int64_t kPrefetch = 1024;
 constexpr int64_t kSymbolsPerByte = 2;
-constexpr int64_t kLevels = 2;
+constexpr int64_t kMostLevels = 2;
 
 // The dictionary: 14 pairs of symbols of four bits each (two for the first, two for the second), in the last byte
 // how many of them there are. Filled once by QmoeSetDictionary.
@@ -34,6 +34,7 @@ struct Block {
 struct Dictionary {
   using Block = ::Block;
   static constexpr int64_t kSymbolsPerByte = ::kSymbolsPerByte;
+  static constexpr int64_t kMostLevels = ::kMostLevels;
   static constexpr int64_t kBytesFewTokens = 12 << 10;  // Within the first-level cache.
   static constexpr int64_t kSlack = 128;                // Four codewords, and whole vectors.
 
@@ -67,7 +68,7 @@ ffi::Error DictionaryDot(ffi::ThreadPool pool, std::string_view isa, ffi::AnyBuf
   const auto shape = row_offsets.dimensions();
   const auto experts = group_sizes.element_count();
   if (shape.size() != 2 || shape[0] != static_cast<int64_t>(experts) || shape[1] != result->dimensions().back() + 1 ||
-      levels.dimensions().back() != kLevels) {
+      levels.dimensions().back() != kMostLevels) {
     return ffi::Error::InvalidArgument("expected row_offsets [experts, out + 1] and levels [experts, out, 2]");
   }
   const Dictionary codec = {codewords.typed_data(), static_cast<int64_t>(codewords.element_count()),
