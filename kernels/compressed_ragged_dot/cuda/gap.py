@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qmoe_jax.codecs import gap, gap_codes
+from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot.cuda import shared
 from qmoe_jax.kernels.compressed_ragged_dot.gpu import gap as streams
@@ -98,10 +98,7 @@ def tables(num_levels: int) -> np.ndarray:
 
 def slots(num_levels: int) -> np.ndarray:
     """Which row of `tables` is whose, by what `parameters` may say: uint8 [256]."""
-    numbers = np.arange(256)
-    return np.clip(np.searchsorted(gap_codes.numbers(num_levels), numbers), 0, len(tables(num_levels)) - 1).astype(
-        np.uint8
-    )
+    return np.asarray(gap.table_rows(np.arange(256), num_levels), np.uint8)
 
 
 def _power_of_two(n: int) -> int:
