@@ -10,13 +10,13 @@ from collections.abc import Callable
 import jax
 
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, cuda, gradient, pallas, triton, xla
+from qmoe_jax.kernels.compressed_ragged_dot import base, cpu, cuda, gradient, pallas, xla
 
 # Best first.
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, CompressedExperts, jax.Array], jax.Array]] = {
     "cpu": cpu.compressed_ragged_dot,
     "cuda": cuda.compressed_ragged_dot,
-    "triton": triton.compressed_ragged_dot,
+    "triton": pallas.compressed_ragged_dot,
     "pallas": pallas.compressed_ragged_dot,
     "xla": xla.compressed_ragged_dot,
 }
