@@ -169,7 +169,9 @@ def _encode(
         end = int(bit[-1] + ones_before[-1])
         words[word : -(-end // 32)] ^= place(holes[tail], at - 32 * word, -(-end // 32) - word)
         # --- Which of them hold the first weights of segments.
-        weight = np.add.outer(np.arange(len(chunk)) * columns, np.arange(0, columns, segment_columns(columns)))  # [rows, segments]
+        weight = np.add.outer(
+            np.arange(len(chunk)) * columns, np.arange(0, columns, segment_columns(columns))
+        )  # [rows, segments]
         block = np.arange(len(chunk))[:, None] // BLOCK_ROWS
         following = np.searchsorted(position, weight)  # the first non-zero that isn't before the segment
         previous = np.append(-1, position)[following]
@@ -327,7 +329,9 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
         bit, position = walk_to(first, *state)
         return (bit, position), (bit, first - position)
 
-    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, segment_columns(columns))).reshape(-1)
+    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, segment_columns(columns))).reshape(
+        -1
+    )
     state, (starts, skips) = jax.lax.scan(to_segment, (bit, jnp.zeros_like(weights)), jnp.asarray(segments, jnp.int32))
     bit, position = walk_to(weights, *state)
     more = position < weights  # One token more, which stands for weights that don't exist too: it has to be zeros.
