@@ -52,7 +52,7 @@ def programs(ptx: str, operations: dict[str, int]) -> list[Program]:
                 statics[name] = shared
                 shared += size
         elif found := re.fullmatch(
-            r"(\.version \S+ \.target [\w, ]+ \.address_size 64 ?)?(\.visible|\.weak)?", statement
+            r"(\.version \S+ \.target [\w, ]+ \.address_size 64 ?)?((\.visible|\.weak) ?)*", statement
         ):
             pass
         elif not (rest := re.sub(r"^\.version \S+ \.target [\w, ]+ \.address_size 64 ?", "", statement)):
