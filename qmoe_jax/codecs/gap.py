@@ -57,6 +57,7 @@ __all__ = [
     "decode_expert",
     "encode_experts",
     "pack",
+    "segment_columns",
     "static_bound",
     "stored_nbytes",
     "table_rows",
@@ -246,8 +247,9 @@ def decode_expert(
     slot = table_rows(data["parameters"][expert], num_levels)
     entries = jnp.asarray(window_table(num_levels))[slot]  # [2^WINDOW]
 
-    begin = jnp.arange(0, columns, segment_columns(columns))
-    end = jnp.minimum(begin + SEGMENT, columns)
+    segment = segment_columns(columns)
+    begin = jnp.arange(0, columns, segment)
+    end = jnp.minimum(begin + segment, columns)
     begin, end = (jnp.broadcast_to(a, (out, begin.size)) for a in (begin, end))  # [out, segments]
     row = jnp.arange(out)[:, None] * columns
 

@@ -10,6 +10,7 @@ Without a GPU that compiles for all those in `shared.ARCHITECTURES`.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from types import ModuleType
 
@@ -20,8 +21,9 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot import gpu
 from qmoe_jax.kernels.compressed_ragged_dot.cuda import gap, shared
 
-# Each has SOURCE, FUNCTION in it and TARGET, what XLA calls it; Config, `heuristic` (tokens, shape, dtype) -> Config, and
-# `multiply` with a config. `dictionary` is left to `pallas/`: `convert` makes `gap` of it, which is smaller and faster.
+# Each has SOURCE, FUNCTION in it, TARGET, what XLA calls it, and WARM_UP, which loads all kernels; Config, `heuristic`
+# (tokens, shape, dtype) -> Config, and `multiply` with a config. `dictionary` is left to `pallas/`: `convert` makes
+# `gap` of it, which is smaller and takes half the instructions.
 CODECS: dict[str, ModuleType] = {
     "gap": gap,
 }
@@ -31,8 +33,17 @@ def why_not(rhs: CompressedExperts) -> str | None:
     """Why this implementation cannot multiply by `rhs` here; None where it can. Compiles the library if need be."""
     if reason := gpu.why_not(rhs, CODECS):
         return reason
-    codec = CODECS[rhs.codec]
-    return shared.load(codec.SOURCE, codec.FUNCTION, codec.TARGET)
+    return _failure(rhs.codec)
+
+
+@functools.cache
+def _failure(codec):
+    own = CODECS[codec]
+    if reason := shared.load(own.SOURCE, own.FUNCTION, own.TARGET, own.WARM_UP):
+        return reason
+    if reason := gpu.check.failure(multiply, codec):
+        return f"its self-check failed ({reason})"
+    return None
 
 
 def compressed_ragged_dot(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:

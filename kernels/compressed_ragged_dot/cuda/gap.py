@@ -25,6 +25,7 @@ from qmoe_jax.kernels.compressed_ragged_dot.gpu import gap as streams
 SOURCE = pathlib.Path(__file__).with_name("csrc") / "gap.cu"
 FUNCTION = "QmoeGapCuda"
 TARGET = "qmoe_gap_cuda"
+WARM_UP = "QmoeGapWarmUp"
 
 ROWS = 128  # of a block of threads
 MULTIPROCESSORS = 132  # of an H100; others differ little in what blocks they need

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from qmoe_jax.kernels.compressed_ragged_dot import gpu
 from qmoe_jax.codecs.gap import segment_columns
+from qmoe_jax.kernels.compressed_ragged_dot import gpu
 from qmoe_jax.kernels.compressed_ragged_dot.gpu.gap import (
     LEVEL_MASK,
     LEVEL_SHIFTS,
@@ -132,7 +132,7 @@ def _for_nonzeros(words, starts, skips, levels, table, items, item, segment, row
         window = (low >> position) | ((high << 1) << (position ^ 31))
         for _ in range(LOOKUPS):
             key = (window & ((1 << WINDOW) - 1)).astype(jnp.int32)
-            entry = plgpu.load(table.at[slot, key], mask=more, other=0)
+            entry = plgpu.load(table.at[slot, key], mask=more, other=NO_SECOND)
             after = column + (entry >> WEIGHTS_SHIFT).astype(jnp.int32)
             first = column + ((entry >> PLACE_SHIFT) & PLACE_MASK).astype(jnp.int32)
             second = (after - 1) | (entry & NO_SECOND).astype(jnp.int32)

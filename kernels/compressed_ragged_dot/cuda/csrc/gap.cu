@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "tiles.cuh"
 #include "xla/ffi/api/ffi.h"
@@ -24,6 +25,7 @@ struct Launch {
   int splits, row_blocks;
   int64_t blocks;
   cudaStream_t stream;
+  bool load_only;  // the kernel, instead of running it
 };
 
 ffi::Error Checked(cudaError_t error) {
@@ -31,11 +33,18 @@ ffi::Error Checked(cudaError_t error) {
   return ffi::Error::Success();
 }
 
+template <typename Kernel>
+ffi::Error Load(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return Checked(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+}
+
 template <typename X, bool kSeveral, int kLevels>
 ffi::Error FewTokens(const Launch& l) {
   constexpr int kBytes =
       sizeof(qmoe::ItemSpace) + (kSeveral ? qmoe::kFewBytes<qmoe::Several<X>, kLevels> : qmoe::kFewBytes<qmoe::One<X>, kLevels>);
   static_assert(kBytes <= 48 << 10, "more has to be allowed by an attribute, which a call must not set");
+  if (l.load_only) return Load(qmoe::FewTokens<X, kSeveral, kLevels>);
   qmoe::FewTokens<X, kSeveral, kLevels><<<static_cast<unsigned>(l.blocks), kThreads, kBytes, l.stream>>>(
       l.a, static_cast<const X*>(l.lhs), l.parts, l.row_blocks, l.passes, l.num_levels);
   return Checked(cudaGetLastError());
@@ -45,6 +54,7 @@ template <typename X, int kTokens, int kLevels>
 ffi::Error Tiles(const Launch& l) {
   constexpr int kBytes = sizeof(qmoe::ItemSpace) + qmoe::kTilesBytes<X, kTokens, kLevels>;
   static_assert(kBytes <= 48 << 10, "more has to be allowed by an attribute, which a call must not set");
+  if (l.load_only) return Load(qmoe::Tiles<X, kTokens, kLevels>);
   qmoe::Tiles<X, kTokens, kLevels><<<static_cast<unsigned>(l.blocks), kThreads, kBytes, l.stream>>>(
       l.a, static_cast<const X*>(l.lhs), l.parts, l.row_blocks, l.splits, l.split_segments, l.num_levels);
   return Checked(cudaGetLastError());
@@ -134,6 +144,37 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::BufferR1<ffi::U32> 
 }
 
 }  // namespace
+
+// Loads all kernels on all GPUs, so that no call has to, which might be one that is captured in a graph: "", or the error.
+extern "C" const char* QmoeGapWarmUp() {
+  static std::string text;
+  int devices = 0, current = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaSuccess) error = cudaGetDevice(&current);
+  for (int device = 0; device < devices && error == cudaSuccess; ++device) {
+    error = cudaSetDevice(device);
+    for (int levels = 2; levels <= 4 && error == cudaSuccess; ++levels) {
+      for (int log2_block : {0, 3, 4, 5, 6}) {
+        for (bool is_float : {false, true}) {
+          if (is_float && log2_block > 4) continue;
+          Launch l = {};
+          l.load_only = true;
+          l.num_levels = levels;
+          l.a.groups.log2_block = log2_block;
+          const bool tiles = log2_block > 3;
+          const ffi::Error failed = is_float ? WithType<float>(l, tiles) : WithType<uint16_t>(l, tiles);
+          if (failed.failure()) {
+            text = failed.message();
+            return text.c_str();
+          }
+        }
+      }
+    }
+  }
+  if (error == cudaSuccess) error = cudaSetDevice(current);
+  text = error == cudaSuccess ? "" : cudaGetErrorString(error);
+  return text.c_str();
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(QmoeGapCuda, Run,
                               ffi::Ffi::Bind()
