@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
-from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
-from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
+from qmoe_jax.quantization.gptq import Quantized, compile_gptq, gptq, round_to_nearest
+from qmoe_jax.quantization.rate_distortion import compile_rate_distortion, rate_distortion, refit_levels
 
 TERNARY = 1.5
 LEVELS = {TERNARY: 2, 2: 3}  # beside zero
@@ -55,6 +55,8 @@ class Method(Protocol):
       target_bits: per weight as stored, for which several Lagrangians are tried (`Priced`); None: it isn't tried.
       bits: nominal, for reports: 1.5 is the paper's name for ternary.
       levels: how many values a row has beside zero.
+
+    A method that takes long to compile may have `compile(W, H)` too: for `jax.ShapeDtypeStruct`s like its arrays.
     """
 
     title: ClassVar[str]
@@ -160,15 +162,14 @@ class Gptq:
 
     def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None = None) -> Quantized:
         assert H is not None
-        quantized = gptq(
-            W,
-            H,
-            bits=self.bits,
-            block_size=self.block_size,
-            damping=self.damping,
-            activation_order=self.activation_order,
-        )
+        quantized = gptq(W, H, **self._settings())
         return refit_levels(W, H, quantized, damping=self.damping) if self.refits else quantized
+
+    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
+        compile_gptq(W, H, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {f: getattr(self, f) for f in ("bits", "block_size", "damping", "activation_order")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,17 +240,14 @@ class RateDistortion:
         return self.at(W, H, importance, self.lagrangian)
 
     def at(self, W: jax.Array, H: jax.Array, importance: jax.Array, lagrangian: Any, codes: Any = None) -> Quantized:
-        return rate_distortion(
-            W,
-            H,
-            lagrangian / importance,
-            codes=codes,
-            refits=self.refits,
-            level_bits=self.level_bits,
-            block_size=self.block_size,
-            damping=self.damping,
-            activation_order=self.activation_order,
-        )
+        return rate_distortion(W, H, lagrangian / importance, codes=codes, **self._settings())
+
+    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
+        compile_rate_distortion(W, H, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        fields = ("refits", "level_bits", "block_size", "damping", "activation_order")
+        return {f: getattr(self, f) for f in fields}
 
 
 METHODS: dict[str, Any] = {
