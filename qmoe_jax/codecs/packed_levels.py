@@ -1,9 +1,10 @@
 """Rows' levels in the bits that they need.
 
 A field is sign, exponent and mantissa, the mantissa in its lowest bits: the upper ones of bfloat16's 7, as many as
-the expert's fields need. Exponent 0 means zero, any other is bfloat16's - base + 1.
+the expert's fields need. Exponent 0 means zero, any other is bfloat16's - base + 1. The sign takes a bit, or, where all
+are positive (0) or all those but zero of a row's first L // 2 levels and no others negative (2), none.
 
-Formats, uint8 [experts, 5]: base exponent, exponent bits, mantissa bits, sign bits, kind. Words, uint32 [k]: all
+Formats, uint8 [experts, 5]: base exponent, exponent bits, mantissa bits, signs (0, 1 or 2), kind. Words, uint32 [k]: all
 experts' fields from the least significant bit up, each expert's padded to whole words. By kind, an expert's words are
 
     L          a field for each level of each row
@@ -45,10 +46,10 @@ def pack_levels(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _pack_expert(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """levels bfloat16 [out, L] -> words uint32 [k], format uint8 [5]."""
     num_levels = levels.shape[1]
-    fields, form = _pack_fields(levels.reshape(-1))
+    fields, form = _pack_fields(levels.reshape(-1), num_levels)
     best = fields, [*form, num_levels]
     scale = np.abs(levels.astype(np.float32)).max(-1).astype(ml_dtypes.bfloat16)
-    fields, form = _pack_fields(scale)
+    fields, form = _pack_fields(scale, 1)
     if num_levels + fields.size < best[0].size and (ladder := find_ladder(levels)) is not None:
         best = np.concatenate([ladder.view(np.uint32), fields]), [*form, LADDER + num_levels]
     return best[0], np.array(best[1], np.uint8)
@@ -85,8 +86,8 @@ def _of_ladder(scale: np.ndarray, ladder: np.ndarray) -> np.ndarray:
     return (scale.astype(np.float32)[:, None] * ladder.astype(np.float32)).astype(ml_dtypes.bfloat16)
 
 
-def _pack_fields(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """bfloat16 [n] -> words uint32 [k]; base exponent, exponent bits, mantissa bits, sign bits: the least that do."""
+def _pack_fields(values: np.ndarray, of_row: int) -> tuple[np.ndarray, list[int]]:
+    """bfloat16 [rows * of_row] -> words uint32 [k]; base exponent, exponent bits, mantissa bits, signs."""
     bits = values.view(np.uint16).astype(np.int64)
     zero = bits & 0x7FFF == 0
     exponent = bits >> 7 & 255
@@ -95,12 +96,20 @@ def _pack_fields(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
     mantissas = int(np.bitwise_or.reduce(bits & 127))
     mantissa_bits = 8 - (mantissas & -mantissas).bit_length() if mantissas else 0
     exponent_bits = max(1, span.bit_length())  # Orbax refuses empty arrays.
-    sign_bits = int((bits >> 15).max())
+    negative = bits >> 15
+    signs = int(negative.max())
+    if signs and np.array_equal(negative, _first(of_row, bits.size) & ~zero):
+        signs, negative = 2, np.zeros_like(negative)
     exponent = np.where(zero, 0, exponent - base + 1)
-    codes = bits >> 15 << exponent_bits + mantissa_bits | exponent << mantissa_bits | (bits & 127) >> 7 - mantissa_bits
-    width = exponent_bits + mantissa_bits + sign_bits
+    codes = negative << exponent_bits + mantissa_bits | exponent << mantissa_bits | (bits & 127) >> 7 - mantissa_bits
+    width = exponent_bits + mantissa_bits + signs % 2
     words = place(codes, width * np.arange(values.size), -(-width * values.size // 32))
-    return words, [base if span else 0, exponent_bits, mantissa_bits, sign_bits]
+    return words, [base if span else 0, exponent_bits, mantissa_bits, signs]
+
+
+def _first(of_row: int, count: int) -> np.ndarray:
+    """Which of a row's levels are in its first half, bool [count], row after row."""
+    return np.arange(count) % of_row < of_row // 2
 
 
 def unpack_levels(words: np.ndarray, formats: np.ndarray, out: int, held: Sequence[int]) -> np.ndarray:
@@ -108,7 +117,7 @@ def unpack_levels(words: np.ndarray, formats: np.ndarray, out: int, held: Sequen
 
     Raises ValueError, naming the expert and the row, for what that doesn't return.
     """
-    limits = np.array([254, 8, 7, 1, LADDER + max(held)])
+    limits = np.array([254, 8, 7, 2, LADDER + max(held)])
     for expert in np.flatnonzero((formats > limits).any(-1) | ~np.isin(formats[:, 4] % LADDER, held)):
         raise ValueError(f"level_formats: expert {expert} has {formats[expert].tolist()}, expected at most {limits}.")
     num_levels = int(formats[0, 4]) % LADDER
@@ -118,7 +127,7 @@ def unpack_levels(words: np.ndarray, formats: np.ndarray, out: int, held: Sequen
         )
     ladders = formats[:, 4] >= LADDER
     fields = out * np.where(ladders, 1, num_levels)
-    counts = np.where(ladders, num_levels, 0) - (-formats[:, 1:4].sum(-1, dtype=np.int64) * fields // 32)
+    counts = np.where(ladders, num_levels, 0) - (-_width(formats) * fields // 32)
     if (needed := int(counts.sum())) != words.size:
         raise ValueError(f"level_words: found {words.size}, but level_formats count {needed}.")
 
@@ -135,15 +144,22 @@ def unpack_levels(words: np.ndarray, formats: np.ndarray, out: int, held: Sequen
     return levels
 
 
+def _width(formats: np.ndarray) -> np.ndarray:
+    """Bits of a field, int64 [...], of formats [..., 5]."""
+    return formats[..., 1:3].sum(-1, dtype=np.int64) + formats[..., 3] % 2
+
+
 def _unpack_fields(words: np.ndarray, form: np.ndarray, count: int, expert: int) -> np.ndarray:
     """Inverse of `_pack_fields`: bfloat16 [count]."""
-    base, exponent_bits, mantissa_bits, sign_bits, kind = form.astype(np.uint64)
-    at = int(exponent_bits + mantissa_bits + sign_bits) * np.arange(count)
+    base, exponent_bits, mantissa_bits, signs, kind = form.astype(np.uint64)
+    at = int(_width(form)) * np.arange(count)
     padded = np.append(words, np.zeros(2, np.uint32)).astype(np.uint64)
     codes = (padded[at >> 5] | padded[(at >> 5) + 1] << 32) >> (at & 31).astype(np.uint64)
     mantissa = (codes & (1 << mantissa_bits) - 1) << 7 - mantissa_bits
     exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1
-    sign = codes >> mantissa_bits + exponent_bits & sign_bits
+    sign = codes >> mantissa_bits + exponent_bits & signs % 2
+    if signs == 2:
+        sign = (_first(1 if kind >= LADDER else int(kind), count) & (exponent > 0)).astype(np.uint64)
     bits = sign << 15 | np.where(exponent == 0, 0, exponent + base - 1) << 7 | mantissa
     bad = (exponent + base > 255) & (exponent > 0) | (exponent == 0) & (mantissa > 0)
     for i in np.flatnonzero(bad):

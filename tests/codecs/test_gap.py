@@ -293,11 +293,12 @@ def test_levels_are_stored_without_loss(bits, num_levels):
 
 
 def test_levels_take_the_bits_that_they_need():
-    """[-1.5, 3] and [-3, 2]: a sign, two exponents and zero in two bits, one bit of mantissa."""
-    levels = np.tile(np.float32([[-1.5, 3.0], [-3.0, 2.0]]), (1, 50, 1))
-    stored = CompressedExperts.from_symbols(np.zeros((1, 100, 8), np.uint8), levels, "gap").stored()
-    assert stored["level_formats"].tolist() == [[127, 2, 1, 1, 2]]
-    assert stored["level_words"].size == math.ceil(200 * 4 / 32)
+    """Two exponents and zero in two bits, one bit of mantissa; a sign only where the level's place doesn't tell it."""
+    levels = np.tile(np.float32([[-1.5, 3.0], [-3.0, 2.0]]), (2, 50, 1))
+    levels[1, 7] = 1.5, 2
+    stored = CompressedExperts.from_symbols(np.zeros((2, 100, 8), np.uint8), levels, "gap").stored()
+    assert stored["level_formats"].tolist() == [[127, 2, 1, 2, 2], [127, 2, 1, 1, 2]]
+    assert stored["level_words"].size == math.ceil(200 * 3 / 32) + math.ceil(200 * 4 / 32)
 
 
 # --- Damage ----------------------------------------------------------------------------------------------------------
