@@ -82,11 +82,6 @@ class Priced(Method, Protocol):
     @property
     def lagrangian(self) -> float | None: ...
 
-    @property
-    def steps(self) -> int | None:
-        """Levels on either side of zero; 0: two of each row's own, None: as many as the rate wants."""
-        ...
-
     def at(
         self,
         W: jax.Array,
@@ -96,7 +91,10 @@ class Priced(Method, Protocol):
         codes: Any = None,
         steps: int | None = None,
     ) -> Quantized:
-        """With another Lagrangian, or one for each row; rows of the same `codes` share a code."""
+        """With another Lagrangian, or one for each row; rows of the same `codes` share a code.
+
+        `steps` is given only where the method has a field of that name, which is None: what trials chose for a layer.
+        """
         ...
 
 
