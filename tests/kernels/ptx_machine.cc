@@ -744,6 +744,7 @@ void Launch(const Program& program, Dim grid, Dim block, uint64_t dynamic_shared
   if (program.most_threads && threads > uint64_t(program.most_threads)) throw Fault("a launch of more threads than the kernel is built for");
   State& state = TheState();
   const uint64_t launch = uint64_t(++state.counts.launches);
+  ++program.launches;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t b = state.order == kBackwards ? blocks - 1 - i : i;
@@ -791,6 +792,8 @@ void PtxOrder(int order, uint32_t seed) {
   ptx::TheState().order = static_cast<ptx::Order>(order);
   ptx::TheState().seed = seed;
 }
+
+int64_t PtxLaunches(const char* name) { return ptx::TheState().programs.at(name).launches; }
 
 // What went wrong, or an empty text.
 const char* PtxLaunch(const char* name, const uint32_t* grid, const uint32_t* block, uint64_t shared, void* const* arguments) {
