@@ -211,3 +211,15 @@ def test_tensor_cores_multiply(machine):
     found, _ = run(machine, body, words, out=out)
     assert not found
     np.testing.assert_allclose(out, a.astype(float) @ b.astype(float), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
+def test_atomics_need_no_order_and_all_count(machine, order):
+    body = """mov.u32 %r6, shared; setp.ne.u32 %p1, %r0, 0; @%p1 bra $L; st.shared.u32 [%r6], 5; $L: bar.sync 0;
+	red.shared.add.u32 [%r6], %r0; bar.sync 0; ld.shared.u32 %r7, [%r6]; st.global.u32 [%rd1], %r7;
+	bar.sync 0; atom.global.max.u32 %r8, [%rd1], 9999; ret;"""
+    found, out = run(machine, body, WORDS, order=order, threads=64)
+    assert not found
+    assert out.tolist() == [9999] * 64
+    found, _ = run(machine, body.replace("bar.sync 0;\n", "\n", 1), WORDS, order=order, threads=64)
+    assert re.search("no barrier stands between|nobody wrote", found)
