@@ -15,7 +15,7 @@ for symbol 2 where there are two levels; 10, 0, 11 for symbols 1, 2, 3 where the
 for each expert the one that costs least. Bits fill uint32 words from the least significant bit up. Each expert ends
 with zero bits to a whole word and one more word of zeros, so that 32 bits can be read anywhere from two words.
 
-Resident (`data`), with segments = ceil(in / SEGMENT):
+Resident (`data`), with segments = ceil(in / SEGMENT), all but the last one `segment_columns(in, segments)` long:
 
     words        uint32 [n]                       all experts' words, one expert after another
     word_counts  int32 [experts]                  words of each expert
@@ -47,7 +47,7 @@ from qmoe_jax.codecs.packed_levels import level_counts, level_formats, pack_leve
 
 PARAMETERS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64)
 BLOCK_ROWS = 32
-SEGMENT = 1024
+SEGMENT = 512
 LEVELS = (2, 3)
 
 # Decoders look at this many bits at once. A token with a non-zero has at most 9; what remains is for more tokens.
@@ -55,6 +55,12 @@ WINDOW = 12
 
 # Weights encoded at once: small enough for the working memory, about two bytes for each, to stay in the cache.
 CHUNK_WEIGHTS = 1_000_000
+
+
+def segment_columns(columns: int, segments: int | None = None) -> int:
+    """Columns of each segment of a row but the last: as equal as multiples of 16 can be, none above SEGMENT."""
+    segments = segments or -(-columns // SEGMENT)
+    return -(-columns // (16 * segments)) * 16
 
 
 # --- Tokens ---------------------------------------------------------------------------------------------------------
@@ -163,7 +169,9 @@ def _encode(
         end = int(bit[-1] + ones_before[-1])
         words[word : -(-end // 32)] ^= place(holes[tail], at - 32 * word, -(-end // 32) - word)
         # --- Which of them hold the first weights of segments.
-        weight = np.add.outer(np.arange(len(chunk)) * columns, np.arange(0, columns, SEGMENT))  # [rows, segments]
+        weight = np.add.outer(
+            np.arange(len(chunk)) * columns, np.arange(0, columns, segment_columns(columns))
+        )  # [rows, segments]
         block = np.arange(len(chunk))[:, None] // BLOCK_ROWS
         following = np.searchsorted(position, weight)  # the first non-zero that isn't before the segment
         previous = np.append(-1, position)[following]
@@ -256,7 +264,7 @@ def decode_expert(
     slot = jnp.searchsorted(jnp.asarray(PARAMETERS), parameters[expert])
     entries = jnp.asarray(window_table(num_levels))[jnp.minimum(slot, len(PARAMETERS) - 1)]  # [2^WINDOW]
 
-    begin = jnp.arange(0, columns, SEGMENT)
+    begin = jnp.arange(0, columns, segment_columns(columns))
     end = jnp.minimum(begin + SEGMENT, columns)
     begin, end = (jnp.broadcast_to(a, (out, begin.size)) for a in (begin, end))  # [out, segments]
     row = jnp.arange(out)[:, None] * columns
@@ -321,7 +329,9 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
         bit, position = walk_to(first, *state)
         return (bit, position), (bit, first - position)
 
-    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, SEGMENT)).reshape(-1)
+    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, segment_columns(columns))).reshape(
+        -1
+    )
     state, (starts, skips) = jax.lax.scan(to_segment, (bit, jnp.zeros_like(weights)), jnp.asarray(segments, jnp.int32))
     bit, position = walk_to(weights, *state)
     more = position < weights  # One token more, which stands for weights that don't exist too: it has to be zeros.

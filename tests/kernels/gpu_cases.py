@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config
 
@@ -95,7 +96,7 @@ def abstract_arguments(tokens, shape, dtype, codec="dictionary"):
     """lhs, rhs, group_sizes without values, to lower with."""
     experts, out, width = shape
     name, num_levels = CODECS[codec]
-    segments = -(-width // 1024)
+    segments = -(-width // gap.SEGMENT)
     arrays = {
         "dictionary": {
             "codewords": ((experts * out * -(-width // 20),), jnp.uint16),
