@@ -30,7 +30,8 @@ struct Touch {
   uint32_t write_barrier = 0, write_warp = 0, read_barrier = 0, read_warp = 0;
   bool several_warps = false;
   bool in_flight = false;
-  bool atomic = false;  // the write
+  int32_t atomic = -1;  // the thread of the last atomic since then; -2: several
+  uint32_t atomic_barrier = 0, atomic_warp = 0;
 };
 
 class Memory {
@@ -69,9 +70,12 @@ class Memory {
       if (touch.in_flight && !in_flight) Die(t, "touches shared memory that a copy under way writes" + At(address, bytes));
       if (touch.writer == -1) {
         if (!write) Die(t, "reads shared memory that nobody wrote" + At(address, bytes));
-      } else if (!(atomic && touch.atomic) && !Ordered(touch.writer, touch.write_barrier, touch.write_warp, t)) {
+      } else if (!Ordered(touch.writer, touch.write_barrier, touch.write_warp, t)) {
         Die(t, std::string(write ? "writes" : "reads") + " shared memory that thread " + std::to_string(touch.writer) +
                    " wrote, and no barrier stands between" + At(address, bytes));
+      }
+      if (touch.atomic != -1 && !atomic && !Ordered(touch.atomic, touch.atomic_barrier, touch.atomic_warp, t)) {
+        Die(t, "accesses shared memory after an atomic of another thread, and no barrier stands between" + At(address, bytes));
       }
       if (write) {
         const bool read_now = touch.reader != -1 && touch.read_barrier >= thread.barriers;
@@ -80,11 +84,18 @@ class Memory {
                                Ordered(touch.reader, touch.read_barrier, touch.read_warp, t);
           if (!ordered) Die(t, "writes shared memory that another thread reads, and no barrier stands between" + At(address, bytes));
         }
+        if (atomic) {
+          const bool first = touch.atomic == -1 || touch.atomic_barrier < thread.barriers || touch.atomic == t;
+          touch.atomic = first ? t : -2;
+          touch.atomic_barrier = thread.barriers;
+          touch.atomic_warp = thread.warp_barriers;
+          continue;
+        }
         touch.writer = t;
         touch.write_barrier = thread.barriers;
         touch.write_warp = thread.warp_barriers;
         touch.in_flight = in_flight;
-        touch.atomic = atomic;
+        touch.atomic = -1;
       } else if (!atomic) {
         const bool fresh = touch.reader == -1 || touch.read_barrier < thread.barriers;
         // Of several readers of a warp the last stands for all: those before have passed no more barriers than it.
