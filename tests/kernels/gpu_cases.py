@@ -10,7 +10,12 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot.gpu import Config
 
 # Name of a codec and how many levels a row has.
-CODECS = {"dictionary": ("dictionary", 2), "gap": ("gap", 2), "gap with three levels": ("gap", 3)}
+CODECS = {
+    "dictionary": ("dictionary", 2),
+    "gap": ("gap", 2),
+    "gap with three levels": ("gap", 3),
+    "gap with nine levels": ("gap", 9),
+}
 
 # Tokens, group sizes, out, in, zeros. Block sizes never divide them; most share shapes, so that they compile once.
 CASES = {

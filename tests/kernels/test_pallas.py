@@ -117,7 +117,7 @@ def test_the_table_says_what_the_dictionary_says():
         assert table[codeword] >> 27 == 2 * (words[codeword, 0] & 15)
 
 
-@pytest.mark.parametrize("num_levels", gap.LEVELS)
+@pytest.mark.parametrize("num_levels", [2, 3])
 def test_the_table_of_gap_says_what_its_tokens_say(num_levels):
     table = gpu.gap.table(num_levels)
     for window in np.random.default_rng(0).integers(0, 1 << gap.WINDOW, 60):

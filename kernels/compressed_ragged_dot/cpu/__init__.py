@@ -37,6 +37,8 @@ def why_not(rhs: CompressedExperts) -> str | None:
     """Why this implementation cannot multiply by `rhs` here; None where it can."""
     if rhs.codec not in CODECS:
         return f"it decodes the codecs {', '.join(CODECS)}, not {rhs.codec!r}"
+    if rhs.levels.shape[2] > 3:
+        return f"it knows rows of at most 3 levels, not {rhs.levels.shape[2]}"
     isa = _isa()
     library, reason = _load()
     if library is not None and isa != "auto" and not library.QmoeHasInstructionSet(isa.encode()):

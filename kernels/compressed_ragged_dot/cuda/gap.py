@@ -77,7 +77,7 @@ def multiply(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array, *, 
         rhs.levels,
         jnp.asarray(tables(rhs.levels.shape[2])),
         group_sizes,
-        slots=slots(),
+        slots=slots(rhs.levels.shape[2]),
         segment_columns=np.int32(gap.segment_columns(lhs.shape[1], segments)),
         log2_block=np.int32(config.tokens.bit_length() - 1),
         passes=np.int32(config.passes),
@@ -97,9 +97,9 @@ def tables(num_levels: int) -> np.ndarray:
     return np.ascontiguousarray(streams.table(num_levels)[:, reversed_])
 
 
-def slots() -> np.ndarray:
+def slots(num_levels: int) -> np.ndarray:
     """Which row of `tables` is whose, by what `parameters` may say: uint8 [256]."""
-    return np.minimum(np.searchsorted(gap.PARAMETERS, np.arange(256)), len(gap.PARAMETERS) - 1).astype(np.uint8)
+    return np.asarray(gap.table_rows(np.arange(256), num_levels), np.uint8)
 
 
 def _power_of_two(n: int) -> int:

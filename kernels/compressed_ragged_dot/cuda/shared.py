@@ -54,8 +54,8 @@ def find_nvcc() -> str:
         if nvcc := shutil.which("nvcc", path=folder):
             return nvcc
     raise RuntimeError(
-        "there is no nvcc; install the extra cuda13 (pip install qmoe_jax[cuda13]), put nvcc of CUDA 12 or later on the "
-        "PATH, or set CUDA_HOME"
+        "there is no nvcc; put the one of CUDA 12 or later on the PATH, set CUDA_HOME, or install the extra cuda13 "
+        "(pip install 'qmoe_jax[cuda13]')"
     )
 
 

@@ -38,5 +38,5 @@ def failure(multiply: Callable[..., jax.Array], codec: str) -> str | None:
                             f"a product of {np.dtype(dtype).name} differs by {error.max():.3g} from what it should be"
                         )
     except Exception as error:  # whatever compilers, drivers and kernels come up with
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no text'}"
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
     return None

@@ -48,9 +48,9 @@ MAX_WEIGHTS = 127
 def streams(rhs: CompressedExperts) -> jax.Array:
     """Where each expert's words start, and which row of `table` is its own: int32 [experts, 2]."""
     counts = rhs.data["word_counts"]
-    # A search would be a loop of launches; whatever m is, the result is a row of the table.
-    slot = jnp.sum(rhs.data["parameters"].astype(jnp.int32)[:, None] > jnp.asarray(gap.PARAMETERS[:-1]), axis=1)
-    return jnp.stack([jnp.cumsum(counts) - counts, slot.astype(jnp.int32)], axis=1)
+    # Whatever the number is, the result is a row of the table.
+    slot = gap.table_rows(rhs.data["parameters"], rhs.levels.shape[2])
+    return jnp.stack([jnp.cumsum(counts) - counts, slot], axis=1)
 
 
 def arrays(rhs: CompressedExperts) -> tuple[jax.Array, ...]:
@@ -81,7 +81,7 @@ def launches(config: Config, shape: tuple[int, int, int], items: int) -> tuple[i
 def table(num_levels: int) -> np.ndarray:
     """What the kernels know about each window of bits, for each parameter: uint32 [parameters, 2^WINDOW], read-only."""
     single = gap.window_table(num_levels)
-    length, weights, symbol = (single >> shift & mask for shift, mask in ((0, 15), (4, 127), (11, 3)))
+    length, weights, symbol = (single >> shift & mask for shift, mask in ((0, 15), (4, 127), (11, 15)))
     window = np.broadcast_to(np.arange(1 << WINDOW, dtype=np.uint32), single.shape)
     used, passed, found, place = (np.zeros_like(single) for _ in range(4))
     levels = np.zeros_like(single)
