@@ -1,4 +1,4 @@
-"""experiments/benchmarks/gpu.py without a GPU: its stages on tiny shapes. kernels/test_cuda_executed.py has its events."""
+"""experiments/benchmarks/gpu.py without a GPU: stages on tiny shapes. kernels/test_cuda_executed.py has its events."""
 
 import json
 import pathlib

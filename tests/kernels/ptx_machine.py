@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: nvcc's PTX runs on ptx_machine.cc, its host code on cuda_runtime.cc, both under JAX on a CPU.
+"""CUDA kernels without a GPU: nvcc's PTX on ptx_machine.cc, its host code on cuda_runtime.cc, under JAX on a CPU.
 
     machine = build(folder, sources, {"QmoeGapCuda": "qmoe_gap_cuda"})
     cuda.multiply(...)                   # as it stands; what it does wrong is an error that JAX raises
@@ -107,7 +107,7 @@ def build(
 
     Args:
       folder: for what is built.
-      handlers: from the name of a function that XLA calls to the name of the custom call, registered for the CPU unless it
+      handlers: from the name of a function that XLA calls to that of the custom call, registered for the CPU unless it
         is None.
     """
     include = f"-I{jax.ffi.include_dir()}"

@@ -28,7 +28,7 @@ CONFIGS = (
     Config(tiles=False, tokens=8, passes=2),
     Config(tiles=True, tokens=16),
     Config(tiles=True, tokens=32, splits=2),
-    Config(tiles=True, tokens=64, splits=3),
+    Config(tiles=True, tokens=64, splits=2),
 )
 
 
@@ -51,7 +51,7 @@ def order(machine, request):
 def test_every_kernel_equals_the_reference(machine, order):
     sizes = [0, 1, 9, 21]
     for codec in GAP:
-        lhs, rhs, weights = example(32, 4, out=150, width=1100, zeros=0.885, codec=codec)
+        lhs, rhs, weights = example(32, 4, out=140, width=600, zeros=0.885, codec=codec)
         for dtype in (jnp.float32, jnp.bfloat16):
             x = jnp.asarray(lhs, dtype)
             for config in CONFIGS:
@@ -60,9 +60,7 @@ def test_every_kernel_equals_the_reference(machine, order):
                 found = cuda.multiply(x, rhs, jnp.array(sizes), config=config)
                 assert found.dtype == dtype
                 assert_equals_reference(found, x, weights, sizes)
-    most = max(levels for codec, levels in CODECS.values() if codec == "gap")
-    others = {name for name in machine.kernels if "Empty" in name or most <= 3 and "ELi14E" in name}
-    assert machine.launched() == machine.kernels.keys() - others
+    assert machine.launched() == {name for name in machine.kernels if "Empty" not in name}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in SHORT else pytest.mark.long) for c in CASES])
@@ -151,23 +149,36 @@ def test_a_call_is_one_launch_and_changes_nothing(machine, config):
     assert not any(machine.calls().values())
 
 
-@pytest.mark.parametrize("architecture", cuda.shared.ARCHITECTURES)
-def test_no_register_is_spilled(machine, architecture, tmp_path):
-    ptxas = shutil.which("ptxas", path=str(pathlib.Path(cuda.shared.find_nvcc()).resolve().parent)) or shutil.which(
-        "ptxas"
-    )
+def spilled(nvcc_or_ptxas, *arguments):
+    """Kernels that need a stack, by what ptxas says when it is asked to be verbose."""
+    done = subprocess.run([nvcc_or_ptxas, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout + done.stderr
+    found = re.findall(r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill", text)
+    assert len(found) == text.count("Compiling entry function") > 0
+    return [name for name, *sizes in found if any(map(int, sizes))]
+
+
+def test_no_register_is_spilled_by_what_drivers_compile(machine, tmp_path):
+    """On GPUs that the library has no machine code for."""
+    beside = pathlib.Path(cuda.shared.find_nvcc()).resolve().parent
+    ptxas = shutil.which("ptxas", path=str(beside)) or shutil.which("ptxas")
     if ptxas is None:
         pytest.skip("there is no ptxas beside nvcc")
     (tmp_path / "kernels.ptx").write_text(machine.ptx[0])
-    command = [ptxas, "-v", f"-arch=sm_{architecture}", tmp_path / "kernels.ptx", "-o", tmp_path / "kernels.cubin"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill", done.stderr)
-    assert len(found) == done.stderr.count("Compiling entry function") > 0
-    assert [name for name, *bytes_ in found if any(map(int, bytes_))] == []
+    for architecture in (80, 90):
+        arguments = "-v", f"-arch=sm_{architecture}", tmp_path / "kernels.ptx", "-o", tmp_path / "kernels.cubin"
+        assert spilled(ptxas, *arguments) == []
 
 
-# --- experiments/benchmarks/on_gpu/timing.cu -----------------------------------------------------------------------------
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", cuda.shared.ARCHITECTURES)
+def test_no_register_is_spilled(machine, architecture, tmp_path):
+    flags = *cuda.shared.FLAGS, f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", f"-I{jax.ffi.include_dir()}"
+    assert spilled(cuda.shared.find_nvcc(), *flags, cuda.gap.SOURCE, "-o", tmp_path / "kernels.cubin") == []
+
+
+# --- experiments/benchmarks/on_gpu/timing.cu ----------------------------------------------------------------------
 
 
 @pytest.fixture
