@@ -71,6 +71,7 @@ SEGMENT = 512
 
 # Weights encoded at once: small enough for the working memory, about two bytes for each, to stay in the cache.
 CHUNK_WEIGHTS = 1_000_000
+MOST_PADDING = 1 << 22  # words that are added where streams are checked, so that few sizes are compiled
 
 
 def segment_columns(columns: int, segments: int | None = None) -> int:
@@ -388,8 +389,10 @@ def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tup
     for expert in np.flatnonzero(begin[:, 0]):
         raise ValueError(f"block_starts: expert {expert} begins at bit {begin[expert, 0]}, expected 0.")
     block_weights = columns * np.minimum(BLOCK_ROWS, out - BLOCK_ROWS * np.arange(blocks))
+    # Zeros after the last word, so that one program serves layers of about the same size.
+    step = min(1 << (words.size - 1).bit_length(), MOST_PADDING)
     walked = _walk(
-        jnp.asarray(words),
+        np.pad(words, (0, -words.size % step)),
         np.repeat(first_word, blocks),
         np.repeat(slots.astype(np.int32), blocks),
         begin.reshape(-1),

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
-from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
-from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
+from qmoe_jax.quantization.gptq import Quantized, compile_gptq, gptq, round_to_nearest
+from qmoe_jax.quantization.rate_distortion import compile_rate_distortion, rate_distortion, refit_levels
 
 TERNARY = 1.5
 LEVELS = {TERNARY: 2, 2: 3}  # beside zero
@@ -55,6 +55,8 @@ class Method(Protocol):
       target_bits: per weight as stored, for which several Lagrangians are tried (`Priced`); None: it isn't tried.
       bits: nominal, for reports: 1.5 is the paper's name for ternary.
       levels: how many values a row has beside zero.
+
+    A method that takes long to compile may have `compile(W, H)` too: for `jax.ShapeDtypeStruct`s like its arrays.
     """
 
     title: ClassVar[str]
@@ -160,15 +162,14 @@ class Gptq:
 
     def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None = None) -> Quantized:
         assert H is not None
-        quantized = gptq(
-            W,
-            H,
-            bits=self.bits,
-            block_size=self.block_size,
-            damping=self.damping,
-            activation_order=self.activation_order,
-        )
+        quantized = gptq(W, H, **self._settings())
         return refit_levels(W, H, quantized, damping=self.damping) if self.refits else quantized
+
+    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
+        compile_gptq(W, H, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {f: getattr(self, f) for f in ("bits", "block_size", "damping", "activation_order")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,8 @@ class RateDistortion:
       target_bits: per weight, as stored, of all experts together. None: see `lagrangian`.
       level_bits: bits of mantissa of a level.
       refits: rounds of rounding and fitting levels anew.
+      share_power: an expert's squared error counts by its share of the layer's squared router probabilities, relative
+        to the mean, to this power (`shares`). 0: all experts' count equally.
       super_weight: what a squared error of a super expert (`super_experts`) counts, as a multiple of others': more
         bits are spent on it. Which they are, a pass of the unquantized model tells first. 1: as others'.
       block_size, damping, activation_order: as in `Gptq`.
@@ -198,6 +201,7 @@ class RateDistortion:
     target_bits: float | None = None
     level_bits: int = 3
     refits: int = 2
+    share_power: float = 0.5
     super_weight: float = 1.0
     block_size: int = 128
     damping: float = 0.1
@@ -220,6 +224,8 @@ class RateDistortion:
                 f"quantization.target_bits: found {self.target_bits!r}, expected 0.05 to {MOST_TARGET_BITS} bits per "
                 "weight, which is what ternary weights can carry."
             )
+        if not 0 <= self.share_power <= 2:
+            raise ValueError(f"quantization.share_power: found {self.share_power!r}, expected 0 to 2.")
         if not 0 < self.super_weight < math.inf:
             raise ValueError(
                 f"quantization.super_weight: found {self.super_weight!r}, expected a finite number above 0."
@@ -239,17 +245,14 @@ class RateDistortion:
         return self.at(W, H, importance, self.lagrangian)
 
     def at(self, W: jax.Array, H: jax.Array, importance: jax.Array, lagrangian: Any, codes: Any = None) -> Quantized:
-        return rate_distortion(
-            W,
-            H,
-            lagrangian / importance,
-            codes=codes,
-            refits=self.refits,
-            level_bits=self.level_bits,
-            block_size=self.block_size,
-            damping=self.damping,
-            activation_order=self.activation_order,
-        )
+        return rate_distortion(W, H, lagrangian / importance, codes=codes, **self._settings())
+
+    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
+        compile_rate_distortion(W, H, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        fields = ("refits", "level_bits", "block_size", "damping", "activation_order")
+        return {f: getattr(self, f) for f in fields}
 
 
 METHODS: dict[str, Any] = {
