@@ -162,7 +162,7 @@ __device__ __forceinline__ void ClearUnassigned(const Matrices& a, float* parts,
 
 // parts float32 [segments, tokens, out]. Blocks: items x segments x blocks of passes * kThreads rows, the last fastest.
 template <typename X, bool kSeveral, int kLevels>
-__global__ void __launch_bounds__(kThreads, !kSeveral ? 8 : kLevels > 3 ? 4 : 5)
+__global__ void __launch_bounds__(kThreads, kSeveral ? 4 : 8)
     FewTokens(const __grid_constant__ Matrices a, const X* lhs, float* parts, int row_blocks, int passes, int num_levels) {
   extern __shared__ uint4 all_shared[];
   uint4* shared = all_shared;
