@@ -341,7 +341,10 @@ def compiling(
       checkpoint, memory: of all of them.
       quantizations: how, in the order in which they come.
       experts: of each layer, that this process has; None: all.
+
+    Raises ValueError for a checkpoint whose experts are compressed already.
     """
+    check_uncompressed(checkpoint)
     group = max(2, min(memory.experts_per_group, experts or checkpoint.config.num_experts))  # see Quantizer
     family, layer = checkpoint.family, checkpoint.config.sparse_layers[0]
     shapes = (checkpoint.specs[family.expert_parameter(layer, m)].shape for m in checkpoint.config.expert.matrices)
