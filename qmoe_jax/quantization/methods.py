@@ -182,6 +182,8 @@ class RateDistortion:
       target_bits: per weight, as stored, of all experts together. None: see `lagrangian`.
       level_bits: bits of mantissa of a level.
       refits: rounds of rounding and fitting levels anew.
+      share_power: an expert's squared error counts by its share of the layer's squared router probabilities, relative
+        to the mean, to this power (`shares`). 0: all experts' count equally.
       super_weight: what a squared error of a super expert (`super_experts`) counts, as a multiple of others': more
         bits are spent on it. Which they are, a pass of the unquantized model tells first. 1: as others'.
       block_size, damping, activation_order: as in `Gptq`.
@@ -199,6 +201,7 @@ class RateDistortion:
     target_bits: float | None = None
     level_bits: int = 3
     refits: int = 2
+    share_power: float = 0.5
     super_weight: float = 1.0
     block_size: int = 128
     damping: float = 0.1
@@ -221,6 +224,8 @@ class RateDistortion:
                 f"quantization.target_bits: found {self.target_bits!r}, expected 0.05 to {MOST_TARGET_BITS} bits per "
                 "weight, which is what ternary weights can carry."
             )
+        if not 0 <= self.share_power <= 2:
+            raise ValueError(f"quantization.share_power: found {self.share_power!r}, expected 0 to 2.")
         if not 0 < self.super_weight < math.inf:
             raise ValueError(
                 f"quantization.super_weight: found {self.super_weight!r}, expected a finite number above 0."

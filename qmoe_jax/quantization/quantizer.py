@@ -22,7 +22,7 @@ import numpy as np
 from qmoe_jax import resources
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.processes import Processes
-from qmoe_jax.quantization import ahead, grids, statistics
+from qmoe_jax.quantization import ahead, grids, shares, statistics
 from qmoe_jax.quantization.account import GroupAccount, LayerAccount, gather_groups, group_account, layer_account
 from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized
@@ -32,6 +32,7 @@ from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.quantization.sharding import expert_sharding
 from qmoe_jax.quantization.trials import trial, trial_experts
+from qmoe_jax.streaming.exchange import RoutedRows
 from qmoe_jax.streaming.experts import ExpertGroup
 
 
@@ -90,6 +91,19 @@ class Quantizer:
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[GroupAccount]] = {}  # by layer
         self._lagrangians: dict[str, float] = {}  # of this layer, by matrix name
+        self._weights: np.ndarray | None = None  # of this layer's experts; None: all count equally
+
+    def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
+        """Finds what each of the layer's experts counts, from all calibration tokens of all processes."""
+        self._weights = None
+        weights = np.ones(self.num_experts, np.float32)
+        if power := getattr(self.method, "share_power", 0.0):
+            own = self.calibration[routed.stream][rows]
+            sums = shares.squared_gates(routed.expert[own], routed.gate[own], self.num_experts)
+            weights = shares.weights(np.sum(self.processes.gather(sums.tolist()), axis=0), power)
+        weights[list(self.super_experts.get(layer, ()))] *= getattr(self.method, "super_weight", 1.0)
+        if (weights != 1).any():
+            self._weights = weights
 
     def __call__(self, group: ExpertGroup) -> dict[str, Any]:
         if group.start == self.own.start:
@@ -196,11 +210,9 @@ class Quantizer:
 
     def _weight(self, group: ExpertGroup) -> np.ndarray | None:
         """What each expert's squared error counts, float32 [experts]; None: all equally."""
-        more = [e in self.super_experts.get(group.layer, ()) for e in range(group.start, group.stop)]
-        if not any(more):
+        if self._weights is None:
             return None
-        weight = getattr(self.method, "super_weight", 1.0)
-        return np.resize(np.where(more, np.float32(weight), np.float32(1)), len(group.tokens))
+        return np.resize(self._weights[group.start : group.stop], len(group.tokens))
 
     def _quantize(self, matrix: str, kernel, H, importance=None, *, R=None, weight=None) -> Quantized:
         """One matrix of all experts of the group.
@@ -248,6 +260,9 @@ class Quantizer:
             if self.processes.first:
                 assert self.control is not None
                 few = trial_experts(self.num_experts, math.prod(W.shape[1:]))
+                if self._weights is not None:
+                    tried = np.resize(shares.of_strata(self._weights, few), len(W))
+                    importance = importance * tried[:, None]
                 guess, rates = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
                 found = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
             self._lagrangians[matrix] = self.processes.from_first(found)

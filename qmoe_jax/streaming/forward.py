@@ -46,6 +46,16 @@ class Quantizer(Protocol):
     own: range
     sample: Mapping[str, np.ndarray]
 
+    def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
+        """Before a layer's first group: what is routed where of this process's tokens.
+
+        Args:
+          layer: its name.
+          rows: int [tokens], where each is in the list buffers' order of all processes.
+          routed: of these tokens.
+        """
+        ...
+
     def __call__(self, group: ExpertGroup) -> dict[str, Any] | None:
         """The kernels that are used in place of the group's; None: its outputs are left out."""
         ...
@@ -112,6 +122,8 @@ def run(
             x = forward.activations(layer.stream)
             routed = forward.attend(layer, x)
             if routed is not None:
+                if quantizer is not None:
+                    quantizer.begin(layer.name, forward.documents.rows(layer.stream), routed)
                 y = forward.sums(layer, x)
                 for delivery in forward.deliveries(layer, routed, y):
                     group: dict[str, Any] | None = delivery.kernels

@@ -27,6 +27,7 @@ struct Runtime {
   std::vector<Configuration> configurations;
   std::map<uint64_t, std::unique_ptr<uint8_t[]>> allocations;
   Calls calls{};
+  bool capturing = false;
   int error = 0;
   std::string text = "no error";
 };
@@ -45,6 +46,12 @@ int Fail(int code, const std::string& text) {
   TheRuntime().error = code;
   TheRuntime().text = text;
   return code;
+}
+
+// What must not happen while a graph is captured.
+bool Forbidden(const char* what) {
+  if (TheRuntime().capturing) Fail(900, std::string(what) + " during capture");
+  return TheRuntime().capturing;
 }
 
 // XLA aligns buffers to 128 bytes, and no further.
@@ -114,6 +121,7 @@ int cudaLaunchKernel(const void* function, Dim grid, Dim block, void** arguments
   return __cudaLaunchKernel(const_cast<void*>(function), grid, block, arguments, bytes, stream);
 }
 int cudaFuncSetAttribute(const void* function, int attribute, int value) {
+  if (Forbidden("an attribute is set")) return 900;
   ++TheRuntime().calls.attributes;
   if (attribute == 9) return 0;  // the share of shared memory: a preference
   if (attribute != 8) return Fail(1, "an attribute that is not known here");
@@ -122,6 +130,7 @@ int cudaFuncSetAttribute(const void* function, int attribute, int value) {
   return 0;
 }
 int cudaMalloc(void** pointer, size_t bytes) {
+  if (Forbidden("memory is allocated")) return 900;
   ++TheRuntime().calls.allocations;
   const uint64_t address = NextAddress(bytes);
   auto& memory = TheRuntime().allocations[address] = std::make_unique<uint8_t[]>(bytes);
@@ -131,6 +140,7 @@ int cudaMalloc(void** pointer, size_t bytes) {
   return 0;
 }
 int cudaFree(void* pointer) {
+  if (Forbidden("memory is freed")) return 900;
   ++TheRuntime().calls.allocations;
   auto& buffers = ptx::TheState().buffers;
   for (size_t i = 0; i < buffers.size(); ++i) {
@@ -139,7 +149,7 @@ int cudaFree(void* pointer) {
   TheRuntime().allocations.erase(Address(pointer));
   return 0;
 }
-int cudaMemcpy(void* to, const void* from, size_t bytes, int kind) {
+int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void*) {
   ++TheRuntime().calls.copies;
   if (kind < 1 || kind > 3) return Fail(1, "a copy of a kind that is not known here");
   auto* target = kind == 2 ? static_cast<uint8_t*>(to) : Host(Address(to), bytes);
@@ -148,7 +158,9 @@ int cudaMemcpy(void* to, const void* from, size_t bytes, int kind) {
   std::memcpy(target, source, bytes);
   return 0;
 }
-int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void*) { return cudaMemcpy(to, from, bytes, kind); }
+int cudaMemcpy(void* to, const void* from, size_t bytes, int kind) {
+  return Forbidden("memory is copied") ? 900 : cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+}
 int cudaMemset(void* to, int value, size_t bytes) {
   ++TheRuntime().calls.memsets;
   auto* target = Host(Address(to), bytes);
@@ -157,8 +169,22 @@ int cudaMemset(void* to, int value, size_t bytes) {
   return 0;
 }
 int cudaMemsetAsync(void* to, int value, size_t bytes, void*) { return cudaMemset(to, value, bytes); }
-int cudaDeviceSynchronize() { return ++TheRuntime().calls.synchronizations, 0; }
-int cudaStreamSynchronize(void*) { return ++TheRuntime().calls.synchronizations, 0; }
+int cudaStreamSynchronize(void*) {
+  if (Forbidden("a stream is waited for")) return 900;
+  return ++TheRuntime().calls.synchronizations, 0;
+}
+int cudaDeviceSynchronize() { return cudaStreamSynchronize(nullptr); }
+// Captured launches run at once; a replay does nothing, and takes a millisecond.
+int cudaStreamBeginCapture(void*, int) { return TheRuntime().capturing = true, 0; }
+int cudaStreamEndCapture(void*, void** graph) { return TheRuntime().capturing = false, *graph = kStream, 0; }
+int cudaGraphInstantiate(void** program, void*, unsigned long long) { return *program = kStream, 0; }
+int cudaGraphLaunch(void*, void*) { return 0; }
+int cudaGraphDestroy(void*) { return 0; }
+int cudaGraphExecDestroy(void*) { return 0; }
+int cudaEventCreate(void** event) { return *event = kStream, 0; }
+int cudaEventDestroy(void*) { return 0; }
+int cudaEventRecord(void*, void*) { return 0; }
+int cudaEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 1, 0; }
 int cudaStreamCreateWithFlags(void** stream, unsigned) { return *stream = kStream, 0; }
 int cudaStreamDestroy(void*) { return 0; }
 int cudaFuncGetAttributes(void*, const void*) { return ++TheRuntime().calls.loads, 0; }
@@ -172,6 +198,32 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
 }
 int cudaGetLastError() { return std::exchange(TheRuntime().error, 0); }
 int cudaPeekAtLastError() { return TheRuntime().error; }
+// cuBLAS, as far as bounds go: matrices of bfloat16 [rows, columns], columns `stride` apart.
+int cublasCreate_v2(void** handle) { return *handle = kStream, 0; }
+int cublasDestroy_v2(void*) { return 0; }
+int cublasSetStream_v2(void*, void*) { return 0; }
+int cublasSetWorkspace_v2(void*, void* at, size_t bytes) { return Host(Address(at), bytes) ? 0 : 7; }
+int cublasGemmEx(void*, int a_transposed, int, int m, int n, int k, const void*, const void* a, int, int a_stride,
+                 const void* b, int, int b_stride, const void*, void* c, int, int c_stride, int, int) {
+  const auto fits = [](const void* at, int64_t rows, int64_t columns, int64_t stride) {
+    return stride >= rows && Host(Address(at), ((columns - 1) * stride + rows) * 2);
+  };
+  const bool good = fits(a, a_transposed ? k : m, a_transposed ? m : k, a_stride) && fits(b, k, n, b_stride) && fits(c, m, n, c_stride);
+  return good ? 0 : 7;
+}
+int cublasGemmBatchedEx(void* h, int a_transposed, int b_transposed, int m, int n, int k, const void* one, const void* a, int at,
+                        int a_stride, const void* b, int bt, int b_stride, const void* zero, void* c, int ct, int c_stride,
+                        int batch, int sums, int algorithm) {
+  int status = 0;
+  for (int i = 0; i < batch && !status; ++i) {
+    const auto of = [i](const void* table) {
+      auto* own = reinterpret_cast<void**>(Host(Address(table) + i * sizeof(void*), sizeof(void*)));
+      return own ? *own : nullptr;
+    };
+    status = cublasGemmEx(h, a_transposed, b_transposed, m, n, k, one, of(a), at, a_stride, of(b), bt, b_stride, zero, of(c), ct, c_stride, sums, algorithm);
+  }
+  return status;
+}
 const char* cudaGetErrorString(int) { return TheRuntime().text.c_str(); }
 const char* cudaGetErrorName(int) { return "cudaError"; }
 

@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: nvcc's PTX runs on ptx_machine.cc, its host code on cuda_runtime.cc, under JAX's CPU backend.
+"""CUDA kernels without a GPU: nvcc's PTX runs on ptx_machine.cc, its host code on cuda_runtime.cc, both under JAX on a CPU.
 
     machine = build(folder, sources, {"QmoeGapCuda": "qmoe_gap_cuda"})
     cuda.multiply(...)                   # as it stands; what it does wrong is an error that JAX raises
@@ -28,7 +28,7 @@ class Machine:
     """A library with the machine in it; see ptx_machine.h for what it checks."""
 
     def __init__(self, library: pathlib.Path):
-        self.library = ctypes.CDLL(str(library))
+        self.path, self.library = library, ctypes.CDLL(str(library))
         self.library.PtxNames.restype = self.library.PtxLaunch.restype = ctypes.c_char_p
         self.operations = {name: i for i, name in enumerate(self.library.PtxNames().decode().split())}
         self.kernels = {}
@@ -95,13 +95,14 @@ def build(
     folder: pathlib.Path,
     nvcc: str | None = None,
     sources: Sequence[pathlib.Path] = (),
-    handlers: Mapping[str, str] = {},
+    handlers: Mapping[str, str | None] = {},
 ) -> Machine:
     """Compiles the machine and, if there are sources, these: kernels to PTX, host code to objects linked with it.
 
     Args:
       folder: for what is built.
-      handlers: from the name of a function that XLA calls to the name of the custom call, registered for the CPU.
+      handlers: from the name of a function that XLA calls to the name of the custom call, registered for the CPU unless it
+        is None.
     """
     include = f"-I{jax.ffi.include_dir()}"
     objects, texts = [], []
@@ -127,6 +128,8 @@ def build(
         machine.load(text)
     jax.devices()  # the backend first: a library that does not fit it is an error here
     for name, target in handlers.items():
+        if target is None:
+            continue
         function = getattr(machine.library, f"OnCpu_{name}")
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     return machine

@@ -41,36 +41,21 @@ def programs(ptx: str, operations: dict[str, int]) -> list[Program]:
     outside = ptx
     for body in bodies:
         outside = outside.replace(body.group(0), "")
-    statics, shared = {}, 0
+    outside = re.sub(r"\.version \S+\s+\.target [\w, ]+\s+\.address_size 64|\.(visible|weak|extern)\s", " ", outside)
+    names = []  # of shared memory that is as large as a launch says, behind all other
     for statement in filter(None, (" ".join(s.split()) for s in outside.split(";"))):
-        if found := re.search(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d*)\]$", statement):
-            alignment, name, size = int(found[1]), found[2], int(found[3] or 0)
-            if ".extern" in statement:
-                statics[name] = None  # behind all others
-            else:
-                shared = -(-shared // alignment) * alignment
-                statics[name] = shared
-                shared += size
-        elif found := re.fullmatch(
-            r"(\.version \S+ \.target [\w, ]+ \.address_size 64 ?)?(\.visible|\.weak)?", statement
-        ):
-            pass
-        elif not (rest := re.sub(r"^\.version \S+ \.target [\w, ]+ \.address_size 64 ?", "", statement)):
-            pass
-        elif found := re.search(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d*)\]$", rest):
-            raise NotImplementedError(statement)
-        else:
+        found = re.fullmatch(r"\.shared \.align \d+ \.b8 (\w+)\[\]", statement)
+        if not found:
             raise NotImplementedError(f"outside kernels: {statement[:200]}")
-    shared = -(-shared // 16) * 16
-    statics = {name: shared if at is None else at for name, at in statics.items()}
-    return [_Kernel(operations, statics, shared).program(*body.groups()) for body in bodies]
+        names.append(found[1])
+    return [_Kernel(operations, names).program(*body.groups()) for body in bodies]
 
 
 class _Kernel:
-    def __init__(self, operations, statics, shared):
-        self.operations = operations
-        self.addresses = dict(statics)  # of names: parameters, shared and local arrays
-        self.shared, self.local, self.most_threads = shared, 0, 0
+    def __init__(self, operations, dynamic):
+        self.operations, self.dynamic = operations, dynamic
+        self.addresses = {}  # of names: parameters, shared and local arrays
+        self.shared, self.local, self.most_threads = 0, 0, 0
         self.slots = {name: i for i, name in enumerate(SPECIAL)}
         self.start = [0] * len(SPECIAL)
         self.code, self.labels, self.tables = [], {}, {}
@@ -89,6 +74,11 @@ class _Kernel:
             sizes.append((size, alignment))
         if most := re.search(r"\.maxntid (\d+)(?:, (\d+))?(?:, (\d+))?", attributes):
             self.most_threads = int(np.prod([int(n) for n in most.groups() if n]))
+        for alignment, array, size in re.findall(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", body):
+            self.addresses[array] = -(-self.shared // int(alignment)) * int(alignment)
+            self.shared = self.addresses[array] + int(size)
+        self.shared = -(-self.shared // 16) * 16
+        self.addresses |= dict.fromkeys(self.dynamic, self.shared)
         branches = []
         for statement in re.sub(r"([$\w]+):(?!:)", r" LABEL \1 ;", body).split(";"):
             statement = " ".join(statement.split()).strip("{ ") if "LABEL" in statement else " ".join(statement.split())
@@ -101,14 +91,12 @@ class _Kernel:
                 if label in self.labels:
                     raise NotImplementedError(f"label {label} is there twice")
                 self.labels[label] = len(self.code)
-            elif statement.startswith((".reg", ".pragma", ".loc")):
+            elif statement.startswith((".reg", ".pragma", ".loc", ".shared")):
                 continue
             elif found := re.fullmatch(r"\.local \.align (\d+) \.b8 (\w+)\[(\d+)\]", statement):
                 self.local = -(-self.local // int(found[1])) * int(found[1])
                 self.addresses[found[2]] = self.local
                 self.local += int(found[3])
-            elif found := re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", statement):
-                raise NotImplementedError(f"shared memory within a kernel: {statement}")
             else:
                 try:
                     branches.append((len(self.code), self.instruction(statement)))
