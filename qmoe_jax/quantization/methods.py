@@ -26,6 +26,8 @@ USUAL_BITS = {TERNARY: 0.8, 2: 1.6}
 MOST_BITS = {TERNARY: 1.7, 2: 2.2}
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 1.8
+# Of an expert, so that levels within the extremes don't err on inputs like others' of its layer (docs/studies.md).
+ENOUGH_TOKENS = 1024
 
 
 class Needs(NamedTuple):
@@ -192,7 +194,7 @@ class RateDistortion:
     calibrated: ClassVar[bool] = True
     uses_importance: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = dict(
-        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True
+        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True, min_tokens=ENOUGH_TOKENS
     )
 
     bits: float = TERNARY
