@@ -28,6 +28,8 @@ MOST_BITS = {TERNARY: 1.7, 2: 2.2}
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 3.0
 MOST_TERNARY_BITS = 1.8
+# Of an expert, so that levels within the extremes don't err on inputs like others' of its layer (docs/studies.md).
+ENOUGH_TOKENS = 1024
 
 
 class Needs(NamedTuple):
@@ -211,7 +213,7 @@ class RateDistortion:
     calibrated: ClassVar[bool] = True
     uses_importance: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = dict(
-        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True
+        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True, min_tokens=ENOUGH_TOKENS
     )
 
     bits: float = TERNARY
