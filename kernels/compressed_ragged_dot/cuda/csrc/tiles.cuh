@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   const int split = blockIdx.x / row_blocks % splits;
   const int first_row = blockIdx.x % row_blocks * kThreads;
   const Item item = FindItem(a.groups, index, shared);
-  ClearUnassigned(a, parts, item, index, split, first_row, kThreads);
+  ClearUnassigned(a.groups, parts, item, index, split, first_row, min(kThreads, a.out - first_row), a.out);
   if (item.size == 0) return;
 
   uint32_t* table = reinterpret_cast<uint32_t*>(shared);
