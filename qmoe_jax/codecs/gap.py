@@ -17,7 +17,7 @@ knows by numbers, for each expert the one that costs least. Bits fill uint32 wor
 Each expert ends with zero bits to a whole word and one more word of zeros, so that 32 bits can be read anywhere from
 two words.
 
-Resident (`data`), with segments = ceil(in / SEGMENT):
+Resident (`data`), with segments = ceil(in / SEGMENT), all but the last one `segment_columns(in, segments)` long:
 
     words        uint32 [n]                       all experts' words, one expert after another
     word_counts  int32 [experts]                  words of each expert
@@ -57,6 +57,7 @@ __all__ = [
     "decode_expert",
     "encode_experts",
     "pack",
+    "segment_columns",
     "static_bound",
     "stored_nbytes",
     "table_rows",
@@ -66,10 +67,17 @@ __all__ = [
 ]
 
 BLOCK_ROWS = 32
-SEGMENT = 1024
+SEGMENT = 512
 
 # Weights encoded at once: small enough for the working memory, about two bytes for each, to stay in the cache.
 CHUNK_WEIGHTS = 1_000_000
+MOST_PADDING = 1 << 22  # words that are added where streams are checked, so that few sizes are compiled
+
+
+def segment_columns(columns: int, segments: int | None = None) -> int:
+    """Columns of each segment of a row but the last: as equal as multiples of 16 can be, none above SEGMENT."""
+    segments = segments or -(-columns // SEGMENT)
+    return -(-columns // (16 * segments)) * 16
 
 
 # --- Encoding -------------------------------------------------------------------------------------------------------
@@ -134,7 +142,9 @@ def _encode(symbols: np.ndarray, num_levels: int, slots: np.ndarray) -> tuple[np
         end = int(bit[-1] + ones_before[-1])
         words[word : -(-end // 32)] ^= place(holes[tail], at - 32 * word, -(-end // 32) - word)
         # --- Which of them hold the first weights of segments.
-        weight = np.add.outer(np.arange(len(chunk)) * columns, np.arange(0, columns, SEGMENT))  # [rows, segments]
+        weight = np.add.outer(
+            np.arange(len(chunk)) * columns, np.arange(0, columns, segment_columns(columns))
+        )  # [rows, segments]
         block = np.arange(len(chunk))[:, None] // BLOCK_ROWS
         following = np.searchsorted(position, weight)  # the first non-zero that isn't before the segment
         previous = np.append(-1, position)[following]
@@ -237,8 +247,9 @@ def decode_expert(
     slot = table_rows(data["parameters"][expert], num_levels)
     entries = jnp.asarray(window_table(num_levels))[slot]  # [2^WINDOW]
 
-    begin = jnp.arange(0, columns, SEGMENT)
-    end = jnp.minimum(begin + SEGMENT, columns)
+    segment = segment_columns(columns)
+    begin = jnp.arange(0, columns, segment)
+    end = jnp.minimum(begin + segment, columns)
     begin, end = (jnp.broadcast_to(a, (out, begin.size)) for a in (begin, end))  # [out, segments]
     row = jnp.arange(out)[:, None] * columns
 
@@ -302,7 +313,9 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
         bit, position = walk_to(first, *state)
         return (bit, position), (bit, first - position)
 
-    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, SEGMENT)).reshape(-1)
+    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, segment_columns(columns))).reshape(
+        -1
+    )
     state, (starts, skips) = jax.lax.scan(to_segment, (bit, jnp.zeros_like(weights)), jnp.asarray(segments, jnp.int32))
     bit, position = walk_to(weights, *state)
     more = position < weights  # One token more, which stands for weights that don't exist too: it has to be zeros.
@@ -376,8 +389,10 @@ def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tup
     for expert in np.flatnonzero(begin[:, 0]):
         raise ValueError(f"block_starts: expert {expert} begins at bit {begin[expert, 0]}, expected 0.")
     block_weights = columns * np.minimum(BLOCK_ROWS, out - BLOCK_ROWS * np.arange(blocks))
+    # Zeros after the last word, so that one program serves layers of about the same size.
+    step = min(1 << (words.size - 1).bit_length(), MOST_PADDING)
     walked = _walk(
-        jnp.asarray(words),
+        np.pad(words, (0, -words.size % step)),
         np.repeat(first_word, blocks),
         np.repeat(slots.astype(np.int32), blocks),
         begin.reshape(-1),

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 
 from qmoe_jax.quantization.equal_steps import MOST_STEPS
-from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
-from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
+from qmoe_jax.quantization.gptq import Quantized, compile_gptq, gptq, round_to_nearest
+from qmoe_jax.quantization.rate_distortion import compile_rate_distortion, rate_distortion, refit_levels
 
 TERNARY = 1.5
 LEVELS = {TERNARY: 2, 2: 3}  # beside zero
@@ -28,6 +28,8 @@ MOST_BITS = {TERNARY: 1.7, 2: 2.2}
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 3.0
 MOST_TERNARY_BITS = 1.8
+# Of an expert, so that levels within the extremes don't err on inputs like others' of its layer (docs/studies.md).
+ENOUGH_TOKENS = 1024
 
 
 class Needs(NamedTuple):
@@ -57,6 +59,8 @@ class Method(Protocol):
       target_bits: per weight as stored, for which several Lagrangians are tried (`Priced`); None: it isn't tried.
       bits: nominal, for reports: 1.5 is the paper's name for ternary.
       levels: how many values a row has beside zero.
+
+    A method that takes long to compile may have `compile(W, H)` too: for `jax.ShapeDtypeStruct`s like its arrays.
     """
 
     title: ClassVar[str]
@@ -173,15 +177,14 @@ class Gptq:
 
     def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None = None) -> Quantized:
         assert H is not None
-        quantized = gptq(
-            W,
-            H,
-            bits=self.bits,
-            block_size=self.block_size,
-            damping=self.damping,
-            activation_order=self.activation_order,
-        )
+        quantized = gptq(W, H, **self._settings())
         return refit_levels(W, H, quantized, damping=self.damping) if self.refits else quantized
+
+    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
+        compile_gptq(W, H, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {f: getattr(self, f) for f in ("bits", "block_size", "damping", "activation_order")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +199,8 @@ class RateDistortion:
         of its own, and no descent. None: as many as the rate wants, told by trials for `target_bits`, or else 7.
       level_bits: bits of mantissa of a level.
       refits: rounds of rounding and fitting levels anew.
+      share_power: an expert's squared error counts by its share of the layer's squared router probabilities, relative
+        to the mean, to this power (`shares`). 0: all experts' count equally.
       descents: passes over all symbols in each of these, see `rate_distortion`.
       super_weight: what a squared error of a super expert (`super_experts`) counts, as a multiple of others': more
         bits are spent on it. Which they are, a pass of the unquantized model tells first. 1: as others'.
@@ -206,7 +211,7 @@ class RateDistortion:
     calibrated: ClassVar[bool] = True
     uses_importance: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = dict(
-        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True
+        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True, min_tokens=ENOUGH_TOKENS
     )
 
     bits: float = TERNARY
@@ -215,6 +220,7 @@ class RateDistortion:
     steps: int | None = None
     level_bits: int = 3
     refits: int = 2
+    share_power: float = 0.5
     descents: int = 2
     super_weight: float = 1.0
     block_size: int = 128
@@ -239,6 +245,8 @@ class RateDistortion:
                 f"quantization.target_bits: found {self.target_bits!r}, expected 0.05 to {most:g} bits per weight"
                 f"{', which is what ternary weights can carry' if self.steps == 0 else ''}."
             )
+        if not 0 <= self.share_power <= 2:
+            raise ValueError(f"quantization.share_power: found {self.share_power!r}, expected 0 to 2.")
         if not 0 < self.super_weight < math.inf:
             raise ValueError(
                 f"quantization.super_weight: found {self.super_weight!r}, expected a finite number above 0."
@@ -272,21 +280,16 @@ class RateDistortion:
         codes: Any = None,
         steps: int | None = None,
     ) -> Quantized:
+        return rate_distortion(W, H, lagrangian / importance, codes=codes, **self._settings(steps))
+
+    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
+        compile_rate_distortion(W, H, **self._settings())
+
+    def _settings(self, steps: int | None = None) -> dict[str, Any]:
         if steps is None:
             steps = MOST_STEPS if self.steps is None else self.steps
-        return rate_distortion(
-            W,
-            H,
-            lagrangian / importance,
-            codes=codes,
-            steps=steps or None,
-            refits=self.refits,
-            descents=self.descents,
-            level_bits=self.level_bits,
-            block_size=self.block_size,
-            damping=self.damping,
-            activation_order=self.activation_order,
-        )
+        fields = ("refits", "descents", "level_bits", "block_size", "damping", "activation_order")
+        return {f: getattr(self, f) for f in fields} | {"steps": steps or None}
 
 
 METHODS: dict[str, Any] = {

@@ -26,8 +26,8 @@ class Calibration:
       sequential: the last matrix' Hessian is of the outputs of the quantized ones before it.
       asymmetric: the last matrix is first fitted to give, on those, the outputs that it gave before; `sequential` too.
       shrinkage: weight, in tokens, of a sample of the layer's tokens that joins every expert's Hessians.
-      min_tokens: an expert with fewer gets tokens of the layer's for those that it lacks. None: as many as the family
-        of models wants.
+      min_tokens: an expert with fewer gets tokens of the layer's for those that it lacks. None: as many as the
+        method or, by the paper's recipe, the family of models wants.
     """
 
     block_size: int = 128

@@ -6,8 +6,9 @@ import numpy as np
 
 from qmoe_jax.codecs import dictionary
 
-# The library's function, and the arrays of `data` that it takes, in order.
+# The library's functions, and the arrays of `data` that they take, in order.
 FUNCTION = "QmoeDictionaryDot"
+TRANSPOSED = "QmoeDictionaryDotTransposed"
 ARRAYS = ("codewords", "row_offsets")
 
 

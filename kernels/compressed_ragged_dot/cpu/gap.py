@@ -7,8 +7,9 @@ import numpy as np
 from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.gap_codes import numbers
 
-# The library's function, and the arrays of `data` that it takes, in order.
+# The library's functions, and the arrays of `data` that they take, in order.
 FUNCTION = "QmoeGapDot"
+TRANSPOSED = "QmoeGapDotTransposed"
 ARRAYS = ("words", "word_counts", "starts", "skips", "parameters")
 
 

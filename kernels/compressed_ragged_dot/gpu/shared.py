@@ -24,16 +24,12 @@ from qmoe_jax.kernels.grouped import group_ends
 # Columns of the list of work.
 EXPERT, RANK, START, SIZE, FIRST, TABLE, ITEM_COLUMNS = range(7)
 
-MOST_LEVELS = 3  # of a row, beside zero
-
 
 def why_not(rhs: CompressedExperts, codecs: Collection[str]) -> str | None:
     """Why a backend that decodes these codecs cannot multiply by `rhs` here; None where it might."""
     if rhs.codec not in codecs:
         which = "codecs" if len(codecs) > 1 else "codec"
         return f"it decodes the {which} {', '.join(map(repr, codecs))}, not {rhs.codec!r}"
-    if (levels := rhs.levels.shape[2]) > MOST_LEVELS:
-        return f"it knows rows of at most {MOST_LEVELS} levels, not {levels}"
     if jax.default_backend() != "gpu":
         return f"it needs a GPU; JAX's devices are {jax.default_backend()!r}"
     return None

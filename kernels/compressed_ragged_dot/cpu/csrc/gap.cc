@@ -2,6 +2,7 @@
 // Loaded by ctypes from ../__init__.py; ../gap.py says what the arguments are.
 
 #include "shared/compressed_ragged_dot.h"
+#include "shared/transposed.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,16 +27,18 @@ constexpr int kStreams = 6;
 constexpr int64_t kSlack = (kSteps * kMostStep + 32 + 63) / 64 * 64;
 constexpr int64_t kSymbolsPerByte = 1;
 
-// Symbols of a step where every one is written.
-constexpr int Fields(int64_t levels) { return levels <= kFewLevels ? 24 : 12; }
+// How the six bytes between an entry's first and its last say the symbols of its weights: all of them, in fields of two,
+// four or eight bits, or, where tokens have more weights than that holds, the last one among zeros.
+enum class Symbols { kPairs, kNibbles, kBytes, kLast };
+constexpr int Width(Symbols symbols) {
+  return symbols == Symbols::kPairs ? 2 : symbols == Symbols::kNibbles ? 4 : 8;
+}
 
-// Of a window of bits: in the first byte how many of them are used, in the last how many weights they stand for, and
-// between these weights' symbols, two or four bits each. For codes with tokens of more weights than Fields (`sparse`)
-// all weights but the last are zero, and the last one's symbol stands in the second byte.
+// Of a window of bits: in the first byte how many of them are used, in the last how many weights they stand for.
 struct alignas(64) Table {
   uint64_t entries[kEntries];
   uint64_t after = 0;  // Spreading symbols reads it.
-  bool sparse = false;
+  Symbols symbols;
 };
 
 // What the codec's `window_table` says of each code of so many levels. Decoding tables are made when they are first
@@ -72,10 +75,32 @@ class CodeTables {
  private:
   const Table* MakeTable(const uint32_t* windows) const {
     Table* table = new Table;
-    const int fields = Fields(levels_), width = levels_ <= kFewLevels ? 2 : 4;
+    const Symbols few = levels_ <= kFewLevels ? Symbols::kPairs : Symbols::kNibbles;
+    int longest = 0;  // weights of a token
     for (int64_t window = 0; window < kWindows; ++window) {
-      table->sparse |= static_cast<int>(windows[window] >> 4 & 127) > fields;
+      longest = std::max<int>(longest, windows[window] >> 4 & 127);
     }
+    Fill(windows, longest > 48 / Width(few) ? Symbols::kLast : few, table);
+    if (table->symbols == Symbols::kNibbles && longest <= 6) {
+      // A step that copies bytes takes about two thirds of the time.
+      Table* bytes = new Table;
+      Fill(windows, Symbols::kBytes, bytes);
+      if (2 * Weights(*table) < 3 * Weights(*bytes)) std::swap(table, bytes);
+      delete bytes;
+    }
+    return table;
+  }
+
+  // Of all windows, which are about equally likely in a good code.
+  static int64_t Weights(const Table& table) {
+    int64_t weights = 0;
+    for (uint64_t entry : table.entries) weights += entry >> 56;
+    return weights;
+  }
+
+  static void Fill(const uint32_t* windows, Symbols kind, Table* table) {
+    table->symbols = kind;
+    const int width = Width(kind);
     for (uint32_t window = 0; window < kEntries; ++window) {
       uint64_t symbols = 0;
       int used = 0, weights = 0;
@@ -83,10 +108,10 @@ class CodeTables {
         const uint32_t token = windows[window >> used];
         const int bits = token & 15, more = token >> 4 & 127;
         const uint64_t symbol = token >> 11 & 15;
-        if (used + bits > kWindow || weights + more > (table->sparse ? kMostStep : fields)) break;
+        if (used + bits > kWindow || weights + more > (kind == Symbols::kLast ? kMostStep : 48 / width)) break;
         used += bits;
         weights += more;
-        if (!table->sparse) {
+        if (kind != Symbols::kLast) {
           symbols |= symbol << (width * (weights - 1));
         } else if (symbol != 0) {
           symbols = symbol;
@@ -95,7 +120,6 @@ class CodeTables {
       }
       table->entries[window] = used | symbols << 8 | static_cast<uint64_t>(weights) << 56;
     }
-    return table;
   }
 
   std::mutex mutex_;
@@ -116,7 +140,7 @@ struct Block {
   const uint8_t* skips;
   int64_t segments;
   const uint64_t* entries;
-  bool sparse;
+  Symbols symbols;
 };
 
 #define QMOE_DECODE "../gap_decode.h"
@@ -125,7 +149,6 @@ struct Block {
 struct Gap {
   using Block = ::Block;
   static constexpr int64_t kSymbolsPerByte = ::kSymbolsPerByte;
-  static constexpr int64_t kMostLevels = ::kMostLevels;
   // In the second-level cache: the first one holds the table.
   static constexpr int64_t kBytesFewTokens = 256 << 10;
   static constexpr int64_t kSlack = ::kSlack;
@@ -149,6 +172,7 @@ struct Gap {
     return rows >= 8 * kStreams ? 3 : rows >= 4 * kStreams ? 2 : rows >= 2 * kStreams ? 1 : 0;
   }
 
+  int64_t MostLevels() const { return kMostLevels; }
   int64_t Size(int64_t expert) const { return word_counts[expert]; }
 
   Block At(int64_t expert, int64_t first, int64_t row, int64_t) const {
@@ -157,33 +181,53 @@ struct Gap {
     // Clamped for arrays that nobody checked; with them, results are wrong but nothing else is touched.
     const int64_t first_word = std::clamp<int64_t>(first, 0, words_size);
     return {reinterpret_cast<const uint8_t*>(words), 4 * words_size, 32 * first_word, starts + at, skips + at, segments,
-            table->entries, table->sparse};
+            table->entries, table->symbols};
   }
 };
+
+// The codec's own arrays, or an error where they don't fit the others.
+ffi::ErrorOr<Gap> Checked(ffi::Buffer<ffi::U32> words, ffi::Buffer<ffi::S32> word_counts, ffi::Buffer<ffi::U32> starts,
+                          ffi::Buffer<ffi::U8> skips, ffi::Buffer<ffi::U8> parameters, ffi::Buffer<ffi::BF16> levels,
+                          ffi::Buffer<ffi::S32> group_sizes, int64_t out) {
+  const auto shape = starts.dimensions();
+  const auto experts = group_sizes.element_count();
+  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || shape[2] < 1 ||
+      skips.element_count() != starts.element_count() || word_counts.element_count() != experts ||
+      parameters.element_count() != experts || levels.dimensions().size() != 3) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "expected starts and skips [experts, out, segments], word_counts and parameters [experts]"));
+  }
+  if (words.element_count() < 2) return ffi::Unexpected(ffi::Error::InvalidArgument("expected at least two words"));
+  const int64_t levels_per_row = levels.dimensions()[2];
+  if (levels_per_row < 2 || levels_per_row > kMostLevels || !code_tables[levels_per_row].IsSet()) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("expected codes to have been set for so many levels a row"));
+  }
+  return Gap{words.typed_data(),      static_cast<int64_t>(words.element_count()),
+             word_counts.typed_data(), starts.typed_data(),
+             skips.typed_data(),       parameters.typed_data(),
+             shape[1],                 shape[2],
+             levels_per_row};
+}
 
 ffi::Error GapDot(ffi::ThreadPool pool, std::string_view isa, ffi::AnyBuffer lhs, ffi::Buffer<ffi::U32> words,
                   ffi::Buffer<ffi::S32> word_counts, ffi::Buffer<ffi::U32> starts, ffi::Buffer<ffi::U8> skips,
                   ffi::Buffer<ffi::U8> parameters, ffi::Buffer<ffi::BF16> levels, ffi::Buffer<ffi::S32> group_sizes,
                   ffi::Result<ffi::AnyBuffer> result, ffi::ResultBuffer<ffi::U8> scratch) {
-  const auto shape = starts.dimensions();
-  const auto experts = group_sizes.element_count();
-  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != result->dimensions().back() ||
-      shape[2] < 1 || skips.element_count() != starts.element_count() || word_counts.element_count() != experts ||
-      parameters.element_count() != experts || levels.dimensions().size() != 3) {
-    return ffi::Error::InvalidArgument(
-        "expected starts and skips [experts, out, segments], word_counts and parameters [experts]");
-  }
-  if (words.element_count() < 2) return ffi::Error::InvalidArgument("expected at least two words");
-  const int64_t levels_per_row = levels.dimensions()[2];
-  if (levels_per_row < 2 || levels_per_row > kMostLevels || !code_tables[levels_per_row].IsSet()) {
-    return ffi::Error::InvalidArgument("expected codes to have been set for so many levels a row");
-  }
-  const Gap codec = {words.typed_data(),      static_cast<int64_t>(words.element_count()),
-                     word_counts.typed_data(), starts.typed_data(),
-                     skips.typed_data(),       parameters.typed_data(),
-                     shape[1],                 shape[2],
-                     levels_per_row};
-  return CompressedRaggedDot(pool, FindInstructionSet(isa), codec, lhs, levels, group_sizes, result, scratch);
+  const int64_t out = result->dimensions().back();
+  const auto codec = Checked(words, word_counts, starts, skips, parameters, levels, group_sizes, out);
+  if (codec.has_error()) return codec.error();
+  return CompressedRaggedDot(pool, FindInstructionSet(isa), codec.value(), lhs, levels, group_sizes, result, scratch);
+}
+
+ffi::Error GapDotTransposed(ffi::ThreadPool pool, std::string_view isa, ffi::AnyBuffer g, ffi::Buffer<ffi::U32> words,
+                            ffi::Buffer<ffi::S32> word_counts, ffi::Buffer<ffi::U32> starts,
+                            ffi::Buffer<ffi::U8> skips, ffi::Buffer<ffi::U8> parameters,
+                            ffi::Buffer<ffi::BF16> levels, ffi::Buffer<ffi::S32> group_sizes,
+                            ffi::Result<ffi::AnyBuffer> result) {
+  const int64_t out = g.dimensions().back();
+  const auto codec = Checked(words, word_counts, starts, skips, parameters, levels, group_sizes, out);
+  if (codec.has_error()) return codec.error();
+  return CompressedRaggedDotTransposed(pool, FindInstructionSet(isa), codec.value(), g, levels, group_sizes, result);
 }
 
 }  // namespace
@@ -207,3 +251,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(QmoeGapDot, GapDot,
                                   .Arg<ffi::Buffer<ffi::S32>>()    // group_sizes
                                   .Ret<ffi::AnyBuffer>()           // [tokens, out]
                                   .Ret<ffi::Buffer<ffi::U8>>());   // scratch
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QmoeGapDotTransposed, GapDotTransposed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<std::string_view>("isa")
+                                  .Arg<ffi::AnyBuffer>()           // g
+                                  .Arg<ffi::Buffer<ffi::U32>>()    // words
+                                  .Arg<ffi::Buffer<ffi::S32>>()    // word_counts
+                                  .Arg<ffi::Buffer<ffi::U32>>()    // starts
+                                  .Arg<ffi::Buffer<ffi::U8>>()     // skips
+                                  .Arg<ffi::Buffer<ffi::U8>>()     // parameters
+                                  .Arg<ffi::Buffer<ffi::BF16>>()   // levels
+                                  .Arg<ffi::Buffer<ffi::S32>>()    // group_sizes
+                                  .Ret<ffi::AnyBuffer>());         // [tokens, in]

@@ -7,7 +7,6 @@
 //
 //   Block                         where the codes of some rows are
 //   kSymbolsPerByte               1 or 2
-//   kMostLevels                   of a row, beside zero
 //   kBytesFewTokens               of a piece's symbols
 //   kSlack                        bytes that Decode may write before a stream's first row and after its last
 //   RowsPerBlock(most)            how many rows a piece has, where `most` or a few more do
@@ -72,10 +71,20 @@ struct Rows {
   }
 };
 
+// A block of rows, and what is added to sums of its expert's tokens; see transposed.h.
+struct Columns {
+  Rows rows;       // without tokens and results
+  float* weights;  // written here: [rows.count, rows.x_stride]
+  const float* g;  // [rows.count, tokens]
+  int64_t tokens;
+  float* sums;  // [tokens, rows.x_stride], arranged as tokens are
+};
+
 template <typename Block>
 struct InstructionSet {
   void (*multiply_float32)(const Block&, const Rows&);
   void (*multiply_bfloat16)(const Block&, const Rows&);
+  void (*add_transposed)(const Block&, const Columns&);
 };
 
 inline float FromBfloat16(uint16_t bits) {
@@ -306,7 +315,7 @@ ffi::Error CompressedRaggedDot(ffi::ThreadPool& pool, const InstructionSet<typen
   }
   const int64_t tokens = x_shape[0], width = x_shape[1], experts = levels_shape[0], out = y_shape[1];
   const bool is_bfloat16 = lhs.element_type() == ffi::BF16;
-  if (y_shape[0] != tokens || levels_shape[1] != out || levels_shape[2] < 2 || levels_shape[2] > Codec::kMostLevels ||
+  if (y_shape[0] != tokens || levels_shape[1] != out || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
       static_cast<int64_t>(group_sizes.element_count()) != experts ||
       result->element_type() != lhs.element_type() || (!is_bfloat16 && lhs.element_type() != ffi::F32)) {
     return ffi::Error::InvalidArgument("shapes or dtypes of lhs, levels, group_sizes and the result differ");

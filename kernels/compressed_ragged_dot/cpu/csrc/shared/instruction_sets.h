@@ -1,7 +1,7 @@
 // Code for each instruction set. A codec's source includes this once, inside its unnamed namespace, where it has
 // defined kSymbolsPerByte, kMostLevels, Block, and the macro QMOE_DECODE: the file with `Decode(block, rows)`, as seen from here.
 //
-// That file and multiply_rows.h are included inside a namespace per instruction set, which says
+// That file, multiply_rows.h and multiply_columns.h are included inside a namespace per instruction set, which says
 //
 //   kLanes                       floats in a vector; divides kLanesPerBlock
 //   kMaxTokens                   tokens multiplied at once
@@ -96,6 +96,7 @@ inline void SpreadSymbols(const uint64_t* word, uint8_t* to) {
 }
 
 #include QMOE_DECODE
+#include "multiply_columns.h"
 #include "multiply_rows.h"
 
 }  // namespace portable
@@ -168,6 +169,7 @@ inline void SpreadSymbols(const uint64_t* word, uint8_t* to) {
 }
 
 #include QMOE_DECODE
+#include "multiply_columns.h"
 #include "multiply_rows.h"
 
 }  // namespace avx2
@@ -214,6 +216,7 @@ inline void SpreadSymbols(const uint64_t* word, uint8_t* to) {
 }
 
 #include QMOE_DECODE
+#include "multiply_columns.h"
 #include "multiply_rows.h"
 
 }  // namespace avx512

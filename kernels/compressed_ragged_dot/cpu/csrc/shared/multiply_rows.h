@@ -79,4 +79,4 @@ void Multiply(const Block& block, const Rows& rows) {
   MultiplyAll<Output, FewLevels>(rows);
 }
 
-constexpr InstructionSet<Block> kSet = {Multiply<float>, Multiply<uint16_t>};
+constexpr InstructionSet<Block> kSet = {Multiply<float>, Multiply<uint16_t>, AddTransposed};
