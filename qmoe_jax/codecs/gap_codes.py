@@ -12,8 +12,8 @@ b = ceil(log2 m) and cut = 2^b - m, r < cut takes b - 1 bits, and any other r is
 first (truncated binary). v is 0 for symbol 1 and 1 for symbol 2 where there are two levels; 10, 0, 11 for symbols
 1, 2, 3 where there are three. That is within one per cent of the entropy where most weights are zero.
 
-Four levels and more: Huffman codes of independent symbols, with words of at most LONGEST bits. Code (side * 16 + i) * 7
-+ j has m = RUNS[i], P(0) = ZEROS[i] / 1024, and a non-zero of magnitude k in proportion to (RATIOS[j] / 16)^k. L // 2
+Four levels and more: Huffman codes of independent symbols, with words of at most LONGEST bits. Code (side * 16 + i) * 8
++ j has m = RUNS[i], P(0) = ZEROS[i] / 1024, and a non-zero of magnitude k in proportion to (RATIOS[j] / 64)^k. L // 2
 + side levels are below zero, where side is 0, or for an odd L 0 or 1: the highest of those is of magnitude 1, as is the
 lowest of the others. To have the same words everywhere, all is computed in integers:
 
@@ -35,7 +35,7 @@ PARAMETERS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64)
 
 ZEROS = (102, 146, 207, 284, 376, 478, 584, 683, 770, 841, 895, 935, 963, 983, 996, 1006)  # of 1024
 RUNS = (1, 1, 1, 3, 4, 6, 8, 8, 10, 10, 10, 8, 10, 16, 24, 36)
-RATIOS = (1, 2, 3, 5, 7, 9, 13)  # of 16
+RATIOS = (1, 4, 8, 12, 20, 28, 36, 52)  # of 64
 LONGEST = 11
 
 LEVELS = tuple(range(2, 15))
@@ -94,7 +94,7 @@ def token_weights(m: int, zero: int, ratio: int, num_levels: int, side: int) -> 
     """About 2^40 times the probability of each token: int64 [1 + m * L] (see the module's docstring)."""
     below = num_levels // 2 + side
     magnitudes = [*range(below, 0, -1), *range(1, num_levels - below + 1)]  # of symbols 1 to L
-    symbols = [ratio ** (k - 1) * 16 ** (num_levels - k) for k in magnitudes]
+    symbols = [ratio ** (k - 1) * 64 ** (num_levels - k) for k in magnitudes]
     total = sum(symbols) << 10 * m
     tokens = [zero**m * sum(symbols)]
     tokens += [zero**r * (1024 - zero) * s << 10 * (m - 1 - r) for r in range(m) for s in symbols]

@@ -27,16 +27,18 @@ constexpr int kStreams = 6;
 constexpr int64_t kSlack = (kSteps * kMostStep + 32 + 63) / 64 * 64;
 constexpr int64_t kSymbolsPerByte = 1;
 
-// Symbols of a step where every one is written.
-constexpr int Fields(int64_t levels) { return levels <= kFewLevels ? 24 : 12; }
+// How the six bytes between an entry's first and its last say the symbols of its weights: all of them, in fields of two,
+// four or eight bits, or, where tokens have more weights than that holds, the last one among zeros.
+enum class Symbols { kPairs, kNibbles, kBytes, kLast };
+constexpr int Width(Symbols symbols) {
+  return symbols == Symbols::kPairs ? 2 : symbols == Symbols::kNibbles ? 4 : 8;
+}
 
-// Of a window of bits: in the first byte how many of them are used, in the last how many weights they stand for, and
-// between these weights' symbols, two or four bits each. For codes with tokens of more weights than Fields (`sparse`)
-// all weights but the last are zero, and the last one's symbol stands in the second byte.
+// Of a window of bits: in the first byte how many of them are used, in the last how many weights they stand for.
 struct alignas(64) Table {
   uint64_t entries[kEntries];
   uint64_t after = 0;  // Spreading symbols reads it.
-  bool sparse = false;
+  Symbols symbols;
 };
 
 // What the codec's `window_table` says of each code of so many levels. Decoding tables are made when they are first
@@ -73,10 +75,32 @@ class CodeTables {
  private:
   const Table* MakeTable(const uint32_t* windows) const {
     Table* table = new Table;
-    const int fields = Fields(levels_), width = levels_ <= kFewLevels ? 2 : 4;
+    const Symbols few = levels_ <= kFewLevels ? Symbols::kPairs : Symbols::kNibbles;
+    int longest = 0;  // weights of a token
     for (int64_t window = 0; window < kWindows; ++window) {
-      table->sparse |= static_cast<int>(windows[window] >> 4 & 127) > fields;
+      longest = std::max<int>(longest, windows[window] >> 4 & 127);
     }
+    Fill(windows, longest > 48 / Width(few) ? Symbols::kLast : few, table);
+    if (table->symbols == Symbols::kNibbles && longest <= 6) {
+      // A step that copies bytes takes about two thirds of the time.
+      Table* bytes = new Table;
+      Fill(windows, Symbols::kBytes, bytes);
+      if (2 * Weights(*table) < 3 * Weights(*bytes)) std::swap(table, bytes);
+      delete bytes;
+    }
+    return table;
+  }
+
+  // Of all windows, which are about equally likely in a good code.
+  static int64_t Weights(const Table& table) {
+    int64_t weights = 0;
+    for (uint64_t entry : table.entries) weights += entry >> 56;
+    return weights;
+  }
+
+  static void Fill(const uint32_t* windows, Symbols kind, Table* table) {
+    table->symbols = kind;
+    const int width = Width(kind);
     for (uint32_t window = 0; window < kEntries; ++window) {
       uint64_t symbols = 0;
       int used = 0, weights = 0;
@@ -84,10 +108,10 @@ class CodeTables {
         const uint32_t token = windows[window >> used];
         const int bits = token & 15, more = token >> 4 & 127;
         const uint64_t symbol = token >> 11 & 15;
-        if (used + bits > kWindow || weights + more > (table->sparse ? kMostStep : fields)) break;
+        if (used + bits > kWindow || weights + more > (kind == Symbols::kLast ? kMostStep : 48 / width)) break;
         used += bits;
         weights += more;
-        if (!table->sparse) {
+        if (kind != Symbols::kLast) {
           symbols |= symbol << (width * (weights - 1));
         } else if (symbol != 0) {
           symbols = symbol;
@@ -96,7 +120,6 @@ class CodeTables {
       }
       table->entries[window] = used | symbols << 8 | static_cast<uint64_t>(weights) << 56;
     }
-    return table;
   }
 
   std::mutex mutex_;
@@ -117,7 +140,7 @@ struct Block {
   const uint8_t* skips;
   int64_t segments;
   const uint64_t* entries;
-  bool sparse;
+  Symbols symbols;
 };
 
 #define QMOE_DECODE "../gap_decode.h"
@@ -158,7 +181,7 @@ struct Gap {
     // Clamped for arrays that nobody checked; with them, results are wrong but nothing else is touched.
     const int64_t first_word = std::clamp<int64_t>(first, 0, words_size);
     return {reinterpret_cast<const uint8_t*>(words), 4 * words_size, 32 * first_word, starts + at, skips + at, segments,
-            table->entries, table->sparse};
+            table->entries, table->symbols};
   }
 };
 
