@@ -115,7 +115,8 @@ def check_models(checkpoint: Checkpoint, original: Checkpoint) -> None:
         families = checkpoint.family.name, original.family.name
         raise ValueError(f"{checkpoint.path} is of family {families[0]}, {original.path} of {families[1]}.")
     ours, theirs = checkpoint.config.to_dict(), original.config.to_dict()
-    if differ := [f"{k}: {ours[k]!r}, {theirs[k]!r}" for k in checkpoint.family.told if ours[k] != theirs[k]]:
+    fields = (*checkpoint.family.told, *checkpoint.family.UNTOLD)
+    if differ := [f"{k}: {ours[k]!r}, {theirs[k]!r}" for k in fields if ours[k] != theirs[k]]:
         raise ValueError(
             f"{checkpoint.path} is no compressed {original.path}: they differ in {'; '.join(differ)}. Give the "
             "checkpoint it was made from."

@@ -28,6 +28,8 @@ MOST_BITS = {TERNARY: 1.7, 2: 2.2}
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 3.0
 MOST_TERNARY_BITS = 1.8
+# Of an expert, so that levels within the extremes don't err on inputs like others' of its layer (docs/studies.md).
+ENOUGH_TOKENS = 1024
 
 
 class Needs(NamedTuple):
@@ -84,11 +86,6 @@ class Priced(Method, Protocol):
     @property
     def lagrangian(self) -> float | None: ...
 
-    @property
-    def steps(self) -> int | None:
-        """Levels on either side of zero; 0: two of each row's own, None: as many as the rate wants."""
-        ...
-
     def at(
         self,
         W: jax.Array,
@@ -98,7 +95,10 @@ class Priced(Method, Protocol):
         codes: Any = None,
         steps: int | None = None,
     ) -> Quantized:
-        """With another Lagrangian, or one for each row; rows of the same `codes` share a code."""
+        """With another Lagrangian, or one for each row; rows of the same `codes` share a code.
+
+        `steps` is given only where the method has a field of that name, which is None: what trials chose for a layer.
+        """
         ...
 
 
@@ -211,7 +211,7 @@ class RateDistortion:
     calibrated: ClassVar[bool] = True
     uses_importance: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = dict(
-        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True
+        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True, min_tokens=ENOUGH_TOKENS
     )
 
     bits: float = TERNARY

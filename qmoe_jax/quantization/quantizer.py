@@ -242,7 +242,8 @@ class Quantizer:
             quantized = self.method(W, H, weighted)
         else:
             lagrangian, steps = self._find_lagrangian(matrix, W, H, importance)
-            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian, steps=steps)
+            wanted = {} if steps is None else {"steps": steps}
+            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian, **wanted)
         return jax.block_until_ready(_as_stored(quantized))
 
     def _output_error(self, group: ExpertGroup, replacement) -> OutputError:

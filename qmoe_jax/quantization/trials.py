@@ -68,6 +68,7 @@ def trial(
     taken = (np.arange(tried) - starts[codes]) * rows // counts[codes]  # those of one Lagrangian evenly spread
     W, importance = W[:, taken], importance[:, taken]
 
+    chosen = getattr(method, "steps", 0) is None
     wanted: dict[float, int] = {}  # steps, by Lagrangian
 
     def rates(lagrangians: Sequence[float]) -> list[float]:
@@ -77,14 +78,14 @@ def trial(
             quantized._replace(symbols=quantized.symbols[:, codes == i], levels=quantized.levels[:, codes == i])
             for i in range(trials)
         ]
-        if method.steps is None:
+        if chosen:
             for i, lagrangian in enumerate(lagrangians):
                 wanted[lagrangian] = _steps_in_use(parts[i].symbols)
                 parts[i] = narrowed(parts[i], wanted[lagrangian])
         return [_rate(part.symbols, part.levels, codec) for part in parts]
 
     def steps(lagrangian: float) -> int | None:
-        if method.steps is not None:
+        if not chosen:
             return None
         return wanted[min(wanted, key=lambda tried: abs(np.log(tried / lagrangian)))]
 
