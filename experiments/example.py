@@ -62,6 +62,9 @@ class OneLayer:
         self.errors = output_error(group.expert, kernels, dense, *measured).relative()
         return dense
 
+    def begin(self, layer, rows, routed) -> None:
+        """Which tokens go where is not asked for: each group brings its own."""
+
     def finish(self, layer: str) -> None:
         """Nothing is left to be done after a layer."""
 

@@ -9,6 +9,9 @@ class Watch:
     def __init__(self, look, num_experts):
         self.look, self.own, self.sample, self.finished = look, range(num_experts), {}, []
 
+    def begin(self, layer, rows, routed):
+        assert len(rows) == len(routed.h)
+
     def __call__(self, group):
         return self.look(group)
 

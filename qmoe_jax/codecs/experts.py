@@ -23,7 +23,7 @@ class CompressedExperts:
     """One matrix [out, in] of all experts of a layer: a pytree of its compressed bytes.
 
     Rows are outputs (T5X stores the transpose, [in, out]). An element is 0 or one of its row's L levels: minimum and
-    maximum of a ternary row (L = 2), or the three values beside zero of a 2-bit one (L = 3).
+    maximum of a ternary row (L = 2), the three values beside zero of a 2-bit one (L = 3), or up to 14 (codec gap).
 
     Attributes:
       data: what the codec keeps in memory (see `qmoe_jax.codecs`); without padding.
@@ -45,7 +45,7 @@ class CompressedExperts:
 
         Args:
           symbols: uint8 [experts, out, in]; 0 is zero, k the row's level k - 1.
-          levels: float [experts, out, L], L = 2 or (codec gap) 3, rising; rounded to bfloat16.
+          levels: float [experts, out, L], L = 2, or 3 to 14 (codec gap), rising; rounded to bfloat16.
           codec: name of the codec.
 
         Raises:

@@ -23,6 +23,7 @@ from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
 from qmoe_jax.quantization import statistics
 from qmoe_jax.quantization.sharding import expert_sharding
+from qmoe_jax.streaming.exchange import RoutedRows
 from qmoe_jax.streaming.experts import ExpertGroup
 
 BY = ("routers", "routing")
@@ -121,6 +122,9 @@ class _Looking:
         shape = (len(examples), config.num_experts)
         self.tokens = {layer: np.zeros(shape, np.int32) for layer in config.sparse_layers}
         self.peaks = {layer: np.zeros(shape[1], np.float32) for layer in config.sparse_layers}
+
+    def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
+        pass
 
     def __call__(self, group: ExpertGroup) -> dict[str, Any] | None:
         ends = self.ends[group.stream]

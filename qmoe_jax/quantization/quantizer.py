@@ -22,7 +22,7 @@ import numpy as np
 from qmoe_jax import resources
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.processes import Processes
-from qmoe_jax.quantization import grids, statistics
+from qmoe_jax.quantization import ahead, grids, shares, statistics
 from qmoe_jax.quantization.account import GroupAccount, LayerAccount, gather_groups, group_account, layer_account
 from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized
@@ -32,6 +32,7 @@ from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.quantization.sharding import expert_sharding
 from qmoe_jax.quantization.trials import trial, trial_experts
+from qmoe_jax.streaming.exchange import RoutedRows
 from qmoe_jax.streaming.experts import ExpertGroup
 
 
@@ -89,11 +90,24 @@ class Quantizer:
         }
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[GroupAccount]] = {}  # by layer
-        self._lagrangians: dict[str, float] = {}  # of this layer, by matrix name
+        self._found: dict[str, tuple[float, int | None]] = {}  # Lagrangian and steps of this layer, by matrix name
+        self._weights: np.ndarray | None = None  # of this layer's experts; None: all count equally
+
+    def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
+        """Finds what each of the layer's experts counts, from all calibration tokens of all processes."""
+        self._weights = None
+        weights = np.ones(self.num_experts, np.float32)
+        if power := getattr(self.method, "share_power", 0.0):
+            own = self.calibration[routed.stream][rows]
+            sums = shares.squared_gates(routed.expert[own], routed.gate[own], self.num_experts)
+            weights = shares.weights(np.sum(self.processes.gather(sums.tolist()), axis=0), power)
+        weights[list(self.super_experts.get(layer, ()))] *= getattr(self.method, "super_weight", 1.0)
+        if (weights != 1).any():
+            self._weights = weights
 
     def __call__(self, group: ExpertGroup) -> dict[str, Any]:
         if group.start == self.own.start:
-            self._lagrangians = {}
+            self._found = {}
         tokens = [t[self.calibration[group.stream][t]] for t in group.tokens]
         overloaded: dict[int, int] = {}
         if self.method.calibrated:
@@ -196,11 +210,9 @@ class Quantizer:
 
     def _weight(self, group: ExpertGroup) -> np.ndarray | None:
         """What each expert's squared error counts, float32 [experts]; None: all equally."""
-        more = [e in self.super_experts.get(group.layer, ()) for e in range(group.start, group.stop)]
-        if not any(more):
+        if self._weights is None:
             return None
-        weight = getattr(self.method, "super_weight", 1.0)
-        return np.resize(np.where(more, np.float32(weight), np.float32(1)), len(group.tokens))
+        return np.resize(self._weights[group.start : group.stop], len(group.tokens))
 
     def _quantize(self, matrix: str, kernel, H, importance=None, *, R=None, weight=None) -> Quantized:
         """One matrix of all experts of the group.
@@ -216,6 +228,7 @@ class Quantizer:
         with self.stages("quantization"):
             W = kernel.swapaxes(1, 2)  # [experts, out, in]: the quantizer's rows are outputs.
             if R is not None:
+                ahead.ready(match_outputs, W.shape)
                 W = match_outputs(W, H, R, damping=self.how.damping, block_size=self.how.block_size)
             if importance is None and self.method.uses_importance:
                 importance = jax.device_put(jnp.ones(W.shape[:2]), expert_sharding(len(W)))
@@ -223,12 +236,14 @@ class Quantizer:
 
     def _round(self, matrix: str, W, H, importance, weight=None) -> Quantized:
         """The method itself; weights are those that the stored symbols and levels stand for."""
+        ahead.ready(self.method, W.shape)
         weighted = importance if weight is None else importance * weight[:, None]
         if self.method.target_bits is None:
             quantized = self.method(W, H, weighted)
         else:
-            lagrangian = self._find_lagrangian(matrix, W, H, importance)
-            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian)
+            lagrangian, steps = self._find_lagrangian(matrix, W, H, importance)
+            wanted = {} if steps is None else {"steps": steps}
+            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian, **wanted)
         return jax.block_until_ready(_as_stored(quantized))
 
     def _output_error(self, group: ExpertGroup, replacement) -> OutputError:
@@ -239,17 +254,22 @@ class Quantizer:
 
     # --- A target rate ------------------------------------------------------------------------------------------------
 
-    def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
-        """Found once for all experts of the layer, by the process that has its first ones, from these."""
-        if matrix not in self._lagrangians:
+    def _find_lagrangian(self, matrix: str, W, H, importance) -> tuple[float, int | None]:
+        """That, and steps (see `trial`): once for all experts of the layer, by the process that has its first ones."""
+        if matrix not in self._found:
             found = None
             if self.processes.first:
                 assert self.control is not None
                 few = trial_experts(self.num_experts, math.prod(W.shape[1:]))
-                guess, rates = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
-                found = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
-            self._lagrangians[matrix] = self.processes.from_first(found)
-        return self._lagrangians[matrix]
+                if self._weights is not None:
+                    tried = np.resize(shares.of_strata(self._weights, few), len(W))
+                    importance = importance * tried[:, None]
+                guess, rates, steps = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
+                lagrangian = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
+                found = lagrangian, steps(lagrangian)
+            lagrangian, number = self.processes.from_first(found)
+            self._found[matrix] = lagrangian, number
+        return self._found[matrix]
 
     @staticmethod
     def _tell_control(control: RateControl, groups: Sequence[GroupAccount]) -> None:

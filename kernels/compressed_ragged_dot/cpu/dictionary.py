@@ -12,7 +12,7 @@ TRANSPOSED = "QmoeDictionaryDotTransposed"
 ARRAYS = ("codewords", "row_offsets")
 
 
-def prepare(library: ctypes.CDLL) -> None:
+def prepare(library: ctypes.CDLL, num_levels: int) -> None:
     """Hands over the dictionary."""
     entries = _entries()
     library.QmoeSetDictionary(entries.ctypes.data_as(ctypes.c_void_p))

@@ -13,7 +13,7 @@ namespace {
 // How many codewords ahead memory is fetched: 2 KB, or about 10 us.
 constexpr int64_t kPrefetch = 1024;
 constexpr int64_t kSymbolsPerByte = 2;
-constexpr int64_t kLevels = 2;
+constexpr int64_t kMostLevels = 2;
 
 // The dictionary: 14 pairs of symbols of four bits each (two for the first, two for the second), in the last byte
 // how many of them there are. Filled once by QmoeSetDictionary.
@@ -49,7 +49,7 @@ struct Dictionary {
   static int64_t RowsPerBlock(int64_t most) { return std::max<int64_t>(4, most / 4 * 4); }
   static int64_t Log2RowsPerStream(int64_t) { return 62; }
 
-  int64_t MostLevels() const { return kLevels; }
+  int64_t MostLevels() const { return kMostLevels; }
   int64_t Size(int64_t expert) const { return row_offsets[expert * (out + 1) + out]; }
 
   Block At(int64_t expert, int64_t first, int64_t row, int64_t rows) const {
@@ -67,7 +67,7 @@ ffi::ErrorOr<Dictionary> Checked(ffi::Buffer<ffi::U16> codewords, ffi::Buffer<ff
                                  ffi::Buffer<ffi::BF16> levels, ffi::Buffer<ffi::S32> group_sizes, int64_t out) {
   const auto shape = row_offsets.dimensions();
   const auto experts = static_cast<int64_t>(group_sizes.element_count());
-  if (shape.size() != 2 || shape[0] != experts || shape[1] != out + 1 || levels.dimensions().back() != kLevels) {
+  if (shape.size() != 2 || shape[0] != experts || shape[1] != out + 1 || levels.dimensions().back() != kMostLevels) {
     return ffi::Unexpected(
         ffi::Error::InvalidArgument("expected row_offsets [experts, out + 1] and levels [experts, out, 2]"));
   }

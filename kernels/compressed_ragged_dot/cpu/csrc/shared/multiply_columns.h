@@ -4,10 +4,12 @@ inline void StoreVector(Vector v, float* to) { std::memcpy(to, &v, sizeof(v)); }
 
 // Symbols to weights, columns in the order in which ArrangeToken has them. What follows a row's end within its last
 // vectors is the next row's: nobody reads their sums.
+template <typename Levels>
 inline void Expand(const Rows& rows, float* weights) {
   constexpr int kSymbols = 4 * kSymbolsPerByte;  // of a lane
   for (int64_t row = 0; row < rows.count; ++row, weights += rows.x_stride) {
-    const Levels levels = LoadLevels(rows.levels + row * rows.levels_per_row, rows.levels_per_row);
+    Levels levels;
+    LoadLevels(rows.levels + row * rows.levels_per_row, rows.levels_per_row, &levels);
     const uint8_t* symbols = rows.Row(row);
     for (int64_t i = 0; i < rows.x_stride; i += kSymbols * kLanesPerBlock) {
       for (int64_t lane = 0; lane < kLanesPerBlock; lane += kLanes) {
@@ -51,7 +53,11 @@ inline void AddTokens(const Columns& c, int64_t token) {
 
 inline void AddTransposed(const Block& block, const Columns& c) {
   Decode(block, c.rows);
-  Expand(c.rows, c.weights);
+  if (kMostLevels <= 3 || c.rows.levels_per_row <= 3) {
+    Expand<FewLevels>(c.rows, c.weights);
+  } else {
+    Expand<ManyLevels>(c.rows, c.weights);
+  }
   int64_t token = 0;
   for (; token + 4 <= c.tokens; token += 4) AddTokens<4>(c, token);
   if (c.tokens - token >= 2) AddTokens<2>(c, token), token += 2;
