@@ -4,17 +4,26 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all gpu lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python experiments/demo.py --output=out/demo
 
+# Compiling is what takes time: here the compiler doesn't optimise. `test-all` takes programs as users have them.
+UNOPTIMISED := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+	--xla_cpu_parallel_codegen_split_count=1
+
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not long"
+	XLA_FLAGS="$(UNOPTIMISED) $$XLA_FLAGS" $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not long"
 
 # Those that take long and guard little beside the others, too.
 test-all: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --kills=24
+
+# On a machine with a GPU: is it correct, how fast is it? PYTHON is one that has JAX with CUDA; nothing is installed.
+OUTPUT ?= out/gpu
+gpu:
+	PYTHONPATH=. $(PYTHON) experiments/benchmarks/gpu.py --output=$(OUTPUT)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import platform
@@ -18,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
-from qmoe_jax import reports, resources, streaming
+from qmoe_jax import finetuning, reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
 from qmoe_jax.checkpoints.samples import digest, samples
@@ -78,6 +79,10 @@ def default_config() -> config_dict.ConfigDict:
             name="gap",
             num_shards=config_dict.placeholder(int),  # of each layer's experts, for as many readers; None: by size
         ),
+        finetune={  # see `finetuning.Settings`
+            field.name: ",".join(field.default) if field.name == "parts" else field.default
+            for field in dataclasses.fields(finetuning.Settings)
+        },
         save=config_dict.placeholder(bool),  # None: if the codec holds them (2-bit experts: gap)
         compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
         mesh=dict(experts=1),  # devices that a layer's experts are spread over, in evaluation and generation
@@ -178,6 +183,16 @@ def _given(config: config_dict.ConfigDict, field: str) -> str:
 
 def quantization_settings(config: config_dict.ConfigDict) -> QuantizationSettings:
     return QuantizationSettings(**config.quantization)
+
+
+def finetuning_settings(config: config_dict.ConfigDict) -> finetuning.Settings:
+    """What the config says; names of parts are joined by commas there. Raises ValueError that names the field."""
+    fields = config.finetune.to_dict()
+    try:
+        parts = tuple(filter(None, re.split(r"[\s,]+", fields["parts"])))
+        return finetuning.Settings(**fields | {"parts": parts})
+    except ValueError as e:
+        raise ValueError(f"config.finetune.{e}") from e
 
 
 def activation_dtype(config: config_dict.ConfigDict) -> Any:

@@ -7,7 +7,7 @@ logits = qmoe_jax.forward(model, params, *tokens)
 """
 
 from qmoe_jax import codecs, kernels, moved, quantization
-from qmoe_jax.api import compress, forward, generate, load
+from qmoe_jax.api import compress, finetune, forward, generate, load
 from qmoe_jax.checkpoints import CheckpointError, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.models.expert_parallel import expert_mesh
@@ -28,6 +28,7 @@ __all__ = [
     "codecs",
     "compress",
     "expert_mesh",
+    "finetune",
     "forward",
     "generate",
     "kernels",

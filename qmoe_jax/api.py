@@ -1,9 +1,10 @@
-"""What people call: compress a checkpoint; load one of any layout, compute logits with it, let it write."""
+"""What people call: compress a checkpoint, fine-tune the result; load any layout, compute logits, let it write."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
+from qmoe_jax import finetuning
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.compression.choosing import choose_examples
 from qmoe_jax.compression.compress import compress_examples
@@ -167,3 +169,50 @@ def compress(
         output=output,
         provenance=opened.provenance,
     )
+
+
+def finetune(
+    compressed: str | os.PathLike | Checkpoint,
+    original: str | os.PathLike | Checkpoint,
+    output: str | os.PathLike,
+    *,
+    vocabulary: str | os.PathLike,
+    calibration: Any,
+    num_calibration: int = 2_000,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Trains what isn't quantized to predict what the original model predicts; a new compressed checkpoint.
+
+    Norms, routers, attention and the levels of compressed experts; their symbols, and so their sizes, stay.
+    Interrupted, it goes on when repeated.
+
+    Args:
+      compressed: a compressed checkpoint, or an opened one.
+      original: what it was made from.
+      output: directory of the new checkpoint.
+      vocabulary: the model's vocabulary file.
+      calibration: text files: a name, a pattern, or several (see `data.read_documents`).
+      num_calibration: documents that are taken from them; a tenth of them is held out, and says when to stop.
+      **settings: fields of `finetuning.Settings`, such as epochs or learning_rate.
+
+    Returns:
+      The report, as JSON values: divergence from the original model 'before' and 'after', on documents held out.
+
+    Raises:
+      CheckpointError, DataError, ValueError: something isn't there, is broken, or doesn't fit; in words.
+
+    >>> qmoe_jax.finetune("out", "checkpoint_550000", "tuned", vocabulary="spm.model",
+    ...                   calibration="c4-train.0000*.json.gz")
+    """
+    if not isinstance(output, str) and not isinstance(output, os.PathLike):
+        raise TypeError(f"output: found {output!r}, expected the path of a directory.")
+    how = finetuning.Settings(**settings)
+    checkpoint, teacher = (c if isinstance(c, Checkpoint) else open_checkpoint(c) for c in (compressed, original))
+    for source in (checkpoint, teacher):
+        if pathlib.Path(output).resolve() == pathlib.Path(source.path).resolve():
+            raise ValueError(f"output: {output} is the checkpoint that is read; write somewhere else.")
+    task = checkpoint.family.task
+    words = task.vocabulary(vocabulary)
+    words.check(checkpoint.config.vocab_size)
+    documents = task.load(calibration, words, num_calibration)
+    return finetuning.finetune_examples(checkpoint, teacher, documents, how, output=output)

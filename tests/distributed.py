@@ -16,10 +16,9 @@ def free_address() -> str:
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     path = [TESTS.parent, TESTS, TESTS / "models"]
     return {
-        **kept,
+        **os.environ,
         "PYTHONPATH": ":".join(map(str, path)),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",

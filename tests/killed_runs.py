@@ -117,9 +117,7 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> None:
     if child(folder, folder / "whole"):
         sys.exit((folder / "log.txt").read_text()[-4000:])
     events = int((folder / "events").read_text())
-    started = time.monotonic()
-    assert child(folder, folder / "again") == 0  # with everything compiled
-    seconds = time.monotonic() - started
+    seconds = None
     chains = []
     while sum(map(len, chains)) < kills:
         output, chain = folder / f"chain-{len(chains)}", []
@@ -128,6 +126,10 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> None:
             # Far enough, often, for another layer to be committed.
             how = {"kill_at": rng.randint(1, events // 2)}
             if len(chain) % 4 == 3:
+                if seconds is None:
+                    started = time.monotonic()
+                    assert child(folder, folder / "again") == 0  # with everything compiled
+                    seconds = time.monotonic() - started
                 how = {"kill_after": rng.uniform(0, 0.8 * seconds)}
             status = child(folder, output, **how)
             if status == 0:

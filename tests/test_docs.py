@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qmoe_jax.codecs import gap_codes
 from qmoe_jax.codecs.experts import CompressedExperts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -23,7 +24,9 @@ def reader():
 
 
 @pytest.mark.parametrize(
-    ("codec", "num_levels"), [("gap", 2), ("gap", 3), ("dictionary", 2)], ids=lambda value: str(value)
+    ("codec", "num_levels"),
+    [("gap", 2), ("gap", 3), ("gap", 6), ("gap", 9), ("dictionary", 2)],
+    ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("zeros", [0.3, 0.885, 0.995, 1.0])
 def test_the_reader_of_the_documentation_reads_every_weight(codec, num_levels, zeros, reader):
@@ -37,6 +40,25 @@ def test_the_reader_of_the_documentation_reads_every_weight(codec, num_levels, z
     values = np.concatenate([np.zeros((2, 37, 1)), levels.astype(np.float32)], axis=-1)
     expected = np.take_along_axis(values, symbols.astype(int), axis=-1)
     np.testing.assert_array_equal(reader[f"read_{codec}"](stored, shape), expected)
+
+
+def test_the_reader_of_the_documentation_knows_levels_of_a_ladder(reader):
+    rng = np.random.default_rng(0)
+    scale = np.float32(rng.integers(4, 8, (1, 40, 1)) * 2.0 ** rng.integers(-9, -5, (1, 40, 1)))
+    levels = (scale * np.float32([-1, -0.61, -0.2, 0.33, 0.7])).astype(jnp.bfloat16)
+    symbols = rng.integers(0, 6, (1, 40, 50)).astype(np.uint8)
+    stored = CompressedExperts.from_symbols(symbols, levels, "gap").stored()
+    assert stored["level_formats"][0, 4] == 128 + 5
+    values = np.concatenate([np.zeros((1, 40, 1)), levels.astype(np.float32)], axis=-1)
+    expected = np.take_along_axis(values, symbols.astype(int), axis=-1)
+    np.testing.assert_array_equal(reader["read_gap"](stored, symbols.shape), expected)
+
+
+@pytest.mark.parametrize(("num_levels", "number"), [(4, 0), (4, 97), (5, 40), (5, 152), (9, 255), (14, 61)])
+def test_codes_are_those_of_the_documentation(num_levels, number, reader):
+    code = gap_codes.codes(num_levels)[number]
+    words = [format(w, f"0{n}b")[::-1] for w, n in zip(code.words.tolist(), code.lengths.tolist(), strict=True)]
+    assert (code.run, {word: token for token, word in enumerate(words)}) == reader["code"](number, num_levels)
 
 
 @pytest.mark.parametrize("page", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md")))

@@ -19,6 +19,7 @@ STOREYS = (
     ("streaming",),
     ("quantization",),
     ("compression",),
+    ("finetuning",),
     ("api",),
     ("__init__",),
 )

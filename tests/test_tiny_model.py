@@ -45,6 +45,7 @@ def test_without_its_experts_it_is_much_worse(checkpoint, validation, bfloat16_l
     assert loss_without_experts(checkpoint, validation) > bfloat16_loss + 0.5
 
 
+@pytest.mark.long
 def test_rounding_hurts_and_gptq_hurts_much_less(checkpoint, vocabulary, validation, bfloat16_loss):
     calibration = load_examples(MODEL / "train.jsonl.gz", vocabulary, 600)
     given = checkpoint, vocabulary, calibration, validation

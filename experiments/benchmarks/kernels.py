@@ -44,6 +44,9 @@ SHAPES = flags.DEFINE_list("shapes", list(MATRICES), "Names of shapes, comma-sep
 LOADS = flags.DEFINE_list("loads", [f"{t}x{e}" for t, e in arg_specs.LOADS], "Loads as tokens x experts, such as 8x1.")
 CODEC_NAMES = flags.DEFINE_list("codecs", list(codecs.CODECS), "Codecs that implementations are measured with.")
 NAMES = flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "Those that cannot run here are left out.")
+BITS = flags.DEFINE_float(
+    "bits", None, "Entropy of Gaussian weights rounded to many levels; without it, the paper's trits."
+)
 ROUNDS = flags.DEFINE_integer("rounds", 31, "Rounds; the fastest counts.", lower_bound=1)
 DENSE_MB = flags.DEFINE_integer("dense_megabytes", 256, "Least size of the float32 experts that calls go through.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", list(common.DTYPES), "Of the tokens for compressed experts.")
@@ -143,16 +146,19 @@ def benchmark_shape(name: str, loads: list[tuple[int, int]], names: list[tuple[s
     """A row of the report for each load and product; `names` are of implementation and codec."""
     out, width = MATRICES[name]
     experts = max(math.ceil(DENSE_MB.value * 2**20 / (4 * out * width)), *(active for _, active in loads))
-    levels = np.stack([-np.ones((experts, out)), np.ones((experts, out))], axis=-1)
-    trits = arg_specs.random_trits(experts, out, width)
-    rhs = {codec: CompressedExperts.from_symbols(trits, levels, codec) for codec in {codec for _, codec in names}}
-    W = np.array([0, -1, 1], np.float32)[trits]  # [experts, out, in]
+    if BITS.value is None:
+        symbols = arg_specs.random_trits(experts, out, width)
+        levels = np.stack([-np.ones((experts, out)), np.ones((experts, out))], axis=-1)
+    else:
+        symbols, levels = arg_specs.rounded("gaussian", BITS.value, experts, out, width)
+    rhs = {codec: CompressedExperts.from_symbols(symbols, levels, codec) for codec in {codec for _, codec in names}}
+    W = np.array(next(iter(rhs.values())).to_dense())  # [experts, out, in]
     dense = {
         (dtype, contracting): [jnp.asarray(w if contracting else w.T, dtype) for w in W]
         for dtype in ("bfloat16", "float32")  # On CPU bfloat16 allocates much; what follows at once would suffer.
         for contracting in (0, 1)
     }
-    del W, trits
+    del W, symbols
     rows = []
     for tokens, active in loads:
         products = [
@@ -272,6 +278,7 @@ def main(_):
             isa=os.environ.get("QMOE_JAX_ISA", "auto"),
             copy_bytes_per_second=peak,
             rounds=ROUNDS.value,
+            bits=BITS.value,
             rows=rows,
         )
         files.write_json(OUTPUT.value, report)

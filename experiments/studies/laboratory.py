@@ -23,7 +23,7 @@ from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.switch import Examples, load_examples
 from qmoe_jax.quantization.methods import TERNARY
 from qmoe_jax.quantization.settings import QuantizationSettings
-from qmoe_jax.reports.figures import plot_bars
+from qmoe_jax.reports.figures import plot_bars, plot_frontier
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = dict(num_calibration=60, num_validation=40)
@@ -197,6 +197,7 @@ class Result:
       bars: height by label, by series.
       ylabel: of the bars.
       notes: what a reader should know.
+      points: in place of bars, of losses against bits; see `figures.plot_frontier`.
     """
 
     title: str
@@ -207,6 +208,7 @@ class Result:
     ylabel: str
     notes: Sequence[str] = ()
     logarithmic: bool = False
+    points: Mapping[str, Any] | None = None
 
     def write(self, directory: pathlib.Path, name: str, lab: Laboratory) -> str:
         """Writes NAME.json, NAME.md and NAME.png; returns the Markdown."""
@@ -224,7 +226,11 @@ class Result:
         )
         files.write_json(directory / f"{name}.json", _plain(report))
         files.write_text(directory / f"{name}.md", markdown + "\n")
-        plot_bars(self.bars, directory / f"{name}.png", self.ylabel, self.title, logarithmic=self.logarithmic)
+        figure = directory / f"{name}.png"
+        if self.points is not None:
+            plot_frontier(self.points, figure)
+        else:
+            plot_bars(self.bars, figure, self.ylabel, self.title, logarithmic=self.logarithmic)
         return markdown
 
 

@@ -17,6 +17,7 @@ from qmoe_jax.kernels import compressed_ragged_dot
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
 from qmoe_jax.quantization.account import entropy
 from studies.laboratory import Laboratory, Result
+from studies.methods import methods
 
 
 def entropy_limit(lab: Laboratory, **_) -> Result:
@@ -256,4 +257,5 @@ STUDIES: dict[str, Callable[..., Result]] = {
     "calibration": calibration,
     "experts": experts,
     "kernels": kernels,
+    "methods": methods,
 }

@@ -1,7 +1,7 @@
 """Codecs: how the symbols of a layer's experts become bytes, and back.
 
 Symbols are uint8 [experts, out, in]; rows are outputs. 0 is zero, k = 1..L is the row's level k - 1. `levels` are
-bfloat16 [experts, out, L] in rising order: L = 2 (ternary: minimum and maximum), or 3 (2 bits).
+bfloat16 [experts, out, L] in rising order: L = 2 (ternary: minimum and maximum), 3 (2 bits) or more.
 
 A codec is one module and one line in `CODECS`. It owns what is resident, `data`, a dict of arrays that kernels take,
 each of which concatenates over experts along its first axis; and what is stored, a dict of arrays too. With `shape` =

@@ -158,7 +158,7 @@ def encode_experts(trits: jax.Array | np.ndarray, num_levels: int = 2) -> dict[s
     if num_levels != 2:
         raise ValueError(
             f"levels: {num_levels} in a row, but the dictionary holds trits, with 2 (minimum and maximum). "
-            "Codec gap holds 3 too."
+            "Codec gap holds up to 14."
         )
     _check_trits(trits, ("experts", "out", "in"))
     experts, out, columns = trits.shape

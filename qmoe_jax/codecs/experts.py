@@ -23,7 +23,7 @@ class CompressedExperts:
     """One matrix [out, in] of all experts of a layer: a pytree of its compressed bytes.
 
     Rows are outputs (T5X stores the transpose, [in, out]). An element is 0 or one of its row's L levels: minimum and
-    maximum of a ternary row (L = 2), or the three values beside zero of a 2-bit one (L = 3).
+    maximum of a ternary row (L = 2), the three values beside zero of a 2-bit one (L = 3), or up to 14 (codec gap).
 
     Attributes:
       data: what the codec keeps in memory (see `qmoe_jax.codecs`); without padding.
@@ -45,7 +45,7 @@ class CompressedExperts:
 
         Args:
           symbols: uint8 [experts, out, in]; 0 is zero, k the row's level k - 1.
-          levels: float [experts, out, L], L = 2 or (codec gap) 3, rising; rounded to bfloat16.
+          levels: float [experts, out, L], L = 2, or 3 to 14 (codec gap), rising; rounded to bfloat16.
           codec: name of the codec.
 
         Raises:
@@ -86,6 +86,18 @@ class CompressedExperts:
             found = ", ".join(map(str, np.asarray(levels)[expert, row]))
             raise ValueError(f"levels: expert {expert}, row {row} has ({found}), expected at most {MOST_LEVEL:g}.")
         return _resident(data, jnp.asarray(levels), codec, shape)
+
+    def with_levels(self, levels: jax.Array) -> CompressedExperts:
+        """The same symbols with other levels [experts, out, L]; rounded to bfloat16. Works inside `jit`.
+
+        They are what can be trained: `jax.grad` of lambda levels: loss(experts.with_levels(levels)), with levels in
+        float32. They are not checked: `validate` does that.
+
+        Raises ValueError for another shape.
+        """
+        if levels.shape != self.levels.shape:
+            raise ValueError(f"levels: shape {list(levels.shape)}, expected {list(self.levels.shape)}.")
+        return dataclasses.replace(self, levels=levels.astype(self.levels.dtype))
 
     def stored(self) -> dict[str, np.ndarray]:
         """What a checkpoint stores, levels included: the inverse of `from_stored`."""

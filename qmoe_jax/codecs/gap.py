@@ -1,28 +1,30 @@
-"""Golomb codes of the gaps between non-zeros: within one per cent of the entropy of independent symbols.
+"""Prefix codes of the gaps between non-zeros and of what follows them: close to the entropy of independent symbols.
 
 In independent symbols the run of zeros before a non-zero is geometric, and the optimal prefix code of a geometric
-source is a Golomb code (Gallager and van Voorhis 1975). An expert is one stream of bits over its weights in row-major
-order, in blocks of BLOCK_ROWS rows. Runs of zeros cross the ends of rows, but not those of blocks. The stream is a
-sequence of tokens, each of which stands for at least one weight; there is no state, so any bits are tokens:
+source is a Golomb code (Gallager and van Voorhis 1975). With many levels zeros are no longer the most of the weights,
+and a run shares a Huffman code with the symbol that ends it.
 
-    1          the next m weights are zero
-    0, r, v    the next r < m weights are zero, and then there is a non-zero with symbol v
+An expert is one stream of bits over its weights in row-major order, in blocks of BLOCK_ROWS rows. Runs of zeros cross
+the ends of rows, but not those of blocks. The stream is a sequence of tokens, each of which stands for at least one
+weight; there is no state, so any bits are tokens:
 
-so a gap g is g // m ones, then 0, r = g % m, v. At the end of a block the zeros that remain are tokens of the first
-kind; the last of them may stand for weights that don't exist. With b = ceil(log2 m) and cut = 2^b - m, r < cut takes
-b - 1 bits, and any other r is r + cut in b bits, most significant first (truncated binary). v is 0 for symbol 1 and 1
-for symbol 2 where there are two levels; 10, 0, 11 for symbols 1, 2, 3 where there are three. m is one of PARAMETERS,
-for each expert the one that costs least. Bits fill uint32 words from the least significant bit up. Each expert ends
-with zero bits to a whole word and one more word of zeros, so that 32 bits can be read anywhere from two words.
+    run      the next m weights are zero
+    (r, v)   the next r < m weights are zero, and then there is a non-zero with symbol v
 
-Resident (`data`), with segments = ceil(in / SEGMENT):
+so a gap g is g // m runs, then (g % m, v). At the end of a block the zeros that remain are runs; the last of them may
+stand for weights that don't exist. m and the words of bits of tokens are those of one of the codes that `gap_codes`
+knows by numbers, for each expert the one that costs least. Bits fill uint32 words from the least significant bit up.
+Each expert ends with zero bits to a whole word and one more word of zeros, so that 32 bits can be read anywhere from
+two words.
+
+Resident (`data`), with segments = ceil(in / SEGMENT), all but the last one `segment_columns(in, segments)` long:
 
     words        uint32 [n]                       all experts' words, one expert after another
     word_counts  int32 [experts]                  words of each expert
     starts       uint32 [experts, out, segments]  for each segment of a row, the bit of its expert's stream at which the
                                                   token begins that holds the segment's first weight
     skips        uint8 [experts, out, segments]   how many of that token's weights lie before the segment, below m
-    parameters   uint8 [experts]                  m
+    parameters   uint8 [experts]                  number of the code; for two or three levels that is m
 
 Stored: words, word_counts and parameters as above, and
 
@@ -43,87 +45,65 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qmoe_jax.codecs.packed_levels import level_counts, level_formats, pack_levels, place, unpack_levels
+from qmoe_jax.codecs.gap_codes import LEVELS, PARAMETERS, WINDOW, codes, numbers, window_table
+from qmoe_jax.codecs.packed_levels import pack_levels, place, unpack_levels
 
-PARAMETERS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64)
+__all__ = [
+    "BLOCK_ROWS",
+    "LEVELS",
+    "PARAMETERS",
+    "SEGMENT",
+    "WINDOW",
+    "decode_expert",
+    "encode_experts",
+    "pack",
+    "segment_columns",
+    "static_bound",
+    "stored_nbytes",
+    "table_rows",
+    "take",
+    "unpack",
+    "window_table",
+]
+
 BLOCK_ROWS = 32
-SEGMENT = 1024
-LEVELS = (2, 3)
-
-# Decoders look at this many bits at once. A token with a non-zero has at most 9; what remains is for more tokens.
-WINDOW = 12
+SEGMENT = 512
 
 # Weights encoded at once: small enough for the working memory, about two bytes for each, to stay in the cache.
 CHUNK_WEIGHTS = 1_000_000
+MOST_PADDING = 1 << 22  # words that are added where streams are checked, so that few sizes are compiled
 
 
-# --- Tokens ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _tails(m: int, num_levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bits `0 r v`, first bit lowest, and how many they are: int64 [m * num_levels], at r * num_levels + v - 1."""
-    b = (m - 1).bit_length()
-    cut = (1 << b) - m
-    symbols = ("0", "1") if num_levels == 2 else ("10", "0", "11")
-    remainders = [format(r, f"0{b - 1}b") if r < cut else format(r + cut, f"0{b}b") for r in range(m)] if b else [""]
-    tails = ["0" + r + v for r in remainders for v in symbols]
-    return np.array([int(t[::-1], 2) for t in tails]), np.array([len(t) for t in tails])
-
-
-@functools.cache
-def window_table(num_levels: int) -> np.ndarray:
-    """What each window of bits, first bit lowest, begins with: uint32 [len(PARAMETERS), 2^WINDOW], read-only.
-
-    From the lowest bit of an entry:
-
-        4 bits    length of the first token
-        7 bits    weights that it stands for
-        2 bits    symbol of the last of them, 0 in a run of zeros
-        4 bits    length of all tokens that the window holds whole
-        10 bits   weights that these stand for
-    """
-    windows = np.arange(1 << WINDOW)
-    table = np.zeros((len(PARAMETERS), 1 << WINDOW), np.uint32)
-    for row, m in zip(table, PARAMETERS, strict=True):
-        length, weights, symbol = np.ones_like(windows), np.full_like(windows, m), np.zeros_like(windows)
-        for i, (tail, bits) in enumerate(zip(*_tails(m, num_levels), strict=True)):
-            match = windows & ((1 << bits) - 1) == tail
-            length[match], weights[match], symbol[match] = bits, i // num_levels + 1, i % num_levels + 1
-        used, passed = length.copy(), weights.copy()
-        for _ in range(WINDOW - 1):
-            rest = windows >> used
-            more = used + length[rest] <= WINDOW  # The bits above the window are none of its own.
-            passed += np.where(more, weights[rest], 0)
-            used += np.where(more, length[rest], 0)
-        row[:] = length | weights << 4 | symbol << 11 | used << 13 | passed << 17
-    table.setflags(write=False)
-    return table
+def segment_columns(columns: int, segments: int | None = None) -> int:
+    """Columns of each segment of a row but the last: as equal as multiples of 16 can be, none above SEGMENT."""
+    segments = segments or -(-columns // SEGMENT)
+    return -(-columns // (16 * segments)) * 16
 
 
 # --- Encoding -------------------------------------------------------------------------------------------------------
 
 
 def encode_experts(
-    symbols: jax.Array | np.ndarray, num_levels: int, parameters: Sequence[int] = PARAMETERS
+    symbols: jax.Array | np.ndarray, num_levels: int, parameters: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
     """Encodes all experts of a layer: symbols uint8 [experts, out, in] -> `data` (see the module's docstring).
 
-    `parameters` are the m to choose from, some of PARAMETERS.
+    `parameters` are the numbers of codes to choose from; all without it.
 
-    Raises ValueError for another dtype, an empty axis, symbols above `num_levels`, another number of levels than 2 or
-    3, or a stream of more than 2^32 bits.
+    Raises ValueError for another dtype, an empty axis, symbols above `num_levels`, a number of levels that is not in
+    LEVELS, or a stream of more than 2^32 bits.
     """
     symbols = np.asarray(symbols)
     if num_levels not in LEVELS:
-        raise ValueError(f"levels: {num_levels} in a row, expected 2 or 3.")
+        raise ValueError(f"levels: {num_levels} in a row, expected {LEVELS[0]} to {LEVELS[-1]}.")
     if symbols.dtype != np.uint8:
         raise ValueError(f"symbols: dtype {symbols.dtype}, expected uint8.")
     if symbols.ndim != 3 or 0 in symbols.shape:
         raise ValueError(f"symbols: shape {list(symbols.shape)}, expected [experts, out, in], none of them zero.")
     if (largest := int(symbols.max())) > num_levels:
         raise ValueError(f"symbols: found the value {largest}, expected 0 (zero) to {num_levels} (the last level).")
-    encoded = [_encode(matrix, num_levels, parameters) for matrix in symbols]
+    slots = np.arange(len(numbers(num_levels))) if parameters is None else table_rows(np.array(parameters), num_levels)
+    encoded = [_encode(matrix, num_levels, slots) for matrix in symbols]
     words, starts, skips, parameters = zip(*encoded, strict=True)
     return {
         "words": np.concatenate(words),
@@ -134,20 +114,19 @@ def encode_experts(
     }
 
 
-def _encode(
-    symbols: np.ndarray, num_levels: int, parameters: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """One expert: symbols [out, in] -> words [n], starts and skips [out, segments], m."""
+def _encode(symbols: np.ndarray, num_levels: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """One expert: symbols [out, in] -> words [n], starts and skips [out, segments], number of the code."""
     out, columns = symbols.shape
     rows = BLOCK_ROWS * max(1, CHUNK_WEIGHTS // (BLOCK_ROWS * columns))  # whole blocks
     chunks = [symbols[i : i + rows] for i in range(0, out, rows)]
-    m, bits = _best_parameter(chunks, num_levels, parameters)
+    slot, bits = _best_code(chunks, num_levels, slots)
     if bits >= 2**32:
         raise ValueError(f"symbols: a matrix of shape {[out, columns]} takes {bits} bits, expected fewer than 2^32.")
 
     words = np.full(-(-bits // 32) + 1, 0xFFFFFFFF, np.uint32)
-    tails, tail_bits = _tails(m, num_levels)
-    holes = ((1 << tail_bits) - 1) & ~tails  # A stream is ones but for the zeros of its tails.
+    code = codes(num_levels)[slot]
+    m, run_bits, tail_bits = code.run, code.lengths[0], code.lengths[1:]  # tails: tokens with a non-zero
+    holes = ((1 << tail_bits) - 1) & ~code.words[1:]  # A stream is ones but for the zeros of its tails.
     starts, skips = [], []
     begin = 0
     for chunk in chunks:
@@ -155,25 +134,28 @@ def _encode(
         # --- Where tokens are: `bit` counts from the chunk's first, without the ones at the ends of blocks.
         quotient = gap // m
         tail = (gap - quotient * m) * num_levels + chunk.reshape(-1)[position] - 1
-        bit = np.append(0, np.cumsum(quotient + tail_bits[tail]))
-        block_ones = -(-rest // m)
+        bit = np.append(0, np.cumsum(quotient * run_bits + tail_bits[tail]))
+        block_ones = -(-rest // m) * run_bits
         ones_before = np.append(0, np.cumsum(block_ones)) + begin  # [blocks + 1]
         at = bit[1:] - tail_bits[tail] + np.repeat(ones_before[:-1], np.diff(first))
         word = begin // 32
         end = int(bit[-1] + ones_before[-1])
         words[word : -(-end // 32)] ^= place(holes[tail], at - 32 * word, -(-end // 32) - word)
         # --- Which of them hold the first weights of segments.
-        weight = np.add.outer(np.arange(len(chunk)) * columns, np.arange(0, columns, SEGMENT))  # [rows, segments]
+        weight = np.add.outer(
+            np.arange(len(chunk)) * columns, np.arange(0, columns, segment_columns(columns))
+        )  # [rows, segments]
         block = np.arange(len(chunk))[:, None] // BLOCK_ROWS
         following = np.searchsorted(position, weight)  # the first non-zero that isn't before the segment
         previous = np.append(-1, position)[following]
         zeros = weight - np.maximum(previous + 1, block * BLOCK_ROWS * columns)
-        starts.append(bit[following] + ones_before[block] + zeros // m)
+        starts.append(bit[following] + ones_before[block] + zeros // m * run_bits)
         skips.append(zeros % m)
         begin = end
     words[bits // 32] &= (1 << bits % 32) - 1
     words[bits // 32 + 1 :] = 0
-    return words, np.concatenate(starts).astype(np.uint32), np.concatenate(skips).astype(np.uint8), m
+    number = int(numbers(num_levels)[slot])
+    return words, np.concatenate(starts).astype(np.uint32), np.concatenate(skips).astype(np.uint8), number
 
 
 def _runs(symbols: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -196,27 +178,29 @@ def _runs(symbols: np.ndarray) -> tuple[np.ndarray, ...]:
     return position, gap, first, rest
 
 
-def _best_parameter(chunks: list[np.ndarray], num_levels: int, parameters: Sequence[int]) -> tuple[int, int]:
-    """The m that takes least bits for an expert, and these."""
-    histogram = np.zeros(BLOCK_ROWS * chunks[0].shape[1] + 1, np.int64)
-    rests, symbol_bits = [], 0
+def _best_code(chunks: list[np.ndarray], num_levels: int, slots: np.ndarray) -> tuple[int, int]:
+    """Which of the codes at `slots` takes least bits for an expert, and these."""
+    histogram = np.zeros(0, np.int64)  # [gaps * L], of gaps and the symbols after them
+    rests = []
     for chunk in chunks:
         position, gap, _, rest = _runs(chunk)
-        counts = np.bincount(gap)
-        histogram[: counts.size] += counts
+        counts = np.bincount(gap * num_levels + chunk.reshape(-1)[position] - 1, minlength=histogram.size)
+        counts[: histogram.size] += histogram
+        histogram = counts
         rests.append(rest)
-        symbol_bits += position.size * (num_levels - 1)
-        symbol_bits -= int(np.count_nonzero(chunk == 2)) if num_levels == 3 else 0
     rest = np.concatenate(rests)
-    gap = np.flatnonzero(histogram)
-    count = histogram[gap]
-    costs = []
-    for m in parameters:
-        tail_bits = _tails(m, 2)[1][::2] - 1  # of 0 and r
-        quotient = gap // m
-        costs.append(int((count * (quotient + tail_bits[gap - quotient * m])).sum() + (-(-rest // m)).sum()))
+    found = np.flatnonzero(histogram)
+    gap, symbol, count = found // num_levels, found % num_levels, histogram[found]
+
+    @functools.cache
+    def tokens(m: int) -> np.ndarray:
+        """How often each token is taken: int64 [1 + m * L]."""
+        runs = int((count * (gap // m)).sum() + (-(-rest // m)).sum())
+        return np.append(runs, np.bincount(gap % m * num_levels + symbol, count, m * num_levels).astype(np.int64))
+
+    costs = [int(tokens(code.run) @ code.lengths) for code in map(codes(num_levels).__getitem__, slots)]
     best = int(np.argmin(costs))
-    return parameters[best], costs[best] + symbol_bits
+    return int(slots[best]), costs[best]
 
 
 # --- Decoding -------------------------------------------------------------------------------------------------------
@@ -229,6 +213,13 @@ def _window(words, first_word, bit):
     shift = bit & 31
     window = (low >> shift) | (high << 1 << (31 - shift))
     return (window & ((1 << WINDOW) - 1)).astype(jnp.int32)
+
+
+def table_rows(parameters: np.ndarray | jax.Array, num_levels: int) -> np.ndarray | jax.Array:
+    """Rows of `window_table` for numbers of codes; always such as there are. Inside `jit` and outside."""
+    known = numbers(num_levels)
+    of_number = np.minimum(np.searchsorted(known, np.arange(256)), known.size - 1).astype(np.int32)
+    return (jnp.asarray(of_number) if isinstance(parameters, jax.Array) else of_number)[parameters]
 
 
 def take(data: Mapping[str, np.ndarray], start: int, stop: int) -> dict[str, np.ndarray]:
@@ -251,13 +242,14 @@ def decode_expert(
     Each segment of a row is a lane; in every step each lane takes a token.
     """
     _, out, columns = shape
-    counts, parameters = data["word_counts"], data["parameters"].astype(jnp.int32)
+    counts = data["word_counts"]
     first_word = jnp.sum(jnp.where(jnp.arange(counts.size) < expert, counts, 0))
-    slot = jnp.searchsorted(jnp.asarray(PARAMETERS), parameters[expert])
-    entries = jnp.asarray(window_table(num_levels))[jnp.minimum(slot, len(PARAMETERS) - 1)]  # [2^WINDOW]
+    slot = table_rows(data["parameters"][expert], num_levels)
+    entries = jnp.asarray(window_table(num_levels))[slot]  # [2^WINDOW]
 
-    begin = jnp.arange(0, columns, SEGMENT)
-    end = jnp.minimum(begin + SEGMENT, columns)
+    segment = segment_columns(columns)
+    begin = jnp.arange(0, columns, segment)
+    end = jnp.minimum(begin + segment, columns)
     begin, end = (jnp.broadcast_to(a, (out, begin.size)) for a in (begin, end))  # [out, segments]
     row = jnp.arange(out)[:, None] * columns
 
@@ -268,7 +260,7 @@ def decode_expert(
         last = column + (entry >> 4 & 127).astype(jnp.int32) - 1
         own = (last >= begin) & (last < end) & (column < end)
         index = jnp.where(own, row + last, symbols.size)
-        symbols = symbols.at[index].set((entry >> 11 & 3).astype(jnp.uint8), mode="drop")
+        symbols = symbols.at[index].set((entry >> 11 & 15).astype(jnp.uint8), mode="drop")
         return bit + (entry & 15), last + 1, symbols
 
     first = begin - data["skips"][expert].astype(jnp.int32)
@@ -286,7 +278,7 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
     Args:
       words: uint32 [n].
       first_word: int32, at which the expert begins.
-      slot: int32, index of m in PARAMETERS.
+      slot: int32, row of `window_table`.
       bit: uint32, at which the block begins.
       weights: int32, of the block.
 
@@ -307,9 +299,9 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
         def step(state):
             bit, position, _ = state
             entry = jax.lax.optimization_barrier(next_entry(bit))
-            whole = position + (entry >> 17).astype(jnp.int32) <= border
-            length = jnp.where(whole, entry >> 13, entry) & 15
-            passed = jnp.where(whole, entry >> 17, entry >> 4 & 127).astype(jnp.int32)
+            whole = position + (entry >> 19).astype(jnp.int32) <= border
+            length = jnp.where(whole, entry >> 15, entry) & 15
+            passed = jnp.where(whole, entry >> 19, entry >> 4 & 127).astype(jnp.int32)
             goes_on = position + passed <= border
             return bit + jnp.where(goes_on, length, 0), position + jnp.where(goes_on, passed, 0), goes_on
 
@@ -321,19 +313,21 @@ def _walk(words, first_word, slot, bit, weights, *, columns, num_levels):
         bit, position = walk_to(first, *state)
         return (bit, position), (bit, first - position)
 
-    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, SEGMENT)).reshape(-1)
+    segments = np.add.outer(np.arange(BLOCK_ROWS) * columns, np.arange(0, columns, segment_columns(columns))).reshape(
+        -1
+    )
     state, (starts, skips) = jax.lax.scan(to_segment, (bit, jnp.zeros_like(weights)), jnp.asarray(segments, jnp.int32))
     bit, position = walk_to(weights, *state)
     more = position < weights  # One token more, which stands for weights that don't exist too: it has to be zeros.
     entry = next_entry(bit)
-    return starts, skips, bit + jnp.where(more, entry & 15, 0), ~more | (entry >> 11 & 3 == 0)
+    return starts, skips, bit + jnp.where(more, entry & 15, 0), ~more | (entry >> 11 & 15 == 0)
 
 
 # --- What is stored -------------------------------------------------------------------------------------------------
 
 
 def pack(data: Mapping[str, jax.Array], levels: ArrayLike, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """What a checkpoint stores, of `data` and levels bfloat16 [experts, out, 2 or 3]."""
+    """What a checkpoint stores, of `data` and levels bfloat16 [experts, out, L]."""
     level_words, level_formats = pack_levels(np.asarray(levels))
     return {
         **{name: np.asarray(data[name]) for name in ("words", "word_counts", "parameters")},
@@ -347,12 +341,12 @@ def stored_nbytes(data: Mapping[str, jax.Array], levels: jax.Array, shape: tuple
     """Bytes of all that `pack` returns."""
     experts, out, _ = shape
     as_they_are = sum(data[name].size * data[name].dtype.itemsize for name in ("words", "word_counts", "parameters"))
-    level_words = int(level_counts(level_formats(np.asarray(levels)), out).sum())
-    return as_they_are + 4 * experts * -(-out // BLOCK_ROWS) + 4 * level_words + 5 * experts
+    packed_levels = sum(array.nbytes for array in pack_levels(np.asarray(levels)))
+    return as_they_are + 4 * experts * -(-out // BLOCK_ROWS) + packed_levels
 
 
 def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """`data` and levels bfloat16 [experts, out, 2 or 3] of what `pack` returned.
+    """`data` and levels bfloat16 [experts, out, L] of what `pack` returned.
 
     Raises ValueError, naming the expert and the block or row: arrays missing or of another dtype or shape; unknown
     parameters; blocks that don't end where the next one begins; levels that don't decode to finite numbers.
@@ -386,17 +380,19 @@ def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tup
         raise ValueError(f"word_counts: expert {expert} has {counts[expert]} words, expected at least 2.")
     if counts.sum(dtype=np.int64) != words.size:
         raise ValueError(f"words: found {words.size}, but word_counts count {counts.sum(dtype=np.int64)}.")
-    slots = np.searchsorted(PARAMETERS, parameters)
-    for expert in np.flatnonzero(np.append(PARAMETERS, 0)[slots] != parameters):
-        raise ValueError(f"parameters: expert {expert} has {parameters[expert]}, expected one of {PARAMETERS}.")
+    slots, known = table_rows(parameters, levels.shape[-1]), numbers(levels.shape[-1])
+    for expert in np.flatnonzero(known[slots] != parameters):
+        raise ValueError(f"parameters: expert {expert} has {parameters[expert]}, expected one of {known.tolist()}.")
 
     first_word = (np.cumsum(counts, dtype=np.int64) - counts).astype(np.int32)
     begin = stored["block_starts"]
     for expert in np.flatnonzero(begin[:, 0]):
         raise ValueError(f"block_starts: expert {expert} begins at bit {begin[expert, 0]}, expected 0.")
     block_weights = columns * np.minimum(BLOCK_ROWS, out - BLOCK_ROWS * np.arange(blocks))
+    # Zeros after the last word, so that one program serves layers of about the same size.
+    step = min(1 << (words.size - 1).bit_length(), MOST_PADDING)
     walked = _walk(
-        jnp.asarray(words),
+        np.pad(words, (0, -words.size % step)),
         np.repeat(first_word, blocks),
         np.repeat(slots.astype(np.int32), blocks),
         begin.reshape(-1),

@@ -1,10 +1,17 @@
 """Rows' levels in the bits that they need.
 
-A level is sign, exponent and mantissa, the mantissa in its lowest bits: the upper ones of bfloat16's 7, as many as
-the expert's levels need. Exponent 0 means that the level is zero, any other is bfloat16's - base + 1.
+A field is sign, exponent and mantissa, the mantissa in its lowest bits: the upper ones of bfloat16's 7, as many as
+the expert's fields need. Exponent 0 means zero, any other is bfloat16's - base + 1.
 
-Formats, uint8 [experts, 5]: base exponent, exponent bits, mantissa bits, sign bits, levels of a row. Words, uint32 [k]:
-all experts' levels as fields of bits, from the least significant bit up, each expert's padded to whole words.
+Formats, uint8 [experts, 5]: base exponent, exponent bits, mantissa bits, sign bits, kind. Words, uint32 [k]: all
+experts' fields from the least significant bit up, each expert's padded to whole words. By kind, an expert's words are
+
+    L          a field for each level of each row
+    128 + L    a ladder, L float32 that all rows share, and a field for each row, its scale. Level k of a row is
+               bfloat16(scale * ladder[k]), the product a float32, both rounded to nearest even
+    64 + L     a field for each row, its step. The levels are bfloat16(step * k), k = -L / 2 .. -1, 1 .. L / 2
+
+A ladder's largest magnitude is 1, so that a row's scale is the magnitude of its largest level.
 """
 
 from __future__ import annotations
@@ -13,6 +20,8 @@ from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
+
+STEPS, LADDER = 64, 128  # Added to L in `level_formats`.
 
 
 def place(codes: np.ndarray, at: np.ndarray, num_words: int) -> np.ndarray:
@@ -25,52 +34,84 @@ def place(codes: np.ndarray, at: np.ndarray, num_words: int) -> np.ndarray:
     return (low + high).astype(np.uint32)
 
 
-def level_formats(levels: np.ndarray) -> np.ndarray:
-    """The least widths that hold all levels of each expert: uint8 [experts, 5] (see the module's docstring)."""
-    experts, _, num_levels = levels.shape
-    bits = levels.reshape(experts, -1).view(np.uint16)
-    zero = bits & 0x7FFF == 0
-    exponent = (bits >> 7 & 255).astype(int)
-    base = np.where(zero, 255, exponent).min(-1)
-    span = np.where(zero, 0, exponent - base[:, None] + 1).max(-1)
-    mantissas = np.bitwise_or.reduce(bits & 127, axis=-1)
-    trailing = np.array([7 if m == 0 else int(m & -m).bit_length() - 1 for m in mantissas.astype(int)])
-    return np.stack(
-        [
-            np.where(span == 0, 0, base),
-            [max(1, int(s).bit_length()) for s in span],  # Orbax refuses empty arrays.
-            7 - trailing,
-            (bits >> 15).max(-1),
-            np.full(experts, num_levels),
-        ],
-        axis=-1,
-    ).astype(np.uint8)
-
-
-def level_counts(formats: np.ndarray, out: int) -> np.ndarray:
-    """Words that each expert's levels take, int64 [experts]."""
-    width = formats[:, 1:4].sum(-1, dtype=np.int64)
-    return -(-width * out * formats[:, 4] // 32)
-
-
-def _level_places(formats: np.ndarray, out: int, num_levels: int) -> np.ndarray:
-    """Bit at which each level begins, int64 [experts, out * levels]."""
-    counts = level_counts(formats, out)
-    width = formats[:, 1:4].sum(-1, dtype=np.int64)
-    return 32 * (np.cumsum(counts) - counts)[:, None] + width[:, None] * np.arange(out * num_levels)
-
-
 def pack_levels(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """levels bfloat16 [experts, out, L] -> words uint32 [k], formats uint8 [experts, 5]."""
-    experts, out, num_levels = levels.shape
-    formats = level_formats(levels)
-    base, exponent_bits, mantissa_bits, _, _ = formats.T.astype(np.int64)[:, :, None]  # [experts, 1]
-    bits = levels.reshape(experts, -1).view(np.uint16).astype(np.int64)
-    exponent = np.where(bits & 0x7FFF == 0, 0, (bits >> 7 & 255) - base + 1)
-    mantissa = (bits & 127) >> 7 - mantissa_bits
-    codes = bits >> 15 << exponent_bits + mantissa_bits | exponent << mantissa_bits | mantissa
-    at = _level_places(formats, out, num_levels)
-    return place(codes.reshape(-1), at.reshape(-1), int(level_counts(formats, out).sum())), formats
+    """levels bfloat16 [experts, out, L] -> words uint32 [k], formats uint8 [experts, 5].
+
+    An expert whose levels are those of a ladder is stored so where that takes fewer words.
+    """
+    words, formats = zip(*map(_pack_expert, levels), strict=True)
+    return np.concatenate(words), np.stack(formats)
+
+
+def _pack_expert(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """levels bfloat16 [out, L] -> words uint32 [k], format uint8 [5]."""
+    num_levels = levels.shape[1]
+    fields, form = _pack_fields(levels.reshape(-1))
+    best = fields, [*form, num_levels]
+    scale = np.abs(levels.astype(np.float32)).max(-1).astype(ml_dtypes.bfloat16)
+    fields, form = _pack_fields(scale)
+    step = np.ascontiguousarray(levels[:, num_levels // 2])
+    if num_levels % 2 == 0 and _same(_of_ladder(step, numbers(num_levels)), levels):
+        fields, form = _pack_fields(step)
+        best = fields, [*form, STEPS + num_levels]
+    elif num_levels + fields.size < best[0].size and (ladder := find_ladder(levels)) is not None:
+        best = np.concatenate([ladder.view(np.uint32), fields]), [*form, LADDER + num_levels]
+    return best[0], np.array(best[1], np.uint8)
+
+
+def find_ladder(levels: np.ndarray) -> np.ndarray | None:
+    """The float32 [L] of which all rows of levels, bfloat16 [out, L], are multiples; None where there is none.
+
+    bfloat16(scale * ladder) are exactly the levels, with the magnitude of a row's largest as its scale.
+    """
+    exact = levels.astype(np.float64)
+    scale = np.abs(exact).max(-1, keepdims=True)
+    rows = scale[:, 0] > 0
+    if not rows.any():
+        return None
+    scale, values = scale[rows], exact[rows]
+    # What rounds to a level lies within half a step of it: at most the one above, half of that below a power of two.
+    step = np.spacing(np.abs(levels[rows])).astype(np.float64)
+    below = np.where(np.frexp(np.abs(values))[0] == 0.5, step / 4, step / 2)
+    low = np.where(values > 0, values - below, values - step / 2) / scale
+    high = np.where(values < 0, values + below, values + step / 2) / scale
+    low, high = low.max(0), high.min(0)
+    ladder = ((low + high) / 2).astype(np.float32)
+    ladder = np.where((low <= 1) & (high >= 1), 1, np.where((low <= -1) & (high >= -1), -1, ladder)).astype(np.float32)
+    return ladder if _same(_of_ladder(np.abs(exact).max(-1), ladder), levels) else None
+
+
+def numbers(num_levels: int) -> np.ndarray:
+    """-K .. -1, 1 .. K, float32 [2 K]: of which levels at equal steps are multiples."""
+    up = np.arange(1, num_levels // 2 + 1, dtype=np.float32)
+    return np.concatenate([-up[::-1], up])
+
+
+def _same(found: np.ndarray, expected: np.ndarray) -> bool:
+    return np.array_equal(found.view(np.uint16), expected.view(np.uint16))
+
+
+def _of_ladder(scale: np.ndarray, ladder: np.ndarray) -> np.ndarray:
+    """bfloat16 [out, L]: scale [out], ladder [L]."""
+    return (scale.astype(np.float32)[:, None] * ladder.astype(np.float32)).astype(ml_dtypes.bfloat16)
+
+
+def _pack_fields(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """bfloat16 [n] -> words uint32 [k]; base exponent, exponent bits, mantissa bits, sign bits: the least that do."""
+    bits = values.view(np.uint16).astype(np.int64)
+    zero = bits & 0x7FFF == 0
+    exponent = bits >> 7 & 255
+    base = int(np.where(zero, 255, exponent).min())
+    span = int(np.where(zero, 0, exponent - base + 1).max())
+    mantissas = int(np.bitwise_or.reduce(bits & 127))
+    mantissa_bits = 8 - (mantissas & -mantissas).bit_length() if mantissas else 0
+    exponent_bits = max(1, span.bit_length())  # Orbax refuses empty arrays.
+    sign_bits = int((bits >> 15).max())
+    exponent = np.where(zero, 0, exponent - base + 1)
+    codes = bits >> 15 << exponent_bits + mantissa_bits | exponent << mantissa_bits | (bits & 127) >> 7 - mantissa_bits
+    width = exponent_bits + mantissa_bits + sign_bits
+    words = place(codes, width * np.arange(values.size), -(-width * values.size // 32))
+    return words, [base if span else 0, exponent_bits, mantissa_bits, sign_bits]
 
 
 def unpack_levels(words: np.ndarray, formats: np.ndarray, out: int, held: Sequence[int]) -> np.ndarray:
@@ -78,25 +119,47 @@ def unpack_levels(words: np.ndarray, formats: np.ndarray, out: int, held: Sequen
 
     Raises ValueError, naming the expert and the row, for what that doesn't return.
     """
-    experts, most = len(formats), max(held)
-    limits = np.array([254, 8, 7, 1, most])
-    for expert in np.flatnonzero((formats > limits).any(-1) | ~np.isin(formats[:, 4], held)):
+    limits = np.array([254, 8, 7, 1, LADDER + max(held)])
+    kinds = formats[:, 4] // STEPS * STEPS
+    odd = (kinds == STEPS) & (formats[:, 4] % 2 == 1)
+    for expert in np.flatnonzero((formats > limits).any(-1) | ~np.isin(formats[:, 4] % STEPS, held) | odd):
         raise ValueError(f"level_formats: expert {expert} has {formats[expert].tolist()}, expected at most {limits}.")
-    num_levels = int(formats[0, 4])
-    for expert in np.flatnonzero(formats[:, 4] != num_levels):
-        raise ValueError(f"level_formats: expert {expert} has {formats[expert, 4]} levels, expected {num_levels}.")
-    if (needed := int(level_counts(formats, out).sum())) != words.size:
+    num_levels = int(formats[0, 4]) % STEPS
+    for expert in np.flatnonzero(formats[:, 4] % STEPS != num_levels):
+        raise ValueError(
+            f"level_formats: expert {expert} has {formats[expert, 4] % STEPS} levels, expected {num_levels}."
+        )
+    fields = out * np.where(kinds > 0, 1, num_levels)
+    ladders = kinds == LADDER
+    counts = np.where(ladders, num_levels, 0) - (-formats[:, 1:4].sum(-1, dtype=np.int64) * fields // 32)
+    if (needed := int(counts.sum())) != words.size:
         raise ValueError(f"level_words: found {words.size}, but level_formats count {needed}.")
 
-    base, exponent_bits, mantissa_bits, signs, _ = formats.T.astype(np.uint64)[:, :, None]  # [experts, 1]
-    at = _level_places(formats, out, num_levels)
+    levels = np.empty((len(formats), out, num_levels), ml_dtypes.bfloat16)
+    for expert, own in enumerate(np.split(words, np.cumsum(counts)[:-1])):
+        if kinds[expert] == 0:
+            levels[expert] = _unpack_fields(own, formats[expert], fields[expert], expert).reshape(out, num_levels)
+            continue
+        ladder = own[:num_levels].view(np.float32) if ladders[expert] else numbers(num_levels)
+        if ladders[expert] and not (np.abs(ladder) <= 1).all():
+            raise ValueError(f"level_words: expert {expert} has the ladder {ladder}, expected magnitudes of at most 1.")
+        scale = _unpack_fields(own[num_levels:] if ladders[expert] else own, formats[expert], out, expert)
+        levels[expert] = _of_ladder(scale, ladder)
+    return levels
+
+
+def _unpack_fields(words: np.ndarray, form: np.ndarray, count: int, expert: int) -> np.ndarray:
+    """Inverse of `_pack_fields`: bfloat16 [count]."""
+    base, exponent_bits, mantissa_bits, sign_bits, kind = form.astype(np.uint64)
+    at = int(exponent_bits + mantissa_bits + sign_bits) * np.arange(count)
     padded = np.append(words, np.zeros(2, np.uint32)).astype(np.uint64)
     codes = (padded[at >> 5] | padded[(at >> 5) + 1] << 32) >> (at & 31).astype(np.uint64)
     mantissa = (codes & (1 << mantissa_bits) - 1) << 7 - mantissa_bits
     exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1
-    sign = codes >> mantissa_bits + exponent_bits & signs
+    sign = codes >> mantissa_bits + exponent_bits & sign_bits
     bits = sign << 15 | np.where(exponent == 0, 0, exponent + base - 1) << 7 | mantissa
     bad = (exponent + base > 255) & (exponent > 0) | (exponent == 0) & (mantissa > 0)
-    for expert, i in np.argwhere(bad):
-        raise ValueError(f"level_words: expert {expert}, row {i // num_levels} holds a level that is not a number.")
-    return bits.astype(np.uint16).reshape(experts, out, num_levels).view(ml_dtypes.bfloat16)
+    for i in np.flatnonzero(bad):
+        row = i if kind >= STEPS else i // int(kind)
+        raise ValueError(f"level_words: expert {expert}, row {row} holds a level that is not a number.")
+    return bits.astype(np.uint16).view(ml_dtypes.bfloat16)

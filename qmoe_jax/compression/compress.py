@@ -23,6 +23,7 @@ from qmoe_jax.errors import CheckpointError
 from qmoe_jax.lock import locked_by_first
 from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
+from qmoe_jax.quantization import ahead
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
@@ -105,7 +106,6 @@ def compress_examples(
             losses = _committed(run, output, progress, origin, num_shards)
             if not keep_progress and run.processes.first:
                 progress.remove()
-    losses = streaming.DocumentLosses(*(a[run.num_calibration :] for a in losses))
     return compression_report(
         losses, run.accounts, checkpoint, quantization, codec, run.num_calibration, run.stages.report()
     )
@@ -253,7 +253,7 @@ class _Run:
     def through(
         self, writer: CompressedWriter | None = None, progress: Progress | None = None
     ) -> streaming.DocumentLosses:
-        """Quantizes and measures, from where `progress` is; losses of all examples."""
+        """Quantizes and measures, from where `progress` is; losses of the examples that don't calibrate."""
         own = self.processes.share(self.config.num_experts) if writer is None else writer.own
         if self.control is not None and (first := self.processes.from_first(len(own))) < self.few:
             raise ValueError(
@@ -276,16 +276,18 @@ class _Run:
         commits = None
         if progress is not None and writer is not None:
             commits = LayerCommits(progress, writer, quantizer, self.weights_of)
-        losses = streaming.run(
-            self.checkpoint,
-            self.examples,
-            self.memory,
-            quantizer=quantizer,
-            commits=commits,
-            processes=self.processes,
-            stages=self.stages,
-            what=self.what,
-        )
+        with compiling(self.checkpoint, [self.quantization], self.memory, len(own)):
+            losses = streaming.run(
+                self.checkpoint,
+                self.examples,
+                self.memory,
+                quantizer=quantizer,
+                commits=commits,
+                processes=self.processes,
+                stages=self.stages,
+                what=self.what,
+                first_measured=self.num_calibration,
+            )
         missing = set(self.config.sparse_layers) - set(quantizer.accounts)
         if missing:
             raise RuntimeError(f"Sparse layers {sorted(missing)} were not quantized.")
@@ -325,6 +327,28 @@ class LayerCommits:
             kept = self.writer.layers
             state = {"done": done, "kept": kept, "quantizer": self.quantizer.state(), "weights": self.weights_of(kept)}
             self.progress.commit(state, arrays)
+
+
+def compiling(
+    checkpoint: Checkpoint,
+    quantizations: Iterable[QuantizationSettings],
+    memory: streaming.Settings,
+    experts: int | None = None,
+) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, a thread compiles what compressions need for a group of experts; see `ahead`.
+
+    Args:
+      checkpoint, memory: of all of them.
+      quantizations: how, in the order in which they come.
+      experts: of each layer, that this process has; None: all.
+
+    Raises ValueError for a checkpoint whose experts are compressed already.
+    """
+    check_uncompressed(checkpoint)
+    group = max(2, min(memory.experts_per_group, experts or checkpoint.config.num_experts))  # see Quantizer
+    family, layer = checkpoint.family, checkpoint.config.sparse_layers[0]
+    shapes = (checkpoint.specs[family.expert_parameter(layer, m)].shape for m in checkpoint.config.expert.matrices)
+    return ahead.compiling(quantizations, [(group, out, columns) for _, columns, out in shapes])
 
 
 def weights_by_matrix(checkpoint: Checkpoint) -> dict[str, int]:

@@ -72,18 +72,23 @@ def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
 # --- The next token ---------------------------------------------------------------------------------------------------
 
 
-def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
+def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array | float, top_p: float) -> jax.Array:
     """One token per row of logits [batch, vocabulary]: int32 [batch].
 
     Args:
       logits: float32.
       key: PRNG key; unused when greedy.
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits; 0 takes the likeliest token. It may be traced: one program serves all.
       top_p: draw from the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
     """
-    if temperature == 0:
+
+    def likeliest():
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+
+    return jax.lax.cond(temperature > 0, lambda: _draw(logits / temperature, key, top_p), likeliest)
+
+
+def _draw(logits: jax.Array, key: jax.Array, top_p: float) -> jax.Array:
     if top_p < 1:
         falling = jnp.sort(logits, axis=-1)[:, ::-1]
         p = jax.nn.softmax(falling)

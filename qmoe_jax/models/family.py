@@ -202,6 +202,13 @@ class Task(Protocol):
         """Every example in exactly one row, in batches of a few fixed shapes."""
         ...
 
+    def inputs(self, tokens: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        """What the model's module is called with, of a batch's token arrays.
+
+        Of its logits [rows, length, vocabulary] the first `predicted` of a row are those that predict a token.
+        """
+        ...
+
     def lengths(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         """By stream, int [examples]: how many vectors of activations an example has there."""
         ...

@@ -21,6 +21,7 @@ LEAST_DAMPING = 1e-6
 # For speed alone. Panels are unrolled: more of them leave out more of the products with zeros, but compile longer.
 PANELS = 8
 SMALL_BLOCK = 32  # at most; one of all experts fits into a core's cache
+WEIGHTS_AT_ONCE = 1 << 16  # of an expert, in sums over columns
 
 
 class Quantized(NamedTuple):
@@ -83,6 +84,19 @@ def gptq(
     _check(W, bits, group_size)
     check_matrices(W, H, block_size, damping)
     return _gptq(W, H, damping, bits, block_size, group_size, bool(activation_order))
+
+
+def compile_gptq(
+    W: jax.ShapeDtypeStruct,
+    H: jax.ShapeDtypeStruct,
+    *,
+    bits: float,
+    block_size=128,
+    damping=0.1,
+    activation_order=False,
+) -> None:
+    """Compiles what `gptq` runs for arrays like these, with their shardings."""
+    _gptq.lower(W, H, damping, bits, block_size, None, bool(activation_order)).compile()
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -327,6 +341,26 @@ def sum_in_pairs(x: jax.Array) -> jax.Array:
         half = -(-len(x) // 2)
         x = x[:half] + jnp.pad(x[half:], [(0, 2 * half - len(x)), *[(0, 0)] * (x.ndim - 1)])
     return x[0]
+
+
+def sum_columns(terms, rows: int, *arrays):
+    """Sums of what `terms` makes of columns, in an order of its own (see `sum_in_order`), without keeping it all.
+
+    Args:
+      terms: of arrays [block, ...], which may be padded with zeros, to a tuple of such.
+      rows: of a column.
+      *arrays: [columns, ...].
+    """
+    columns = len(arrays[0])
+    block = min(columns, max(8, WEIGHTS_AT_ONCE // rows))
+    padded = [jnp.pad(a, ((0, -columns % block), *[(0, 0)] * (a.ndim - 1))) for a in arrays]
+    blocks = [a.reshape(-1, block, *a.shape[1:]) for a in padded]
+
+    def add(sums, block):
+        return [total + sum_in_pairs(x) for total, x in zip(sums, terms(*block), strict=True)], None
+
+    zeros = [jnp.zeros(x.shape[1:], x.dtype) for x in jax.eval_shape(terms, *(b[0] for b in blocks))]
+    return jax.lax.scan(add, zeros, blocks)[0]
 
 
 def round_to_nearest(W: jax.Array, *, bits: float, group_size: int | None = None) -> Quantized:

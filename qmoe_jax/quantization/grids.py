@@ -78,3 +78,10 @@ def _scale_and_zero(grid: Grid) -> tuple[jax.Array, jax.Array]:
     scale = (grid.high - grid.low) / 3
     scale = jnp.where(scale > 0, scale, 1.0)
     return scale, jnp.round(-grid.low / scale)
+
+
+def coarse(levels, bits: int):
+    """Rounds float32 to `bits` bits of mantissa."""
+    unit = jnp.uint32(1) << (23 - bits)
+    word = jax.lax.bitcast_convert_type(levels, jnp.uint32)
+    return jax.lax.bitcast_convert_type((word + (unit >> 1)) & ~(unit - 1), jnp.float32)

@@ -22,7 +22,7 @@ import numpy as np
 from qmoe_jax import resources
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.processes import Processes
-from qmoe_jax.quantization import grids, shares, statistics
+from qmoe_jax.quantization import ahead, grids, shares, statistics
 from qmoe_jax.quantization.account import GroupAccount, LayerAccount, gather_groups, group_account, layer_account
 from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized
@@ -90,7 +90,7 @@ class Quantizer:
         }
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[GroupAccount]] = {}  # by layer
-        self._lagrangians: dict[str, float] = {}  # of this layer, by matrix name
+        self._found: dict[str, tuple[float, int | None]] = {}  # Lagrangian and steps of this layer, by matrix name
         self._weights: np.ndarray | None = None  # of this layer's experts; None: all count equally
 
     def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
@@ -107,7 +107,7 @@ class Quantizer:
 
     def __call__(self, group: ExpertGroup) -> dict[str, Any]:
         if group.start == self.own.start:
-            self._lagrangians = {}
+            self._found = {}
         tokens = [t[self.calibration[group.stream][t]] for t in group.tokens]
         overloaded: dict[int, int] = {}
         if self.method.calibrated:
@@ -228,6 +228,7 @@ class Quantizer:
         with self.stages("quantization"):
             W = kernel.swapaxes(1, 2)  # [experts, out, in]: the quantizer's rows are outputs.
             if R is not None:
+                ahead.ready(match_outputs, W.shape)
                 W = match_outputs(W, H, R, damping=self.how.damping, block_size=self.how.block_size)
             if importance is None and self.method.uses_importance:
                 importance = jax.device_put(jnp.ones(W.shape[:2]), expert_sharding(len(W)))
@@ -235,12 +236,14 @@ class Quantizer:
 
     def _round(self, matrix: str, W, H, importance, weight=None) -> Quantized:
         """The method itself; weights are those that the stored symbols and levels stand for."""
+        ahead.ready(self.method, W.shape)
         weighted = importance if weight is None else importance * weight[:, None]
         if self.method.target_bits is None:
             quantized = self.method(W, H, weighted)
         else:
-            lagrangian = self._find_lagrangian(matrix, W, H, importance)
-            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian)
+            lagrangian, steps = self._find_lagrangian(matrix, W, H, importance)
+            wanted = {} if steps is None else {"steps": steps}
+            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian, **wanted)
         return jax.block_until_ready(_as_stored(quantized))
 
     def _output_error(self, group: ExpertGroup, replacement) -> OutputError:
@@ -251,9 +254,9 @@ class Quantizer:
 
     # --- A target rate ------------------------------------------------------------------------------------------------
 
-    def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
-        """Found once for all experts of the layer, by the process that has its first ones, from these."""
-        if matrix not in self._lagrangians:
+    def _find_lagrangian(self, matrix: str, W, H, importance) -> tuple[float, int | None]:
+        """That, and steps (see `trial`): once for all experts of the layer, by the process that has its first ones."""
+        if matrix not in self._found:
             found = None
             if self.processes.first:
                 assert self.control is not None
@@ -261,10 +264,12 @@ class Quantizer:
                 if self._weights is not None:
                     tried = np.resize(shares.of_strata(self._weights, few), len(W))
                     importance = importance * tried[:, None]
-                guess, rates = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
-                found = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
-            self._lagrangians[matrix] = self.processes.from_first(found)
-        return self._lagrangians[matrix]
+                guess, rates, steps = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
+                lagrangian = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
+                found = lagrangian, steps(lagrangian)
+            lagrangian, number = self.processes.from_first(found)
+            self._found[matrix] = lagrangian, number
+        return self._found[matrix]
 
     @staticmethod
     def _tell_control(control: RateControl, groups: Sequence[GroupAccount]) -> None:

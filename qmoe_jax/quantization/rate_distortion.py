@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qmoe_jax.quantization import equal_steps
 from qmoe_jax.quantization.gptq import (
     LEAST_DAMPING,
     Quantized,
@@ -28,10 +29,11 @@ from qmoe_jax.quantization.gptq import (
     factor,
     in_blocks,
     matmul,
+    sum_columns,
     sum_in_order,
-    sum_in_pairs,
     sweep,
 )
+from qmoe_jax.quantization.grids import coarse
 
 # Where the start begins: levels in standard deviations of the row, share of zeros.
 START_LEVEL = 1.6
@@ -39,7 +41,6 @@ START_ZEROS = 0.85
 START_STEPS = 4
 # Shares of zeros that bits are computed for; beyond, a matrix would never come back from all zeros.
 LEAST_ZEROS, MOST_ZEROS = 0.02, 0.9995
-WEIGHTS_AT_ONCE = 1 << 16  # of an expert, in sums over columns
 
 
 class _Rates(NamedTuple):
@@ -55,13 +56,15 @@ def rate_distortion(
     lagrangian: jax.Array,  # [experts, rows]
     *,
     codes: jax.Array | None = None,  # [rows]
+    steps: int | None = None,
     refits: int = 2,
+    descents: int = 2,
     level_bits: int = 3,
     block_size: int = 128,
     damping: float = 0.1,
     activation_order: bool = False,
 ) -> Quantized:
-    """Ternary matrices with little tr (W - Q) H (W - Q)' + lagrangian * bits(symbols).
+    """Matrices with little tr (W - Q) H (W - Q)' + lagrangian * bits(symbols).
 
     Experts never mix: inputs sharded over their first axis stay so, without any collective.
 
@@ -71,6 +74,9 @@ def rate_distortion(
       lagrangian: squared error, as H measures it, that one bit is worth; for each row.
       codes: int, below rows: rows of an expert with the same number are coded together, and bits are counted by the
         entropy of their symbols. None: all rows.
+      steps: levels at equal steps, so many on either side of zero, from 1 to 7 (`equal_steps`): one number a row. None:
+        two levels that each row has for itself.
+      descents: with `steps`, passes over all symbols, each anew with all others given, before each refit.
       refits: rounds of rounding and refitting the levels; 0 rounds once, to the starting levels.
       level_bits: mantissa bits of a level, 0 to 7; fewer are cheaper to store.
       block_size, damping, activation_order: as in `gptq`.
@@ -89,10 +95,63 @@ def rate_distortion(
     codes = jnp.zeros(W.shape[1], jnp.int32) if codes is None else jnp.asarray(codes, jnp.int32)
     if codes.shape != W.shape[1:2]:
         raise ValueError(f"codes: found shape {codes.shape}, expected [rows] = {W.shape[1:2]}.")
-    for name, value, most in (("refits", refits, math.inf), ("level_bits", level_bits, 7)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-            raise ValueError(f"{name}: found {value!r}, expected a whole number from 0 to {most}.")
+    wholes = [("refits", refits, 0, math.inf), ("descents", descents, 0, math.inf), ("level_bits", level_bits, 0, 7)]
+    if steps is not None:
+        wholes.append(("steps", steps, 1, equal_steps.MOST_STEPS))
+    for name, value, least, most in wholes:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name}: found {value!r}, expected a whole number from {least} to {most}.")
+    if steps is not None:
+        quantized = equal_steps.quantize(
+            W,
+            H,
+            lagrangian,
+            codes,
+            jnp.float32(steps),
+            damping,
+            refits=refits,
+            descents=descents,
+            level_bits=level_bits,
+            block_size=block_size,
+            activation_order=bool(activation_order),
+        )
+        return equal_steps.narrowed(quantized, steps)
     return _rate_distortion(W, H, lagrangian, codes, damping, refits, level_bits, block_size, bool(activation_order))
+
+
+def compile_rate_distortion(
+    W: jax.ShapeDtypeStruct,
+    H: jax.ShapeDtypeStruct,
+    *,
+    steps: int | None = None,
+    refits: int = 2,
+    descents: int = 2,
+    level_bits: int = 3,
+    block_size: int = 128,
+    damping: float = 0.1,
+    activation_order: bool = False,
+) -> None:
+    """Compiles what `rate_distortion` runs for arrays like these, with their shardings; one program for all `steps`."""
+    lagrangian = jax.ShapeDtypeStruct(W.shape[:2], jnp.float32, sharding=W.sharding)
+    codes = jax.ShapeDtypeStruct(W.shape[1:2], jnp.int32)
+    if steps is None:
+        settings = (refits, level_bits, block_size, bool(activation_order))
+        _rate_distortion.lower(W, H, lagrangian, codes, damping, *settings).compile()
+        return
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    equal_steps.quantize.lower(
+        W,
+        H,
+        lagrangian,
+        codes,
+        number,
+        damping,
+        refits=refits,
+        descents=descents,
+        level_bits=level_bits,
+        block_size=block_size,
+        activation_order=bool(activation_order),
+    ).compile()
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
@@ -116,7 +175,7 @@ def _expert(W, H, lagrangian, *, codes, damping, refits, level_bits, block_size,
     columns = W.shape[1]
     weight = jnp.concatenate([1 / jnp.diag(L) ** 2 for L in factored.L])  # of a column's squared error
     levels, zeros = _start(Wt[:columns], weight[:columns], lagrangian, codes)
-    levels = _coarse(levels, level_bits)
+    levels = coarse(levels, level_bits)
 
     def round_all(levels, zeros):
         rates = _rates(zeros)
@@ -225,7 +284,7 @@ def _start(Wt, weight, lagrangian, codes):
             counted = h[:, None] * chosen
             return counted, counted * w[:, None], chosen.any(1).astype(jnp.int32)
 
-        count, total, nonzeros = _sum_columns(terms, rows, Wt, weight[:, None])
+        count, total, nonzeros = sum_columns(terms, rows, Wt, weight[:, None])
         levels = jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), levels)
         return (levels, _share_of_zeros(nonzeros, columns, codes)), None
 
@@ -246,7 +305,7 @@ def _refit(Wt, H, symbols, levels, loss, level_bits):
     a, b = ((symbols == s).astype(jnp.float32) for s in (1, 2))
     Ha, Hb = matmul(H, a), matmul(H, b)
     products = lambda a, b, Ha, Hb, w: (Ha * a, Hb * b, Ha * b, Ha * w, Hb * w)
-    aa, bb, ab, aw, bw = _sum_columns(products, a.shape[1], a, b, Ha, Hb, Wt)  # [rows]
+    aa, bb, ab, aw, bw = sum_columns(products, a.shape[1], a, b, Ha, Hb, Wt)  # [rows]
 
     def error(levels):  # (w - q) H (w - q)' without w H w'
         low, high = levels
@@ -257,34 +316,7 @@ def _refit(Wt, H, symbols, levels, loss, level_bits):
     determinant = aa_ * bb_ - ab**2
     fitted = jnp.stack([(bb_ * aw - ab * bw) / determinant, (aa_ * bw - ab * aw) / determinant])
     fitted = jnp.where(jnp.stack([aa, bb]) > 0, fitted, levels)
-    fitted = _coarse(jnp.stack([jnp.minimum(fitted[0], 0.0), jnp.maximum(fitted[1], 0.0)]), level_bits)
+    fitted = coarse(jnp.stack([jnp.minimum(fitted[0], 0.0), jnp.maximum(fitted[1], 0.0)]), level_bits)
     change = error(fitted) - error(levels)
     better = change < 0
     return jnp.where(better, fitted, levels), loss + jnp.where(better, change, 0.0)
-
-
-def _sum_columns(terms, rows: int, *arrays):
-    """Sums of what `terms` makes of columns, in an order of its own (see `gptq.sum_in_order`), without keeping it all.
-
-    Args:
-      terms: of arrays [block, ...], which may be padded with zeros, to a tuple of such.
-      rows: of a column.
-      *arrays: [columns, ...].
-    """
-    columns = len(arrays[0])
-    block = min(columns, max(8, WEIGHTS_AT_ONCE // rows))
-    padded = [jnp.pad(a, ((0, -columns % block), *[(0, 0)] * (a.ndim - 1))) for a in arrays]
-    blocks = [a.reshape(-1, block, *a.shape[1:]) for a in padded]
-
-    def add(sums, block):
-        return [total + sum_in_pairs(x) for total, x in zip(sums, terms(*block), strict=True)], None
-
-    zeros = [jnp.zeros(x.shape[1:], x.dtype) for x in jax.eval_shape(terms, *(b[0] for b in blocks))]
-    return jax.lax.scan(add, zeros, blocks)[0]
-
-
-def _coarse(levels, bits: int):
-    """Rounds float32 to `bits` bits of mantissa."""
-    unit = jnp.uint32(1) << (23 - bits)
-    word = jax.lax.bitcast_convert_type(levels, jnp.uint32)
-    return jax.lax.bitcast_convert_type((word + (unit >> 1)) & ~(unit - 1), jnp.float32)

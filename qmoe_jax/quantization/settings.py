@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 from qmoe_jax import codecs
-from qmoe_jax.quantization.methods import METHODS, Method
+from qmoe_jax.quantization.methods import LEVELS, METHODS, Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +164,6 @@ def why_not_stored(quantization: QuantizationSettings, codec: str) -> str | None
         return None
     others = [name for name, other in codecs.CODECS.items() if levels in other.LEVELS]
     instead = f"Use the codec {' or '.join(map(repr, others))}, or measure" if others else "Measure"
-    return (
-        f"{quantization.rounding.bits:g}-bit experts can't be stored by the codec {codec!r}. {instead} without saving."
-    )
+    few = levels == LEVELS.get(quantization.rounding.bits)
+    what = f"{quantization.rounding.bits:g}-bit experts" if few else f"Experts with up to {levels} levels a row"
+    return f"{what} can't be stored by the codec {codec!r}. {instead} without saving."

@@ -122,7 +122,7 @@ def test_writing_again_replaces_what_was_there(copy, experts):
     [
         pytest.param(3, "dictionary", marks=pytest.mark.long),
         (3, "gap"),
-        (8, "dictionary"),
+        pytest.param(8, "dictionary", marks=pytest.mark.long),
         pytest.param(8, "gap", marks=pytest.mark.long),
     ],
 )

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -306,12 +305,15 @@ def test_help_lists_the_flags_that_experiments_share(run):
     assert all(flag in result.out for flag in ("--config", "--coordinator_address", "--output"))
 
 
-def test_compressing_what_is_compressed(compress, elsewhere):
-    assert_fails(compress(checkpoint=elsewhere[0]), elsewhere[0], "compressed already")
+def test_compressing_what_is_compressed(compress, tmp_path):
+    model = tmp_path / "model"
+    assert compress(output=model).code == 0
+    assert_fails(compress(checkpoint=model), model, "compressed already")
 
 
-def test_compressed_checkpoint_with_a_changed_byte(run, tiny, elsewhere, tmp_path):
-    model = shutil.copytree(elsewhere[0], tmp_path / "model")
+def test_compressed_checkpoint_with_a_changed_byte(compress, run, tiny, tmp_path):
+    model = tmp_path / "model"
+    assert compress(output=model).code == 0
     file = next(p for p in files_below(model / "layers") if p.name == "0")
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

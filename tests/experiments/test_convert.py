@@ -176,7 +176,7 @@ def test_what_compress_makes_evaluates_to_the_same_loss(run, convert, tiny, tmp_
         assert "text: " in out
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("rtn", marks=pytest.mark.long)])
 def test_two_bits_are_saved_by_the_gap_codec(method, run, tiny, tmp_path):
     settings = ("--config.quantization.bits=2", f"--config.quantization.method={method}", "--config.codec.name=gap")
     where = (f"--checkpoint={tiny.checkpoint}", f"--output={tmp_path / 'two'}")

@@ -87,13 +87,13 @@ def test_evaluate_t5x_is_the_models_own_cross_entropy(run, tiny, tmp_path):
 
 
 def test_generate_from_both_layouts(run, tiny, elsewhere):
-    for path in (tiny.checkpoint, elsewhere[0]):
-        for prompt in ("the cat <extra_id_0> on the <extra_id_1>", "the cat sat"):
-            args = (f"--prompt={prompt}", "--config.generation.max_length=12")
-            result = run("generate", *tiny.flags(), f"--checkpoint={path}", *args)
-            assert result.code == 0, result.err
-            (text,) = re.findall(r"^text: +(.+)", result.out, re.MULTILINE)
-            assert text.startswith("the cat") and "<extra_id_0>" not in text
+    marked, unmarked = "the cat <extra_id_0> on the <extra_id_1>", "the cat sat"
+    for path, prompt in ((tiny.checkpoint, marked), (tiny.checkpoint, unmarked), (elsewhere[0], marked)):
+        args = (f"--prompt={prompt}", "--config.generation.max_length=12")
+        result = run("generate", *tiny.flags(), f"--checkpoint={path}", *args)
+        assert result.code == 0, result.err
+        (text,) = re.findall(r"^text: +(.+)", result.out, re.MULTILINE)
+        assert text.startswith("the cat") and "<extra_id_0>" not in text
 
 
 @pytest.mark.long

@@ -27,7 +27,7 @@ def test_text_as_it_comes(run, fixture_path, tmp_path):  # noqa: F811
     task = family_of(model).task
     vocabulary = task.vocabulary(tmp_path)
     expected = []
-    for prompt in ("w1Ġ#w7Ġ", "w9Ġ"):
+    for prompt in ("w1Ġ#w7Ġ", "w9Ġ#w2Ġ"):  # Of one length: one program.
         tokens, options = task.prompt(vocabulary, prompt)
         written = qmoe_jax.generate(model, params, tokens[None], max_length=9, **options)
         expected.append(task.completed(vocabulary, tokens, np.asarray(written)[0]))
@@ -37,7 +37,7 @@ def test_text_as_it_comes(run, fixture_path, tmp_path):  # noqa: F811
         f"--config.data.vocabulary={tmp_path / 'tokenizer.json'}",
         "--config.generation.max_length=9",
         "--prompt=w1Ġ#w7Ġ",
-        "--prompt=w9Ġ",
+        "--prompt=w9Ġ#w2Ġ",
     )
     assert code == 0, errors
     assert [text.split("\n\n")[0] for text in out.split("text:   ")[1:]] == expected

@@ -22,6 +22,7 @@
 extern "C" XLA_FFI_Error* QmoeGapDot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* QmoeDictionaryDot(XLA_FFI_CallFrame*);
 extern "C" void QmoeSetDictionary(const uint64_t*);
+extern "C" void QmoeSetGapCodes(int64_t, int64_t, const uint8_t*, const uint32_t*);
 extern "C" bool QmoeHasInstructionSet(const char*);
 
 namespace {
@@ -137,6 +138,14 @@ int main(int, char** argv) {
   std::vector<uint64_t> dictionary(65'536);
   if (std::fread(dictionary.data(), 8, dictionary.size(), file) != dictionary.size()) return 3;
   QmoeSetDictionary(dictionary.data());
+  for (int64_t left = ReadNumber(file); left > 0; --left) {
+    const int64_t levels = ReadNumber(file), count = ReadNumber(file);
+    std::vector<uint8_t> numbers(count);
+    std::vector<uint32_t> windows(count << 12);
+    if (std::fread(numbers.data(), 1, numbers.size(), file) != numbers.size()) return 3;
+    if (std::fread(windows.data(), 4, windows.size(), file) != windows.size()) return 3;
+    QmoeSetGapCodes(levels, count, numbers.data(), windows.data());
+  }
 
   std::mt19937_64 random(0);
   for (int64_t left = ReadNumber(file); left > 0; --left) {

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from test_compressed_ragged_dot import KINDS, example, reference
 
+from qmoe_jax.codecs import gap
+from qmoe_jax.codecs.gap_codes import numbers
 from qmoe_jax.kernels.compressed_ragged_dot import cpu
 
 SOURCES = pathlib.Path(cpu.__file__).resolve().parent / "csrc"
@@ -32,6 +34,7 @@ SHAPES = (
     ([2, 1], 100, 2049, 0.6),
     ([1, 20, 1, 0], 31, 63, 0.0),
 )
+MANY_LEVELS = (("gap", 5), ("gap", 14))
 REPETITIONS = 20  # of every call, with noise
 
 
@@ -55,7 +58,7 @@ def driver(tmp_path_factory):
 
 def calls():
     """(lhs, compressed experts, sizes of groups, expected [tokens, out])."""
-    for kind in KINDS.values():
+    for kind in (*KINDS.values(), *MANY_LEVELS):
         for seed, (sizes, out, width, zeros) in enumerate(SHAPES):
             tokens = sum(sizes) + seed % 2  # One that is nobody's.
             lhs, rhs, weights = example(kind, tokens, len(sizes), out, width, zeros, seed)
@@ -80,11 +83,21 @@ def encoded(lhs, rhs, sizes) -> bytes:
     return head + b"".join(map(described, arguments)) + b"".join(described(r, content=False) for r in results)
 
 
+def gap_codes() -> bytes:
+    """The codes of every number of levels that calls have, as `cpu.gap.prepare` hands them over."""
+    every = sorted({L for codec, L in (*KINDS.values(), *MANY_LEVELS) if codec == "gap"})
+    content = struct.pack("<q", len(every))
+    for L in every:
+        own, windows = numbers(L).astype(np.uint8), gap.window_table(L)
+        content += struct.pack("<2q", L, own.size) + own.tobytes() + windows.tobytes()
+    return content
+
+
 @pytest.mark.parametrize("isa", cpu.ISAS)
 def test_kernels_touch_nothing_but_their_arrays(driver, isa, tmp_path):
     every = list(calls())
     content = struct.pack("<q", len(every)) + b"".join(encoded(*call[:3]) for call in every)
-    (tmp_path / "cases").write_bytes(cpu.dictionary._entries().tobytes() + content)
+    (tmp_path / "cases").write_bytes(cpu.dictionary._entries().tobytes() + gap_codes() + content)
     command = [driver, tmp_path / "cases", tmp_path / "results", isa, str(REPETITIONS)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if run.returncode == 4:

@@ -70,6 +70,8 @@ def documents():
     return load_examples(CARRIED / "validation.jsonl.gz", Vocabulary.load(CARRIED / "spm.model"), 24).pairs
 
 
+# That it is the loss of the dequantized weights: test_streaming.py.
+@pytest.mark.long
 def test_loss_is_that_of_plain_xla(carried, documents, as_xla):
     loss = lambda: streaming.run(open_checkpoint(carried), documents, streaming.Settings()).summary()["loss"]
     assert loss() == pytest.approx(as_xla(loss), abs=1e-4)
@@ -113,7 +115,7 @@ def test_generation_leaves_nothing_behind_but_its_tokens(codec):
 @pytest.mark.parametrize("codec", codecs.CODECS)
 def test_generation_never_has_all_experts_of_a_matrix_dense(codec):
     model, params, dense = many_experts(codec)
-    settings = (6, (), (), (0,), 0.0, 1.0)
-    program = decoding._generate.lower(model, settings, params, jnp.asarray(PROMPTS), jax.random.key(0)).compile()
+    settings = (6, (), (), (0,), 1.0)
+    program = decoding._generate.lower(model, settings, params, jnp.asarray(PROMPTS), 0.0, jax.random.key(0)).compile()
     matrices = len(MANY_EXPERTS.sparse_layers) * len(MANY_EXPERTS.expert_matrices)
     assert program.memory_analysis().temp_size_in_bytes < dense / matrices / 2

@@ -12,6 +12,12 @@ FIXTURES = ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3_fp8", "
 PROMPT = 9  # tokens of `greedy`
 
 
+def also(few):
+    """All fixtures; those that aren't among the few only where long tests are run."""
+    marked = [f if f in few else pytest.param(f, marks=pytest.mark.long) for f in FIXTURES]
+    return pytest.mark.parametrize("case", marked, indirect=True)
+
+
 @pytest.fixture(scope="module", params=FIXTURES)
 def case(request, fixture_path):
     path = fixture_path(f"{request.param}_tiny")
@@ -23,7 +29,7 @@ def real(io):
     return np.arange(io["input_ids"].shape[1]) < io["lengths"][:, None]
 
 
-@pytest.mark.parametrize("lengths_given", [False, True])
+@pytest.mark.parametrize("lengths_given", [False, pytest.param(True, marks=pytest.mark.long)])  # test_decoders.py, too
 def test_logits(case, lengths_given):
     family, config, params, io = case
     model = family.model(config, jnp.float32, None)
@@ -33,6 +39,8 @@ def test_logits(case, lengths_given):
     np.testing.assert_allclose(logits[real(io)], io["logits"][real(io)], atol=2e-4, rtol=0)
 
 
+# Packed weights are in nothing else than the logits.
+@also(["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_greedy_tokens(case):
     family, config, params, io = case
     model, greedy = family.model(config, jnp.float32, None), io["greedy"]
@@ -41,6 +49,7 @@ def test_greedy_tokens(case):
     np.testing.assert_array_equal(found, greedy[:, PROMPT:])
 
 
+@also(["deepseek_v3", "gpt_oss"])
 def test_bfloat16_is_close(case):
     """As close as bfloat16 is elsewhere: the error is a few hundredths of the logits' spread."""
     family, config, params, io = case

@@ -96,7 +96,7 @@ def test_more_devices_than_there_are():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_apply_experts_is_that_of_one_device(top_k, kind):
     rng = np.random.default_rng(0)
     tokens, d_model, hidden = 61, 24, 40

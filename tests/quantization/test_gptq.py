@@ -258,7 +258,7 @@ def test_singular_hessian_without_damping_falls_back_or_stays_finite():
 @pytest.mark.parametrize(
     ("experts", "options"),
     [
-        (8, dict(bits=1.5)),  # one expert per device
+        pytest.param(8, dict(bits=1.5), marks=pytest.mark.long),  # one expert per device
         pytest.param(16, dict(bits=1.5), marks=pytest.mark.long),
         pytest.param(16, dict(bits=1.5, activation_order=True), marks=pytest.mark.long),
         pytest.param(8, dict(bits=2, group_size=16), marks=pytest.mark.long),
@@ -283,17 +283,18 @@ def test_sharded_over_experts_is_bitwise_the_same_without_collectives(experts, o
     assert not re.search(r"\b(all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)", program)
 
 
+# A single one: where each device has one, above.
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2)), 3])
 @pytest.mark.parametrize(
     "options", [pytest.param(dict(group_size=16), marks=pytest.mark.long), dict(block_size=8)], ids=["groups", "panels"]
 )
-def test_experts_per_call_do_not_change_a_bit(options):
+def test_experts_per_call_do_not_change_a_bit(options, size):
     W, H = problem(experts=6, rows=24, columns=72)
     together = gptq(W, H, bits=2, **options)
-    for size in (1, 2, 3):
-        parts = [gptq(W[i : i + size], H[i : i + size], bits=2, **options) for i in range(0, 6, size)]
-        for name in together._fields:
-            found = np.concatenate([getattr(part, name) for part in parts])
-            np.testing.assert_array_equal(found, getattr(together, name), err_msg=f"{name}, {size} experts")
+    parts = [gptq(W[i : i + size], H[i : i + size], bits=2, **options) for i in range(0, 6, size)]
+    for name in together._fields:
+        found = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(found, getattr(together, name), err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,23 @@ def hidden_units(expert, x):
     ("config", "settings"),
     [
         (tiny_model.CONFIG, QuantizationSettings()),
-        (tiny_model.CONFIG, QuantizationSettings(mask_special_tokens=False)),
-        (tiny_model.CONFIG, QuantizationSettings(token_cap=0.5, damping=0.02)),
-        (TOP_2, QuantizationSettings(token_cap=1.5)),
-        (GATED, QuantizationSettings()),
+        (TOP_2, QuantizationSettings(token_cap=0.75, damping=0.02)),
+        (GATED, QuantizationSettings(mask_special_tokens=False)),
+        # One thing at a time.
+        pytest.param(tiny_model.CONFIG, QuantizationSettings(mask_special_tokens=False), marks=pytest.mark.long),
+        pytest.param(tiny_model.CONFIG, QuantizationSettings(token_cap=0.5, damping=0.02), marks=pytest.mark.long),
+        pytest.param(TOP_2, QuantizationSettings(token_cap=1.5), marks=pytest.mark.long),
+        pytest.param(GATED, QuantizationSettings(), marks=pytest.mark.long),
     ],
-    ids=["default", "special tokens calibrate too", "few tokens per expert", "top-2", "gated"],
+    ids=[
+        "default",
+        "top-2, few tokens per expert",
+        "gated, special tokens calibrate too",
+        "special tokens calibrate too",
+        "few tokens per expert",
+        "top-2",
+        "gated",
+    ],
 )
 def test_every_layer_is_gptq_under_its_experts_own_calibration_tokens(
     config, settings, documents, tmp_path, monkeypatch
@@ -346,16 +357,21 @@ def test_where_experts_choose_it_evaluates_as_reported_in_the_same_batches(docum
 
 
 @pytest.mark.parametrize(
-    ("name", "untold"),
-    [("switch_base_scan_tiny", {}), ("switch_xxl_tiny", {}), ("tokens_choose_tiny", {"top_k": 2})],
-    ids=["scanned", "gated", "top-2"],
+    ("name", "untold", "method"),
+    [
+        ("switch_base_scan_tiny", {}, "rtn"),
+        ("switch_xxl_tiny", {}, "gptq"),
+        pytest.param("switch_base_scan_tiny", {}, "gptq", marks=pytest.mark.long),
+        pytest.param("tokens_choose_tiny", {"top_k": 2}, "gptq", marks=pytest.mark.long),
+    ],
+    ids=["scanned, rounded", "gated", "scanned", "top-2"],
 )
-def test_checkpoints_of_other_kinds_are_compressed(name, untold, fixture_path, documents, tmp_path):
+def test_checkpoints_of_other_kinds_are_compressed(name, untold, method, fixture_path, documents, tmp_path):
     checkpoint = open_checkpoint(fixture_path(name), **untold)
     ids = np.random.default_rng(0).integers(2, checkpoint.config.vocab_size - 100, (27, 30)).astype(np.int32)
     pairs = [(row[:20], np.append(np.int32(0), row[20:])) for row in ids]
     calibration, validation = (Examples(p, len(p), 0, 0) for p in (pairs[:20], pairs[20:]))
-    settings = QuantizationSettings(mask_special_tokens=False)
+    settings = QuantizationSettings(method=method, **{} if method == "rtn" else {"mask_special_tokens": False})
     output = tmp_path / "out"
     report = compress_examples(
         checkpoint, documents.vocabulary, calibration, validation, settings, MEMORY, output=output
@@ -390,7 +406,7 @@ def test_eight_devices_write_the_same_bytes_as_one(tiny, documents, tmp_path, mo
 
 
 # Groups of three leave two over, which lie on other devices.
-@pytest.mark.parametrize("experts_per_group", [1, 3, 100])
+@pytest.mark.parametrize("experts_per_group", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 100))])
 def test_groups_of_experts_are_a_matter_of_memory_only(experts_per_group, tiny, documents, compressed, tmp_path):
     memory = MEMORY._replace(experts_per_group=experts_per_group)
     run(open_checkpoint(tiny.checkpoint), documents, memory=memory, codec="dictionary", output=tmp_path / "out")

@@ -40,26 +40,38 @@ def assert_same_files(found, expected):
 # --- Killed ----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_runs_end_in_the_same_bytes(tmp_path, request, monkeypatch):
-    tiny_model.make(tmp_path)
-    kills = request.config.getoption("kills")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "XLA_FLAGS": ""}
-    command = [sys.executable, str(TESTS / "killed_runs.py"), str(tmp_path), str(kills), "0"]
+@pytest.fixture(scope="module")
+def killed(request, tmp_path_factory):
+    """What `killed_runs.py` makes: its folder, and the kills of each chain."""
+    folder = tmp_path_factory.mktemp("killed")
+    tiny_model.make(folder)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, str(TESTS / "killed_runs.py"), str(folder), str(request.config.getoption("kills")), "0"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    chains = json.loads(done.stdout.splitlines()[-1])["chains"]
-    assert sum(map(len, chains)) >= kills
+    return folder, json.loads(done.stdout.splitlines()[-1])["chains"]
+
+
+def test_killed_runs_end_in_the_same_bytes(killed, request):
+    folder, chains = killed
+    assert sum(map(len, chains)) >= request.config.getoption("kills")
     committed = {last for chain in chains for *_, last in chain}
     assert len(committed) > 2  # before the first commit, say, and after the last
     for i in range(len(chains)):
-        assert_same_files(tmp_path / f"chain-{i}", tmp_path / "whole")
-    assert not (tmp_path / "whole" / "progress").exists()
-    # That was on one device. This process has eight, and takes all experts at once.
+        assert_same_files(folder / f"chain-{i}", folder / "whole")
+    assert not (folder / "whole" / "progress").exists()
+
+
+# Two processes with four devices each, too: experiments/test_several_processes.py.
+@pytest.mark.long
+def test_eight_devices_write_the_bytes_of_one(killed, tmp_path, monkeypatch):
+    """This process has eight, and takes all experts at once."""
+    folder, _ = killed
     monkeypatch.setattr(killed_runs, "MEMORY", killed_runs.MEMORY._replace(experts_per_group=8))
     monkeypatch.setattr(trials, "TRIAL_WEIGHTS", 1)
     assert len(jax.local_devices()) == 8
-    killed_runs.run(tmp_path, tmp_path / "eight")
-    assert_same_files(tmp_path / "eight" / "layers", tmp_path / "whole" / "layers")
+    killed_runs.run(folder, tmp_path / "eight")
+    assert_same_files(tmp_path / "eight" / "layers", folder / "whole" / "layers")
 
 
 # --- Failed ----------------------------------------------------------------------------------------------------------

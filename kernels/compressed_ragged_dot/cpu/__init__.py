@@ -23,7 +23,8 @@ from qmoe_jax.kernels.grouped import varying_as
 ISAS = ("avx512", "avx2", "portable")
 TARGET = "qmoe_compressed_ragged_dot"  # and _ and the codec's name
 
-# A codec is csrc/CODEC.cc, CODEC.py with FUNCTION, ARRAYS and prepare(library), and a line here.
+# A codec is csrc/CODEC.cc, CODEC.py with FUNCTION, TRANSPOSED, ARRAYS and prepare(library, num_levels), and a line
+# here.
 CODECS: dict[str, ModuleType] = {
     "dictionary": dictionary,
     "gap": gap,
@@ -67,6 +68,7 @@ def _multiply(lhs, rhs, group_sizes, *, isa):
     experts, out = rhs.levels.shape[:2]
     if tokens == 0 or out == 0 or experts == 0:
         return jnp.zeros((tokens, out), lhs.dtype)
+    _prepare(rhs.codec, rhs.levels.shape[2])
     padded = -(-width // BLOCK) * BLOCK
     scratch = 4 * tokens * padded + ACTIVE_BYTES * min(experts, tokens) + ALIGNMENT
     results = jax.ShapeDtypeStruct((tokens, out), lhs.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
@@ -76,11 +78,34 @@ def _multiply(lhs, rhs, group_sizes, *, isa):
     return varying_as(result, lhs, group_sizes)
 
 
+def multiply_transposed(g: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
+    """See `gradient.transposed`, where `why_not` says None and lowering is for CPU."""
+    return _multiply_transposed(g, rhs, group_sizes, isa=_isa())
+
+
+@functools.partial(jax.jit, static_argnames="isa")
+def _multiply_transposed(g, rhs, group_sizes, *, isa):
+    result = jax.ShapeDtypeStruct((g.shape[0], rhs.shape[2]), g.dtype)
+    if 0 in (g.shape[0], *rhs.levels.shape[:2], rhs.shape[2]):
+        return jnp.zeros(result.shape, result.dtype)
+    _prepare(rhs.codec, rhs.levels.shape[2])
+    call = jax.ffi.ffi_call(f"{TARGET}_{rhs.codec}_transposed", result, vmap_method="sequential")
+    arrays = [rhs.data[name] for name in CODECS[rhs.codec].ARRAYS]
+    return varying_as(call(g, *arrays, rhs.levels, group_sizes, isa=isa), g, group_sizes)
+
+
 def _isa() -> str:
     isa = os.environ.get("QMOE_JAX_ISA") or "auto"
     if isa not in (*ISAS, "auto"):
         raise ValueError(f"QMOE_JAX_ISA: found {isa!r}, expected one of {', '.join(ISAS)}, or nothing.")
     return isa
+
+
+@functools.cache
+def _prepare(codec: str, num_levels: int) -> None:
+    """Hands the library the tables that the codec needs, once; whatever is traced may count on them."""
+    library, _ = _load()
+    CODECS[codec].prepare(library, num_levels)
 
 
 @functools.cache
@@ -94,9 +119,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         # With the backend there, a library that does not fit it raises here and not when JAX starts.
         jax.devices()
         for name, codec in CODECS.items():
-            capsule = jax.ffi.pycapsule(getattr(library, codec.FUNCTION))
-            jax.ffi.register_ffi_target(f"{TARGET}_{name}", capsule, platform="cpu")
-            codec.prepare(library)
+            for target, function in ((name, codec.FUNCTION), (f"{name}_transposed", codec.TRANSPOSED)):
+                capsule = jax.ffi.pycapsule(getattr(library, function))
+                jax.ffi.register_ffi_target(f"{TARGET}_{target}", capsule, platform="cpu")
     except (OSError, AttributeError, RuntimeError) as e:
         return None, f"its library {found.origin} cannot be loaded ({e}); install qmoe_jax again"
     library.QmoeHasInstructionSet.argtypes = [ctypes.c_char_p]

@@ -6,12 +6,13 @@ import numpy as np
 
 from qmoe_jax.codecs import dictionary
 
-# The library's function, and the arrays of `data` that it takes, in order.
+# The library's functions, and the arrays of `data` that they take, in order.
 FUNCTION = "QmoeDictionaryDot"
+TRANSPOSED = "QmoeDictionaryDotTransposed"
 ARRAYS = ("codewords", "row_offsets")
 
 
-def prepare(library: ctypes.CDLL) -> None:
+def prepare(library: ctypes.CDLL, num_levels: int) -> None:
     """Hands over the dictionary."""
     entries = _entries()
     library.QmoeSetDictionary(entries.ctypes.data_as(ctypes.c_void_p))

@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from qmoe_jax.kernels.compressed_ragged_dot.gpu import dictionary, gap
+from qmoe_jax.kernels.compressed_ragged_dot.gpu import check, dictionary, gap
 from qmoe_jax.kernels.compressed_ragged_dot.gpu.shared import (
     EXPERT,
     FIRST,
@@ -30,6 +30,7 @@ __all__ = [
     "START",
     "TABLE",
     "Config",
+    "check",
     "dictionary",
     "gap",
     "launches",

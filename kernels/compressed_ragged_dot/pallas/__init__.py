@@ -1,6 +1,6 @@
-"""Pallas kernels, on its Triton backend.
+"""Pallas kernels, which XLA compiles by Triton: the portable way on a GPU, and the readable one.
 
-`gpu/` says how they work. Interpreted on the CPU they are the executable reference of the Triton kernels.
+`gpu/` says how they work. Interpreted on the CPU, they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ def module(name: str) -> ModuleType:
 
 def why_not(rhs: CompressedExperts) -> str | None:
     """Why this implementation cannot multiply by `rhs` here; None where it can."""
-    return gpu.why_not(rhs, CODECS)
+    return gpu.why_not(rhs, CODECS) or _failure(rhs.codec)
+
+
+@functools.cache
+def _failure(codec):
+    if reason := gpu.check.failure(multiply, codec):
+        return f"its self-check failed ({reason})"
+    return None
 
 
 def compressed_ragged_dot(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:

@@ -7,8 +7,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from qmoe_jax.codecs.gap import segment_columns
 from qmoe_jax.kernels.compressed_ragged_dot import gpu
-from qmoe_jax.kernels.compressed_ragged_dot.gpu.gap import LOOKUPS, NONZEROS, SEGMENT, USED_MASK, WEIGHTS_SHIFT, WINDOW
+from qmoe_jax.kernels.compressed_ragged_dot.gpu.gap import (
+    LEVEL_MASK,
+    LEVEL_SHIFTS,
+    LOOKUPS,
+    NO_SECOND,
+    PLACE_MASK,
+    PLACE_SHIFT,
+    USED_MASK,
+    WEIGHTS_SHIFT,
+    WINDOW,
+)
 
 
 def multiply_few(launch, lhs, blocks, rhs, items, config):
@@ -42,7 +53,7 @@ def _multiply_few(lhs, blocks, words, starts, skips, levels, table, items, parts
     """A segment of a block of rows of one expert, times the tokens of one item."""
     item, segment, rows = _place(segments, row_blocks, config.rows)
     start, size = items[item, gpu.START], items[item, gpu.SIZE]
-    first_column = segment * SEGMENT
+    first_column = segment * segment_columns(lhs.shape[1], segments)
     for_nonzeros = functools.partial(_for_nonzeros, words, starts, skips, levels, table, items, item, segment)
 
     def multiply_by(load, tokens):
@@ -81,7 +92,7 @@ def _decode(_, words, starts, skips, levels, table, items, dense, *, width, segm
 
     @pl.when(items[item, gpu.SIZE] > 0)
     def some_tokens():
-        first = (item * levels.shape[1] + rows) * width + segment * SEGMENT
+        first = (item * levels.shape[1] + rows) * width + segment * segment_columns(width, segments)
 
         def write(columns, exists, weights, nothing):
             # Interpreted, a masked store writes back what it found: not to places that other lanes write.
@@ -109,7 +120,8 @@ def _for_nonzeros(words, starts, skips, levels, table, items, item, segment, row
     start = plgpu.load(starts.at[expert, rows, segment], mask=real, other=0)
     skip = plgpu.load(skips.at[expert, rows, segment], mask=real, other=0).astype(jnp.int32)
     level = [plgpu.load(levels.at[expert, rows, i], mask=real, other=0).astype(dtype) for i in range(levels.shape[2])]
-    end = jnp.minimum(width - segment * SEGMENT, SEGMENT)  # of the columns
+    length = segment_columns(width, starts.shape[2])
+    end = jnp.minimum(width - segment * length, length)  # of the columns
 
     def fetch(index, mask, other):
         return plgpu.load(words.at[jnp.clip(index, 0, words.shape[0] - 1)], mask=mask, other=other)
@@ -120,16 +132,18 @@ def _for_nonzeros(words, starts, skips, levels, table, items, item, segment, row
         window = (low >> position) | ((high << 1) << (position ^ 31))
         for _ in range(LOOKUPS):
             key = (window & ((1 << WINDOW) - 1)).astype(jnp.int32)
-            entry = plgpu.load(table.at[slot, key], mask=more, other=0)
-            for shift, mask, second, third in NONZEROS:
-                own = column + ((entry >> shift) & mask).astype(jnp.int32)
-                weights = jnp.where((entry & (1 << second)) != 0, level[1], level[0])
-                if len(level) == 3:
-                    weights = jnp.where((entry & (1 << third)) != 0, level[2], weights)
+            entry = plgpu.load(table.at[slot, key], mask=more, other=NO_SECOND)
+            after = column + (entry >> WEIGHTS_SHIFT).astype(jnp.int32)
+            first = column + ((entry >> PLACE_SHIFT) & PLACE_MASK).astype(jnp.int32)
+            second = (after - 1) | (entry & NO_SECOND).astype(jnp.int32)
+            for own, shift in zip((first, second), LEVEL_SHIFTS, strict=True):
+                weights = level[0]
+                for k in range(1, len(level)):
+                    weights = jnp.where(((entry >> shift) & LEVEL_MASK) == k, level[k], weights)
                 state = visit(own, own.astype(jnp.uint32) < end.astype(jnp.uint32), weights, state)
             used = entry & USED_MASK
             window, position = window >> used, position + used
-            column += (entry >> WEIGHTS_SHIFT).astype(jnp.int32)
+            column = after
         next_word = position > 31
         low, high = jnp.where(next_word, high, low), jnp.where(next_word, following, high)
         following = fetch(index, next_word, following)  # Nothing waits for it before the next step.
@@ -138,5 +152,5 @@ def _for_nonzeros(words, starts, skips, levels, table, items, item, segment, row
 
     index = items[item, gpu.FIRST] + (start >> 5).astype(jnp.int32)
     low, high, following = (fetch(index + i, real, 0) for i in range(3))
-    carried = (jnp.where(real, -skip, SEGMENT), start & 31, index + 3, low, high, following, state)
+    carried = (jnp.where(real, -skip, length), start & 31, index + 3, low, high, following, state)
     return jax.lax.while_loop(lambda carried: jnp.min(carried[0]) < end, step, carried)[-1]

@@ -197,6 +197,9 @@ class NextToken:
                     f"{vocab_size - 1}. Is this the model's vocabulary?"
                 )
 
+    def inputs(self, tokens: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        return tokens[:1]
+
     def lengths(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         return {TEXT: self.predicted(examples)}
 

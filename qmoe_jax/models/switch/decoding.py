@@ -63,8 +63,8 @@ def generate(
     check_ids(vocab_size, prefix=prefix, stop=stop, banned=banned)
     key = jax.random.key(0) if key is None else key
     tokens = as_tokens("encoder_input_tokens", encoder_input_tokens, vocab_size)
-    settings = (max_length, tuple(prefix), tuple(stop), tuple(banned), float(temperature), float(top_p))
-    written, fine = _generate(model, settings, params, tokens, key)
+    settings = (max_length, tuple(prefix), tuple(stop), tuple(banned), float(top_p))
+    written, fine = _generate(model, settings, params, tokens, float(temperature), key)
     check_finite_logits(fine)
     return written
 
@@ -75,8 +75,8 @@ def written(model: SwitchTransformer, params: Any, tokens: jax.Array, **options:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, settings, params, encoder_input_tokens, key):
-    max_length, prefix, stop, banned, temperature, top_p = settings
+def _generate(model, settings, params, encoder_input_tokens, temperature, key):
+    max_length, prefix, stop, banned, top_p = settings
     batch = encoder_input_tokens.shape[0]
     variables = {"params": params}
     caches = model.apply(variables, encoder_input_tokens, max_length, method="init_cache")

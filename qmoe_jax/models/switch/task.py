@@ -46,6 +46,9 @@ class SpanCorruption:
     def batches(self, examples: Sequence[Example], tokens_per_batch: int) -> list[Batch]:
         return make_batches(examples, tokens_per_batch)
 
+    def inputs(self, tokens: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        return tokens
+
     def lengths(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         return {
             "encoder": np.array([len(encoder) for encoder, _ in examples]),

@@ -31,15 +31,20 @@ inline void RefillNearEnd(Stream& s, const uint8_t* limit) {
   s.bits = LoadBits(s.next) >> std::min<int64_t>(63, (used & 7) + 8 * beyond);
 }
 
-// Uses some bits, and writes their symbols: all of them or, with kSparse, the last one among zeros.
-template <bool kSparse>
+// Uses some bits, and writes their symbols.
+template <Symbols kSymbols>
 inline void Step(const uint64_t* entries, Stream& s) {
   const uint64_t* entry = &entries[s.bits & (kEntries - 1)];
   uint8_t* to = s.to;
   s.bits >>= *entry & 63;
   s.to += *entry >> 56;
-  if constexpr (kSparse) {
+  if constexpr (kSymbols == Symbols::kLast) {
     s.to[-1] = reinterpret_cast<const uint8_t*>(entry)[1];
+  } else if constexpr (kSymbols == Symbols::kBytes) {
+    const uint64_t bytes = *entry >> 8;
+    std::memcpy(to, &bytes, sizeof(bytes));
+  } else if constexpr (kSymbols == Symbols::kNibbles) {
+    SpreadNibbles(reinterpret_cast<const uint8_t*>(entry) + 1, to);
   } else {
     SpreadSymbols(entry, to);
   }
@@ -47,7 +52,7 @@ inline void Step(const uint64_t* entries, Stream& s) {
 
 // Streams take turns, since each step has to wait for the one before it in its own stream. All go on until all have
 // ended: those that have write what no one reads.
-template <bool kSparse>
+template <Symbols kSymbols>
 inline void DecodeStreams(const uint64_t* entries, const Stream* streams, const uint8_t* limit) {
   static_assert(kStreams == 6, "named one by one, as compilers keep only such in registers");
   Stream a = streams[0], b = streams[1], c = streams[2], d = streams[3], e = streams[4], f = streams[5];
@@ -55,7 +60,7 @@ inline void DecodeStreams(const uint64_t* entries, const Stream* streams, const 
   const auto going = [&] {
     return a.to < a.end || b.to < b.end || c.to < c.end || d.to < d.end || e.to < e.end || f.to < f.end;
   };
-  const auto step = [&](Stream& s) { Step<kSparse>(entries, s); };
+  const auto step = [&](Stream& s) { Step<kSymbols>(entries, s); };
   const auto back_to_end = [](Stream& s) { s.to = std::min(s.to, s.end); };
   // The next turn of all streams goes on where the last stream of this turn ends.
   const int64_t next_turn = kStreams * (b.next - a.next);
@@ -95,15 +100,16 @@ inline void Decode(const Block& block, const Rows& rows) {
       __builtin_prefetch(&rows.levels[ahead * rows.levels_per_row]);
       // Both minima are without effect on arrays that were checked.
       const int64_t bit = std::min(block.first_bit + block.starts[row * block.segments], 8 * block.bytes);
-      const int64_t skip = std::min<int64_t>(block.skips[row * block.segments], kMostParameter - 1);
+      const int64_t skip = std::min<int64_t>(block.skips[row * block.segments], kMostRun - 1);
       uint8_t* end = to + count * rows.row_bytes;
-      if (block.sparse) std::memset(to, 0, end - to);
+      if (block.symbols == Symbols::kLast) std::memset(to, 0, end - to);
       streams[s] = {block.words + bit / 8, uint64_t{1} << (63 - bit % 8), to - skip, end};
     }
-    if (block.sparse) {
-      DecodeStreams<true>(block.entries, streams, limit);
-    } else {
-      DecodeStreams<false>(block.entries, streams, limit);
+    switch (block.symbols) {
+      case Symbols::kPairs: DecodeStreams<Symbols::kPairs>(block.entries, streams, limit); break;
+      case Symbols::kNibbles: DecodeStreams<Symbols::kNibbles>(block.entries, streams, limit); break;
+      case Symbols::kBytes: DecodeStreams<Symbols::kBytes>(block.entries, streams, limit); break;
+      case Symbols::kLast: DecodeStreams<Symbols::kLast>(block.entries, streams, limit); break;
     }
   }
 }

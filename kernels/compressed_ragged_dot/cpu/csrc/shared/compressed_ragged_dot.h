@@ -1,7 +1,8 @@
 // What the CPU kernels of all codecs share: tokens sorted by expert, times the experts that have tokens, as pieces of
 // work for the threads of XLA's pool. Everything is in an unnamed namespace, for the one source of a codec.
 //
-// A piece is a block of rows of an expert. It is decoded to symbols, two bits each, and multiplied in whole vectors.
+// A piece is a block of rows of an expert. It is decoded to symbols, two or four bits each, and multiplied in whole
+// vectors.
 // A codec is a file with `Decode(block, rows)`, see instruction_sets.h, and a struct with
 //
 //   Block                         where the codes of some rows are
@@ -51,7 +52,7 @@ constexpr int64_t kPiecesPerThread = 8;
 
 // A block of rows of one expert, and that expert's tokens.
 struct Rows {
-  const uint16_t* levels;  // bfloat16 [count, levels_per_row], what symbols 1, 2 (and 3) stand for; 0 is zero
+  const uint16_t* levels;  // bfloat16 [count, levels_per_row], what symbols from 1 on stand for; 0 is zero
   int64_t levels_per_row;
   int64_t count;
   uint8_t* symbols;              // written here: streams of rows; within a stream, row follows row
@@ -70,10 +71,20 @@ struct Rows {
   }
 };
 
+// A block of rows, and what is added to sums of its expert's tokens; see transposed.h.
+struct Columns {
+  Rows rows;       // without tokens and results
+  float* weights;  // written here: [rows.count, rows.x_stride]
+  const float* g;  // [rows.count, tokens]
+  int64_t tokens;
+  float* sums;  // [tokens, rows.x_stride], arranged as tokens are
+};
+
 template <typename Block>
 struct InstructionSet {
   void (*multiply_float32)(const Block&, const Rows&);
   void (*multiply_bfloat16)(const Block&, const Rows&);
+  void (*add_transposed)(const Block&, const Columns&);
 };
 
 inline float FromBfloat16(uint16_t bits) {
@@ -299,12 +310,12 @@ ffi::Error CompressedRaggedDot(ffi::ThreadPool& pool, const InstructionSet<typen
   if (set == nullptr) return ffi::Error::InvalidArgument("this machine lacks the instruction set named");
   const auto x_shape = lhs.dimensions(), y_shape = result->dimensions(), levels_shape = levels.dimensions();
   if (x_shape.size() != 2 || y_shape.size() != 2 || levels_shape.size() != 3) {
-    return ffi::Error::InvalidArgument("expected lhs [tokens, in], levels [experts, out, 2 or 3] and a result "
+    return ffi::Error::InvalidArgument("expected lhs [tokens, in], levels [experts, out, L] and a result "
                                        "[tokens, out]");
   }
   const int64_t tokens = x_shape[0], width = x_shape[1], experts = levels_shape[0], out = y_shape[1];
   const bool is_bfloat16 = lhs.element_type() == ffi::BF16;
-  if (y_shape[0] != tokens || levels_shape[1] != out || levels_shape[2] < 2 || levels_shape[2] > 3 ||
+  if (y_shape[0] != tokens || levels_shape[1] != out || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
       static_cast<int64_t>(group_sizes.element_count()) != experts ||
       result->element_type() != lhs.element_type() || (!is_bfloat16 && lhs.element_type() != ffi::F32)) {
     return ffi::Error::InvalidArgument("shapes or dtypes of lhs, levels, group_sizes and the result differ");

@@ -2,7 +2,7 @@
 
 // Rows [row, row + kRows) times tokens [token, token + kTokens). Where a row ends inside a vector, what follows it
 // meets the zeros that tokens are padded with.
-template <int kRows, int kTokens, typename Output>
+template <int kRows, int kTokens, typename Output, typename Levels>
 inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
   constexpr int kSums = SumsAtOnce(kTokens);
   Levels levels[kRows];
@@ -10,7 +10,7 @@ inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
   const uint8_t* symbols[kRows];
   const float* x = rows.x + token * rows.x_stride;
   for (int r = 0; r < kRows; ++r) {
-    levels[r] = LoadLevels(rows.levels + (row + r) * rows.levels_per_row, rows.levels_per_row);
+    LoadLevels(rows.levels + (row + r) * rows.levels_per_row, rows.levels_per_row, &levels[r]);
     symbols[r] = rows.Row(row + r);
     for (int t = 0; t < kTokens; ++t) {
       for (int s = 0; s < kSums; ++s) sum[r][t][s] = Zero();
@@ -44,31 +44,39 @@ inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
   }
 }
 
-template <int kTokens, typename Output>
+template <int kTokens, typename Output, typename Levels>
 inline void MultiplyTokens(const Rows& rows, int64_t token) {
   constexpr int kRows = RowsAtOnce(kTokens);
   int64_t row = 0;
-  for (; row + kRows <= rows.count; row += kRows) MultiplyTile<kRows, kTokens, Output>(rows, row, token);
-  for (; row < rows.count; ++row) MultiplyTile<1, kTokens, Output>(rows, row, token);
+  for (; row + kRows <= rows.count; row += kRows) MultiplyTile<kRows, kTokens, Output, Levels>(rows, row, token);
+  for (; row < rows.count; ++row) MultiplyTile<1, kTokens, Output, Levels>(rows, row, token);
 }
 
-template <typename Output>
-void Multiply(const Block& block, const Rows& rows) {
-  Decode(block, rows);
+template <typename Output, typename Levels>
+void MultiplyAll(const Rows& rows) {
   for (int64_t token = 0, left = rows.tokens; left > 0;) {
     // 5 tokens as 3 + 2 rather than 4 + 1.
     const int64_t passes = (left + kMaxTokens - 1) / kMaxTokens;
     const int64_t now = (left + passes - 1) / passes;
     static_assert(kMaxTokens == 4, "one case for each number of tokens");
     switch (now) {
-      case 1: MultiplyTokens<1, Output>(rows, token); break;
-      case 2: MultiplyTokens<2, Output>(rows, token); break;
-      case 3: MultiplyTokens<3, Output>(rows, token); break;
-      default: MultiplyTokens<4, Output>(rows, token); break;
+      case 1: MultiplyTokens<1, Output, Levels>(rows, token); break;
+      case 2: MultiplyTokens<2, Output, Levels>(rows, token); break;
+      case 3: MultiplyTokens<3, Output, Levels>(rows, token); break;
+      default: MultiplyTokens<4, Output, Levels>(rows, token); break;
     }
     token += now;
     left -= now;
   }
 }
 
-constexpr InstructionSet<Block> kSet = {Multiply<float>, Multiply<uint16_t>};
+template <typename Output>
+void Multiply(const Block& block, const Rows& rows) {
+  Decode(block, rows);
+  if constexpr (kMostLevels > 3) {
+    if (rows.levels_per_row > 3) return MultiplyAll<Output, ManyLevels>(rows);
+  }
+  MultiplyAll<Output, FewLevels>(rows);
+}
+
+constexpr InstructionSet<Block> kSet = {Multiply<float>, Multiply<uint16_t>, AddTransposed};

@@ -1,0 +1,74 @@
+"""What of a compressed model is trained: everything has its part by what it is, symbols have none.
+
+Trained are float32 master copies, by '/'-joined parameter name. In the forward pass they are rounded to bfloat16, as
+they will be stored; the derivative takes that rounding for the identity (straight through).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.models.families import family_of
+from qmoe_jax.models.family import Config
+
+NORMS, ROUTERS, ATTENTION, EMBEDDINGS, LEVELS = PARTS = ("norms", "routers", "attention", "embeddings", "levels")
+
+Flat = dict[str, Any]  # parameters by '/'-joined name
+
+
+def part_of(name: str, shape: tuple[int, ...], config: Config) -> str:
+    """The part that a parameter beside the experts' matrices belongs to.
+
+    Embeddings have an axis of the vocabulary's size (untied logits too); 'attention' is every other matrix, those of
+    dense MLPs and of shared experts among them.
+    """
+    if family_of(config).is_small(name):
+        return NORMS if len(shape) == 1 else ROUTERS
+    return EMBEDDINGS if config.vocab_size in shape else ATTENTION
+
+
+def check_parts(parts: Collection[str]) -> None:
+    """Raises ValueError for none, and for one that there isn't."""
+    if not parts or isinstance(parts, str) or set(parts) - set(PARTS):
+        raise ValueError(f"parts: found {parts!r}, expected some of {', '.join(PARTS)}.")
+
+
+def trainable(params: Flat, config: Config, parts: Collection[str]) -> dict[str, jax.Array]:
+    """Float32 copies of what is trained: parameters of these parts, levels [experts, out, L] among them."""
+    found = {}
+    for name, value in params.items():
+        if isinstance(value, CompressedExperts):
+            if LEVELS in parts:
+                found[name] = value.levels.astype(jnp.float32)
+        elif part_of(name, value.shape, config) in parts:
+            found[name] = jnp.asarray(value, jnp.float32)
+    return found
+
+
+def with_trained(params: Flat, trained: Mapping[str, jax.Array]) -> Any:
+    """The model's whole parameter tree with these in place, rounded to bfloat16; differentiable, straight through."""
+    placed = dict(params)
+    for name, value in trained.items():
+        old = params[name]
+        placed[name] = old.with_levels(value) if isinstance(old, CompressedExperts) else _rounded(value)
+    return traverse_util.unflatten_dict(placed, sep="/")
+
+
+def _rounded(value: jax.Array) -> jax.Array:
+    """Nearest bfloat16 values, as float32: gradients of a sum over many tokens are then added up in float32."""
+    return value + jax.lax.stop_gradient(value.astype(jnp.bfloat16).astype(jnp.float32) - value)
+
+
+def rising(levels: jax.Array) -> jax.Array:
+    """Levels [experts, out, L] that rise again where training has let two of a row cross: each takes their mean.
+
+    A row's symbols keep their meaning, so levels can't be exchanged.
+    """
+    low, high = jax.lax.cummax(levels, axis=2), jax.lax.cummin(levels, axis=2, reverse=True)
+    return (low + high) / 2
