@@ -32,7 +32,7 @@ def compressed(tiny, tmp_path_factory):
     documents = list(task.load(tiny.calibration, vocabulary, tiny_model.NUM_CALIBRATION))
     output = tmp_path_factory.mktemp("compressed") / "out"
     rtn = QuantizationSettings("rtn")
-    compress_examples(original, vocabulary, None, documents, rtn, MEMORY, output=output, num_shards=2)
+    compress_examples(original, vocabulary, None, documents, rtn, MEMORY, output=output, provenance=original.provenance)
     return qmoe_jax.open_checkpoint(output), original, documents
 
 
