@@ -38,7 +38,7 @@ import qmoe_jax
 from qmoe_jax import codecs, files, reports, resources
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
-from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
+from qmoe_jax.kernels.compressed_ragged_dot import api, arg_specs
 from qmoe_jax.models.families import preset
 from qmoe_jax.models.switch import ModelConfig
 from qmoe_jax.models.switch.parameters import expert_of, param_shapes
@@ -390,6 +390,7 @@ def main(_):
             device=jax.devices()[0].device_kind,
             cores=len(os.sched_getaffinity(0)),
             jax=jax.__version__,
+            products=api.used(),
             checkpoint=CHECKPOINT.value and pathlib.Path(CHECKPOINT.value).name,
             preset=None if CHECKPOINT.value else PRESET.value,
             prompt_tokens=PROMPT_TOKENS.value,

@@ -114,7 +114,7 @@ constexpr int kTilesBytes = kEntries * sizeof(uint32_t) +
 // parts float32 [splits, tokens, out]: split i is the sum over `split_segments` segments of the rows. Blocks: items x
 // splits x blocks of kThreads rows, the last fastest. Items have up to kTokens tokens, a multiple of 16.
 template <typename X, int kTokens, int kLevels>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kTokens == 16 ? 5 : 1)
     Tiles(const __grid_constant__ Matrices a, const X* lhs, float* parts, int row_blocks, int splits, int split_segments,
           int num_levels) {
   extern __shared__ uint4 all_shared[];
