@@ -82,6 +82,14 @@ def chosen(rhs: CompressedExperts, implementation: str | None = None) -> str:
     return _best_on_gpu(rhs)
 
 
+_USED: dict[str, None] = {}  # in order
+
+
+def used() -> list[str]:
+    """Names of the implementations that products of this process were traced with, for reports."""
+    return list(_USED)
+
+
 def _named(implementation):
     source, name = "implementation", implementation
     if name is None:
@@ -93,6 +101,7 @@ def _named(implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(implementation, lhs, rhs, group_sizes):
+    _USED[implementation or chosen(rhs)] = None
     product = _best if implementation is None else IMPLEMENTATIONS[implementation]
     return product(lhs, rhs, group_sizes)
 

@@ -183,3 +183,9 @@ def test_the_old_name_is_another_for_pallas():
     lhs, rhs, _ = example(6, 3, out=5, width=8, codec="gap")
     with pytest.warns(DeprecationWarning, match="'triton' is now 'pallas'"), pytest.raises(NotImplementedError):
         api.compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="triton")
+
+
+def test_what_was_traced_is_told():
+    lhs, rhs, _ = example(6, 3, out=5, width=8, codec="gap")
+    api.compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="xla")
+    assert "xla" in api.used()
