@@ -53,6 +53,10 @@ def test_it_comes_nearer_to_the_original_with_the_same_symbols(compressed, tuned
     for layer in checkpoint.config.sparse_layers:
         sizes = [c.manifest["layers"][layer]["bytes"] for c in (checkpoint, before)]
         assert sizes[0] == pytest.approx(sizes[1], rel=0.02)  # Levels are packed, by how much they differ.
+    manifests = {"before": before.manifest, "after": checkpoint.manifest}
+    found = {when: sum(layer["bytes"] for layer in m["layers"].values()) for when, m in manifests.items()}
+    assert report["bytes_experts"] == found
+    for layer in checkpoint.config.sparse_layers:
         ((_, _, new),), ((_, _, old),) = checkpoint.experts(layer), before.experts(layer)
         for matrix in old:
             np.testing.assert_array_equal(new[matrix].symbols(), old[matrix].symbols())
