@@ -128,9 +128,9 @@ def _best(lhs, rhs, group_sizes):
             _say_once(f"On CPU compressed_ragged_dot runs as plain XLA, many times slower than in C++: {reason}.")
     else:
         branches["cpu"] = cpu.multiply
-    branches["cuda"] = {"cuda": cuda.multiply, "pallas": pallas.multiply}.get(
-        _best_on_gpu(rhs), xla.compressed_ragged_dot
-    )
+    on_gpu: dict[str, Callable[..., jax.Array]]
+    on_gpu = {"cuda": cuda.multiply, "pallas": pallas.multiply, "xla": xla.compressed_ragged_dot}
+    branches["cuda"] = on_gpu[_best_on_gpu(rhs)]
     return jax.lax.platform_dependent(lhs, rhs, group_sizes, **branches)
 
 
