@@ -56,8 +56,8 @@ def quantize(
       descents: passes over all symbols after each rounding.
 
     Returns:
-      `Quantized` with 2 `MOST_STEPS` levels a row, of which K - 1 to the left and right of the middle are in use
-      (`narrowed` leaves out the others).
+      `Quantized` with 2 `MOST_STEPS` levels a row, of which the K next to zero on either side are in use (`narrowed`
+      leaves out the others).
     """
     one = functools.partial(
         _expert,
@@ -127,8 +127,7 @@ def _expert(
 
     def improve(state, _):
         symbols, step, bits = state
-        for _ in range(descents):
-            symbols = descend(symbols, step, bits)
+        symbols = jax.lax.fori_loop(0, descents, lambda _, symbols: descend(symbols, step, bits), symbols)
         return (
             symbols,
             _refit(factored.H, Hw, symbols, step, level_bits),

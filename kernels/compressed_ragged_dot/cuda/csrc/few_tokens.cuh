@@ -132,8 +132,8 @@ __device__ __forceinline__ void MultiplyRows(const Matrices& a, const X* lhs, fl
       uint32_t bits = NextBits(s);
 #pragma unroll
       for (int i = 0; i < kLookups; ++i) {
-        const uint32_t entry = table[bits >> (32 - kWindow)];
-        bits <<= Used(entry);
+        const uint32_t entry = table[Window(bits)];
+        bits = Skip(bits, entry);
         s.position += Used(entry);
         const int next = s.column + Weights(entry);
         Tokens::Add(levels.template Of<kFirstShift>(entry), x_at(FirstColumn(entry, s.column)), sums);
@@ -152,7 +152,7 @@ __device__ __forceinline__ void MultiplyRows(const Matrices& a, const X* lhs, fl
 
 // parts float32 [segments, tokens, out]. Blocks: items x segments x blocks of passes * kThreads rows, the last fastest.
 template <typename X, bool kSeveral, int kLevels>
-__global__ void __launch_bounds__(kThreads, kSeveral ? 4 : 8)
+__global__ void __launch_bounds__(kThreads, kSeveral ? 5 : 8)
     FewTokens(const __grid_constant__ Matrices a, const X* lhs, float* parts, int row_blocks, int passes, int num_levels) {
   extern __shared__ uint4 all_shared[];
   uint4* shared = all_shared;

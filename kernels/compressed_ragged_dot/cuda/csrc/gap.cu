@@ -112,7 +112,7 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::BufferR1<ffi::U32> 
     return parts >= 1 && each >= 1 && (parts - 1) * each < whole && parts * each >= whole;
   };
   bool good = covers(segments, segment_columns, width) && segment_columns <= qmoe::kSegment && segment_columns % 16 == 0;
-  good = good && tokens < 1 << 30 && num_words >= 1 && num_words <= kMost && out <= kMost && width <= kMost;
+  good = good && tokens < 1 << 30 && num_words >= 2 && num_words <= kMost && out <= kMost && width <= kMost;
   good = good && num_levels >= 2 && num_levels <= qmoe::kMostLevels && tables.dimensions()[1] == qmoe::kEntries;
   good = good && (is_float || lhs.element_type() == ffi::BF16) && slots.size() == 256;
   good = good && group_sizes.dimensions()[0] == experts && word_counts.dimensions()[0] == experts;

@@ -92,7 +92,7 @@ __device__ __forceinline__ void DecodeTile(const Matrices& a, Stream& s, const u
 #pragma unroll
   for (int i = 0; i < kTileColumns / 8; ++i) reinterpret_cast<uint4*>(row)[i] = {};
   while (s.column < kTileColumns) {
-    const uint32_t entry = table[NextBits(s) >> (32 - kWindow)];
+    const uint32_t entry = table[Window(NextBits(s))];
     const int next = s.column + Weights(entry);
     const uint32_t first = FirstColumn(entry, s.column), second = SecondColumn(entry, next);
     if (first < kTileColumns) row[first] = levels.template Of<kFirstShift>(entry);
