@@ -143,7 +143,7 @@ def say(report: dict, output: pathlib.Path) -> None:
     header = ("text", "documents", "original", "compressed", "fine-tuned", "above: before", "after", "recovered")
     rows = [
         [name, t["num_documents"], t["original"], t["before"], t["after"], t["before"] - t["original"],
-         t["after"] - t["original"], f"{t['recovered']:.0%}"]
+         t["after"] - t["original"], "" if t["recovered"] is None else f"{t['recovered']:.0%}"]
         for name, t in report["texts"].items()
     ]  # fmt: skip
     reports.say("\n" + reports.table(header, rows) + "\n")

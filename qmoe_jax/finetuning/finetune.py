@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -252,6 +251,6 @@ def write(
         return sum(layer["bytes"] for layer in writer.layers.values())
 
 
-def recovered(original: float, before: float, after: float) -> float:
-    """The share of the loss that compression had cost, and that is gone; NaN where it had cost nothing."""
-    return (before - after) / (before - original) if before > original else math.nan
+def recovered(original: float, before: float, after: float) -> float | None:
+    """The share of the loss that compression had cost, and that is gone; None where it had cost nothing."""
+    return (before - after) / (before - original) if before > original else None

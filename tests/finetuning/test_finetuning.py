@@ -236,4 +236,4 @@ def test_settings_out_of_range_are_refused_by_name(field, value):
 
 def test_recovered_is_a_share_of_what_was_lost():
     assert finetune.recovered(2.0, 2.4, 2.1) == pytest.approx(0.75)
-    assert np.isnan(finetune.recovered(2.0, 2.0, 2.0))
+    assert finetune.recovered(2.0, 2.0, 2.0) is None
