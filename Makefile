@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all gpu lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python experiments/demo.py --output=out/demo
@@ -19,6 +19,11 @@ test: lint
 # Those that take long and guard little beside the others, too.
 test-all: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --kills=24
+
+# On a machine with a GPU: is it correct, how fast is it? PYTHON is one that has JAX with CUDA; nothing is installed.
+OUTPUT ?= out/gpu
+gpu:
+	PYTHONPATH=. $(PYTHON) experiments/benchmarks/gpu.py --output=$(OUTPUT)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -26,6 +26,7 @@ from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.compression import choosing, planning, rehearsal
 from qmoe_jax.compression.compress import check_uncompressed
 from qmoe_jax.compression.progress import fingerprint
+from qmoe_jax.kernels.compressed_ragged_dot import api
 from qmoe_jax.models import families
 from qmoe_jax.models.expert_parallel import check_mesh, expert_mesh
 from qmoe_jax.models.family import Example
@@ -71,6 +72,7 @@ def default_config() -> config_dict.ConfigDict:
             checkpoint=config_dict.placeholder(str),  # unless --checkpoint says another
             preset="",  # published size to check the checkpoint against, such as switch_base_128; MaxText's may need it
             dtype="float32",  # of activations
+            implementation=config_dict.placeholder(str),  # of products on compressed experts; None: the best that works
             # What checkpoints may not tell, such as top_k.
             **{field: config_dict.placeholder(kind) for field, (kind, _) in families.untold().items()},
         ),
@@ -132,6 +134,7 @@ def say_left_out(checkpoint: Checkpoint) -> None:
 
 def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, Any]:
     """The checkpoint, checked against the config's preset, and the vocabulary, checked against the checkpoint."""
+    choose_implementation(config)
     checkpoint = open_checkpoint(path, preset=config.model.preset or None, **untold(config))
     say_left_out(checkpoint)
     if config.model.preset:
@@ -139,6 +142,17 @@ def open_model(path: str, config: config_dict.ConfigDict) -> tuple[Checkpoint, A
     vocabulary = checkpoint.family.task.vocabulary(_given(config, "vocabulary"))
     vocabulary.check(checkpoint.config.vocab_size)
     return checkpoint, vocabulary
+
+
+def choose_implementation(config: config_dict.ConfigDict) -> None:
+    """Has products on compressed experts take the implementation that the config names, if it does."""
+    name = config.model.implementation
+    if name is None:
+        return
+    if name not in api.IMPLEMENTATIONS:
+        known = ", ".join(api.IMPLEMENTATIONS)
+        raise ValueError(f"config.model.implementation: found {name!r}, expected one of {known}.")
+    os.environ[api.ENVIRONMENT] = name
 
 
 def examples(

@@ -17,6 +17,7 @@ from absl import app, flags
 import command_line
 import common
 from qmoe_jax import files, reports, resources, streaming
+from qmoe_jax.kernels.compressed_ragged_dot import api
 from qmoe_jax.models.family import Example, Task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,6 +53,7 @@ def main(_):
         "checkpoint": checkpoint.provenance,
         "seconds": stages.report(),
         "peak_rss_bytes": resources.peak_rss_bytes(),
+        "products": api.used(),
         "config": config.to_dict(),
     }
     if REPORT.value and processes.first:

@@ -3,7 +3,7 @@
     python experiments/finetune.py --config=configs/tiny.py --checkpoint=COMPRESSED --original=DIR --output=OUT
 
 COMPRESSED is a compressed checkpoint, DIR what it was made from. Norms, routers, attention and the experts' levels are
-trained (--config.finetune.parts), symbols stay, so OUT gets a compressed checkpoint of the same size, and report.json.
+trained (--config.finetune.parts), symbols stay. OUT gets a compressed checkpoint of nearly the same size, report.json.
 The documents are the calibration documents; some of them are held out, and say which state is the best. Losses before
 and after are those of the validation documents, and of other text that is given by --dataset.
 
@@ -143,12 +143,14 @@ def say(report: dict, output: pathlib.Path) -> None:
     header = ("text", "documents", "original", "compressed", "fine-tuned", "above: before", "after", "recovered")
     rows = [
         [name, t["num_documents"], t["original"], t["before"], t["after"], t["before"] - t["original"],
-         t["after"] - t["original"], f"{t['recovered']:.0%}"]
+         t["after"] - t["original"], "" if t["recovered"] is None else f"{t['recovered']:.0%}"]
         for name, t in report["texts"].items()
     ]  # fmt: skip
     reports.say("\n" + reports.table(header, rows) + "\n")
     parts = ", ".join(f"{part} {number:,}" for part, number in report["parameters"].items())
     reports.say(f"trained: {parts}; divergence of documents held out {report['before']:.4f} -> {report['after']:.4f}")
+    before, after = report["bytes_experts"]["before"], report["bytes_experts"]["after"]
+    reports.say(f"experts: {before:,} bytes before, {after:,} after (levels are packed, by how much they differ)")
     reports.say(f"{output}: compressed checkpoint and report.json")
 
 

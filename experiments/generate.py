@@ -21,6 +21,7 @@ from absl import app, flags
 import command_line
 import common
 from qmoe_jax import reports
+from qmoe_jax.kernels.compressed_ragged_dot import api
 from qmoe_jax.models.common import check_length
 from qmoe_jax.models.expert_parallel import place_param
 from qmoe_jax.models.families import family_of
@@ -84,7 +85,8 @@ def main(_):
         reports.say(f"prompt: {prompt}\n")
         for i, piece in enumerate(text):
             print(piece if i else f"text:   {piece}", end="", flush=True)
-        reports.say(f"\n\n{time.perf_counter() - started:.1f} s with compilation")
+        products = f"; products on compressed experts: {', '.join(api.used())}" if api.used() else ""
+        reports.say(f"\n\n{time.perf_counter() - started:.1f} s with compilation{products}")
 
 
 if __name__ == "__main__":

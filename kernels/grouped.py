@@ -37,7 +37,7 @@ def grouped_dot(
 
         def multiply(i, out):
             x = jax.lax.dynamic_slice_in_dim(padded, i, block).astype(jnp.float32)
-            y = (x @ W).astype(out.dtype)
+            y = jnp.matmul(x, W, precision="highest").astype(out.dtype)
             rest = jax.lax.dynamic_slice_in_dim(out, i, block)
             y = jnp.where((i + jnp.arange(block) < end)[:, None], y, rest)
             return jax.lax.dynamic_update_slice_in_dim(out, y, i, 0)
@@ -94,7 +94,10 @@ def _xla(lhs, rhs, group_sizes):
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     ends = group_ends(group_sizes, lhs.shape[0])
     group_sizes = jnp.diff(ends, prepend=0).astype(group_sizes.dtype)
-    out = jax.lax.ragged_dot(lhs.astype(dtype), rhs.astype(dtype), group_sizes, preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST  # float32 is float32, and not what tensor cores take for it
+    out = jax.lax.ragged_dot(
+        lhs.astype(dtype), rhs.astype(dtype), group_sizes, precision, preferred_element_type=jnp.float32
+    )
     assigned = jnp.arange(lhs.shape[0]) < jnp.max(ends, initial=0)
     return jnp.where(assigned[:, None], out, 0).astype(lhs.dtype)
 
@@ -126,7 +129,7 @@ def _cpu_backward(lhs, rhs, group_sizes, gradient):
             x = jax.lax.dynamic_slice_in_dim(lhs_padded, i, block).astype(jnp.float32)
             g = jax.lax.dynamic_slice_in_dim(gradient_padded, i, block).astype(jnp.float32)
             own = (i + jnp.arange(block) < end)[:, None]
-            return d_W + jnp.where(own, x, 0).T @ jnp.where(own, g, 0)
+            return d_W + jnp.matmul(jnp.where(own, x, 0).T, jnp.where(own, g, 0), precision="highest")
 
         d_W = _for_blocks(start, end, block, add, jnp.zeros(rhs.shape[1:], jnp.float32))
         return d_rhs.at[e].set(d_W.astype(rhs.dtype))

@@ -183,7 +183,7 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains what isn't quantized to predict what the original model predicts; a new compressed checkpoint.
 
-    Norms, routers, attention and the levels of compressed experts; their symbols, and so their sizes, stay.
+    Norms, routers, attention and the levels of compressed experts; their symbols stay.
     Interrupted, it goes on when repeated.
 
     Args:

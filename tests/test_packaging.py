@@ -113,7 +113,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(distributions):
     dist_info = f"qmoe_jax-{qmoe_jax.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"qmoe_jax", dist_info}
     code = {name for name in names if not name.startswith(dist_info)}
-    assert code == {"qmoe_jax/py.typed"}.union(kernel_sources(".cu"), *package_files().values())
+    assert code == {"qmoe_jax/py.typed"}.union(kernel_sources(".cu"), kernel_sources(".cuh"), *package_files().values())
     assert "qmoe_jax/kernels/__init__.py" in code
     assert any(name.endswith("LICENSE") for name in names)
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Launches and kernels, whose arguments `gpu.multiply` describes once for all; Triton's kernels are not even Python.
-BACKENDS = ("pallas", "triton")
+# Launches and kernels, whose arguments `gpu.multiply` describes once for all.
+BACKENDS = ("pallas",)
 
 
 def public_functions(body, prefix=""):

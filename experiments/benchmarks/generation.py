@@ -37,8 +37,8 @@ from flax import traverse_util
 import qmoe_jax
 from qmoe_jax import codecs, files, reports, resources
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
-from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import arg_specs
+from qmoe_jax.codecs.experts import CompressedExperts, concatenate
+from qmoe_jax.kernels.compressed_ragged_dot import api, arg_specs
 from qmoe_jax.models.families import preset
 from qmoe_jax.models.switch import ModelConfig
 from qmoe_jax.models.switch.parameters import expert_of, param_shapes
@@ -65,6 +65,9 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the fastest counts.", lower_
 OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report, and a bar chart beside it with suffix .png.")
 
 DENSE = "dense"
+
+# Different experts of a matrix of random models.
+ENCODED = 8
 
 
 class Model(NamedTuple):
@@ -96,8 +99,12 @@ def random_params(config: ModelConfig, codec: str) -> dict[str, Any]:
             experts, width, out = shape
             high = ((1 - zeros) * width) ** -0.5
             levels = np.broadcast_to(np.float32([-high, high]), (experts, out, 2))
-            symbols = arg_specs.random_trits(experts, out, width, seed=i)
-            params[name] = CompressedExperts.from_symbols(symbols, levels, codec)
+            # A few are encoded, and are there many times: each is read where it lies, so that no cache holds them all.
+            own = min(experts, ENCODED)
+            symbols = arg_specs.random_trits(own, out, width, seed=i)
+            some = CompressedExperts.from_symbols(symbols, levels[:own], codec)
+            copies, rest = divmod(experts, own)
+            params[name] = concatenate([some] * copies + ([some.take(0, rest)] if rest else []))
         elif name.endswith("scale"):
             # Random signs: logits with the tied embedding would otherwise favour the token that was just read, and
             # greedy decoding would repeat it, and so its experts, for ever.
@@ -383,6 +390,7 @@ def main(_):
             device=jax.devices()[0].device_kind,
             cores=len(os.sched_getaffinity(0)),
             jax=jax.__version__,
+            products=api.used(),
             checkpoint=CHECKPOINT.value and pathlib.Path(CHECKPOINT.value).name,
             preset=None if CHECKPOINT.value else PRESET.value,
             prompt_tokens=PROMPT_TOKENS.value,

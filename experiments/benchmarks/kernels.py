@@ -44,9 +44,7 @@ SHAPES = flags.DEFINE_list("shapes", list(MATRICES), "Names of shapes, comma-sep
 LOADS = flags.DEFINE_list("loads", [f"{t}x{e}" for t, e in arg_specs.LOADS], "Loads as tokens x experts, such as 8x1.")
 CODEC_NAMES = flags.DEFINE_list("codecs", list(codecs.CODECS), "Codecs that implementations are measured with.")
 NAMES = flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "Those that cannot run here are left out.")
-BITS = flags.DEFINE_float(
-    "bits", None, "Entropy of Gaussian weights rounded to many levels; without it, the paper's trits."
-)
+BITS = flags.DEFINE_float("bits", None, "Entropy of Gaussian weights rounded to many levels; None: the paper's trits.")
 ROUNDS = flags.DEFINE_integer("rounds", 31, "Rounds; the fastest counts.", lower_bound=1)
 DENSE_MB = flags.DEFINE_integer("dense_megabytes", 256, "Least size of the float32 experts that calls go through.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", list(common.DTYPES), "Of the tokens for compressed experts.")

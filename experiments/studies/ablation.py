@@ -3,7 +3,8 @@
     python experiments/studies/ablation.py --config=configs/tiny.py --output=out/ablation
 
 Every row is a compression of --checkpoint with the same documents; --seeds corrupt the calibration documents anew, the
-validation documents stay. OUT gets ablation.json and ablation.md.
+validation documents stay. Where settings were chosen on the first of them, --skip leaves these out. OUT gets
+ablation.json and ablation.md.
 """
 
 import pathlib
@@ -24,9 +25,21 @@ CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and
 CHECKPOINT = common.define_checkpoint("Native T5X checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/ablation", "Directory for the table.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the corruption of calibration documents.")
+SELECTED = flags.DEFINE_multi_string("row", [], "Name of a row, several times for several; none: all.")
+SKIP = flags.DEFINE_integer(
+    "skip", 0, "Of the config's validation documents, the first ones, which aren't measured on."
+)
 TARGET = flags.DEFINE_float("target_bits", 0.7, "Stored bits per weight of the rate-distortion rows.")
 
-ALONE = dict(router_weighted=False, sequential=False, asymmetric=False, mask_special_tokens=True, refits=0)
+ALONE = dict(
+    router_weighted=False,
+    sequential=False,
+    asymmetric=False,
+    mask_special_tokens=True,
+    min_tokens=0,
+    share_power=0.0,
+    refits=0,
+)
 ROWS = {
     "the paper's recipe": dict(method="gptq"),
     "paper + level refit": dict(method="gptq", refits=1),
@@ -45,7 +58,10 @@ ROWS = {
     "all but sequential, asymmetric wo": dict(method="rd", sequential=False, asymmetric=False),
     "all but special tokens in H": dict(method="rd", mask_special_tokens=True),
     "all but activation order": dict(method="rd", activation_order=False),
+    "all but filling up with the layer's tokens": dict(method="rd", min_tokens=0),
     "all + shrinkage by 20 tokens": dict(method="rd", shrinkage=20.0),
+    "all but shares": dict(method="rd", share_power=0.0),
+    "all, shares to the power 1": dict(method="rd", share_power=1.0),
 }
 
 
@@ -55,8 +71,18 @@ def main(_):
     lab = Laboratory(CONFIG.value, path)
     calibrations = [lab.calibration(seed=int(seed)) for seed in SEEDS.value]
 
+    if not 0 <= SKIP.value < len(lab.validation):
+        raise ValueError(
+            f"--skip={SKIP.value}: expected 0 to {len(lab.validation) - 1}, some documents are to be left."
+        )
+    if unknown := sorted(set(SELECTED.value) - set(ROWS)):
+        raise ValueError(f"--row: found {unknown[0]!r}, expected some of {', '.join(ROWS)}.")
+    lab.validation = [*lab.validation][SKIP.value :]
+
     found = []
     for name, fields in ROWS.items():
+        if SELECTED.value and name not in SELECTED.value:
+            continue
         if fields["method"] == "rd":
             fields = fields | dict(target_bits=TARGET.value)
         codec = "gap" if fields["method"] == "rd" else "dictionary"
@@ -92,6 +118,7 @@ def main(_):
             rows=found,
             config=common.without_folders(lab.config),
             target_bits=TARGET.value,
+            skipped_documents=SKIP.value,
         ),
     )
     files.write_text(output / "ablation.md", table + "\n")

@@ -82,6 +82,14 @@ def chosen(rhs: CompressedExperts, implementation: str | None = None) -> str:
     return _best_on_gpu(rhs)
 
 
+_USED: dict[str, None] = {}  # in order
+
+
+def used() -> list[str]:
+    """Names of the implementations that products of this process were traced with, for reports."""
+    return list(_USED)
+
+
 def _named(implementation):
     source, name = "implementation", implementation
     if name is None:
@@ -93,6 +101,7 @@ def _named(implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(implementation, lhs, rhs, group_sizes):
+    _USED[implementation or chosen(rhs)] = None
     product = _best if implementation is None else IMPLEMENTATIONS[implementation]
     return product(lhs, rhs, group_sizes)
 
@@ -119,9 +128,9 @@ def _best(lhs, rhs, group_sizes):
             _say_once(f"On CPU compressed_ragged_dot runs as plain XLA, many times slower than in C++: {reason}.")
     else:
         branches["cpu"] = cpu.multiply
-    branches["cuda"] = {"cuda": cuda.multiply, "pallas": pallas.multiply}.get(
-        _best_on_gpu(rhs), xla.compressed_ragged_dot
-    )
+    on_gpu: dict[str, Callable[..., jax.Array]]
+    on_gpu = {"cuda": cuda.multiply, "pallas": pallas.multiply, "xla": xla.compressed_ragged_dot}
+    branches["cuda"] = on_gpu[_best_on_gpu(rhs)]
     return jax.lax.platform_dependent(lhs, rhs, group_sizes, **branches)
 
 

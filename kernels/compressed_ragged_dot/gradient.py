@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot import cpu, xla
+from qmoe_jax.kernels.compressed_ragged_dot import cpu, cuda, xla
 from qmoe_jax.kernels.grouped import group_ends
 
 Product = Callable[[jax.Array, CompressedExperts, jax.Array], jax.Array]
@@ -39,6 +39,8 @@ def transposed(g: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> 
     branches: dict[str, Product] = {"default": xla.transposed}
     if cpu.why_not(rhs) is None:
         branches["cpu"] = cpu.multiply_transposed
+    if cuda.why_not(rhs) is None:
+        branches["cuda"] = cuda.multiply_transposed
     return jax.lax.platform_dependent(g, rhs, group_sizes, **branches)
 
 

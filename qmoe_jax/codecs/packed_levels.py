@@ -4,14 +4,15 @@ A field is sign, exponent and mantissa, the mantissa in its lowest bits: the upp
 the expert's fields need. Exponent 0 means zero, any other is bfloat16's - base + 1. The sign takes a bit, or, where all
 are positive (0) or all those but zero of a row's first L // 2 levels and no others negative (2), none.
 
-Formats, uint8 [experts, 5]: base exponent, exponent bits, mantissa bits, signs (0, 1 or 2), kind. Words, uint32 [k]: all
-experts' fields from the least significant bit up, each expert's padded to whole words. By kind, an expert's words are
+Formats, uint8 [experts, 5]: base exponent, exponent bits, mantissa bits, signs (0, 1 or 2), kind. Words, uint32 [k]:
+all experts' fields from the least significant bit up, each expert's padded to whole words. By kind, an expert's words are
 
     L          a field for each level of each row
     128 + L    a ladder, L float32 that all rows share, and a field for each row, its scale. Level k of a row is
                bfloat16(scale * ladder[k]), the product a float32, both rounded to nearest even
+    64 + L     a field for each row, its step. The levels are bfloat16(step * k), k = -L / 2 .. -1, 1 .. L / 2
 
-The ladder's largest magnitude is 1, so that a row's scale is the magnitude of its largest level.
+A ladder's largest magnitude is 1, so that a row's scale is the magnitude of its largest level.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-LADDER = 128  # Added to L in `level_formats`.
+STEPS, LADDER = 64, 128  # Added to L in `level_formats`.
 
 
 def place(codes: np.ndarray, at: np.ndarray, num_words: int) -> np.ndarray:
@@ -50,7 +51,11 @@ def _pack_expert(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     best = fields, [*form, num_levels]
     scale = np.abs(levels.astype(np.float32)).max(-1).astype(ml_dtypes.bfloat16)
     fields, form = _pack_fields(scale, 1)
-    if num_levels + fields.size < best[0].size and (ladder := find_ladder(levels)) is not None:
+    step = np.ascontiguousarray(levels[:, num_levels // 2])
+    if num_levels % 2 == 0 and _same(_of_ladder(step, numbers(num_levels)), levels):
+        fields, form = _pack_fields(step, 1)
+        best = fields, [*form, STEPS + num_levels]
+    elif num_levels + fields.size < best[0].size and (ladder := find_ladder(levels)) is not None:
         best = np.concatenate([ladder.view(np.uint32), fields]), [*form, LADDER + num_levels]
     return best[0], np.array(best[1], np.uint8)
 
@@ -74,11 +79,17 @@ def find_ladder(levels: np.ndarray) -> np.ndarray | None:
     low, high = low.max(0), high.min(0)
     ladder = ((low + high) / 2).astype(np.float32)
     ladder = np.where((low <= 1) & (high >= 1), 1, np.where((low <= -1) & (high >= -1), -1, ladder)).astype(np.float32)
-    return (
-        ladder
-        if np.array_equal(_of_ladder(np.abs(exact).max(-1), ladder).view(np.uint16), levels.view(np.uint16))
-        else None
-    )
+    return ladder if _same(_of_ladder(np.abs(exact).max(-1), ladder), levels) else None
+
+
+def numbers(num_levels: int) -> np.ndarray:
+    """-K .. -1, 1 .. K, float32 [2 K]: of which levels at equal steps are multiples."""
+    up = np.arange(1, num_levels // 2 + 1, dtype=np.float32)
+    return np.concatenate([-up[::-1], up])
+
+
+def _same(found: np.ndarray, expected: np.ndarray) -> bool:
+    return np.array_equal(found.view(np.uint16), expected.view(np.uint16))
 
 
 def _of_ladder(scale: np.ndarray, ladder: np.ndarray) -> np.ndarray:
@@ -118,28 +129,30 @@ def unpack_levels(words: np.ndarray, formats: np.ndarray, out: int, held: Sequen
     Raises ValueError, naming the expert and the row, for what that doesn't return.
     """
     limits = np.array([254, 8, 7, 2, LADDER + max(held)])
-    for expert in np.flatnonzero((formats > limits).any(-1) | ~np.isin(formats[:, 4] % LADDER, held)):
+    kinds = formats[:, 4] // STEPS * STEPS
+    odd = (kinds == STEPS) & (formats[:, 4] % 2 == 1)
+    for expert in np.flatnonzero((formats > limits).any(-1) | ~np.isin(formats[:, 4] % STEPS, held) | odd):
         raise ValueError(f"level_formats: expert {expert} has {formats[expert].tolist()}, expected at most {limits}.")
-    num_levels = int(formats[0, 4]) % LADDER
-    for expert in np.flatnonzero(formats[:, 4] % LADDER != num_levels):
+    num_levels = int(formats[0, 4]) % STEPS
+    for expert in np.flatnonzero(formats[:, 4] % STEPS != num_levels):
         raise ValueError(
-            f"level_formats: expert {expert} has {formats[expert, 4] % LADDER} levels, expected {num_levels}."
+            f"level_formats: expert {expert} has {formats[expert, 4] % STEPS} levels, expected {num_levels}."
         )
-    ladders = formats[:, 4] >= LADDER
-    fields = out * np.where(ladders, 1, num_levels)
+    fields = out * np.where(kinds > 0, 1, num_levels)
+    ladders = kinds == LADDER
     counts = np.where(ladders, num_levels, 0) - (-_width(formats) * fields // 32)
     if (needed := int(counts.sum())) != words.size:
         raise ValueError(f"level_words: found {words.size}, but level_formats count {needed}.")
 
     levels = np.empty((len(formats), out, num_levels), ml_dtypes.bfloat16)
     for expert, own in enumerate(np.split(words, np.cumsum(counts)[:-1])):
-        if not ladders[expert]:
+        if kinds[expert] == 0:
             levels[expert] = _unpack_fields(own, formats[expert], fields[expert], expert).reshape(out, num_levels)
             continue
-        ladder = own[:num_levels].view(np.float32)
-        if not (np.abs(ladder) <= 1).all():
+        ladder = own[:num_levels].view(np.float32) if ladders[expert] else numbers(num_levels)
+        if ladders[expert] and not (np.abs(ladder) <= 1).all():
             raise ValueError(f"level_words: expert {expert} has the ladder {ladder}, expected magnitudes of at most 1.")
-        scale = _unpack_fields(own[num_levels:], formats[expert], out, expert)
+        scale = _unpack_fields(own[num_levels:] if ladders[expert] else own, formats[expert], out, expert)
         levels[expert] = _of_ladder(scale, ladder)
     return levels
 
@@ -159,10 +172,10 @@ def _unpack_fields(words: np.ndarray, form: np.ndarray, count: int, expert: int)
     exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1
     sign = codes >> mantissa_bits + exponent_bits & signs % 2
     if signs == 2:
-        sign = (_first(1 if kind >= LADDER else int(kind), count) & (exponent > 0)).astype(np.uint64)
+        sign = (_first(1 if kind >= STEPS else int(kind), count) & (exponent > 0)).astype(np.uint64)
     bits = sign << 15 | np.where(exponent == 0, 0, exponent + base - 1) << 7 | mantissa
     bad = (exponent + base > 255) & (exponent > 0) | (exponent == 0) & (mantissa > 0)
     for i in np.flatnonzero(bad):
-        row = i if kind >= LADDER else i // int(kind)
+        row = i if kind >= STEPS else i // int(kind)
         raise ValueError(f"level_words: expert {expert}, row {row} holds a level that is not a number.")
     return bits.astype(np.uint16).view(ml_dtypes.bfloat16)

@@ -106,7 +106,6 @@ def compress_examples(
             losses = _committed(run, output, progress, origin, num_shards)
             if not keep_progress and run.processes.first:
                 progress.remove()
-    losses = streaming.DocumentLosses(*(a[run.num_calibration :] for a in losses))
     return compression_report(
         losses, run.accounts, checkpoint, quantization, codec, run.num_calibration, run.stages.report()
     )
@@ -254,7 +253,7 @@ class _Run:
     def through(
         self, writer: CompressedWriter | None = None, progress: Progress | None = None
     ) -> streaming.DocumentLosses:
-        """Quantizes and measures, from where `progress` is; losses of all examples."""
+        """Quantizes and measures, from where `progress` is; losses of the examples that don't calibrate."""
         own = self.processes.share(self.config.num_experts) if writer is None else writer.own
         if self.control is not None and (first := self.processes.from_first(len(own))) < self.few:
             raise ValueError(
@@ -287,6 +286,7 @@ class _Run:
                 processes=self.processes,
                 stages=self.stages,
                 what=self.what,
+                first_measured=self.num_calibration,
             )
         missing = set(self.config.sparse_layers) - set(quantizer.accounts)
         if missing:
@@ -341,7 +341,10 @@ def compiling(
       checkpoint, memory: of all of them.
       quantizations: how, in the order in which they come.
       experts: of each layer, that this process has; None: all.
+
+    Raises ValueError for a checkpoint whose experts are compressed already.
     """
+    check_uncompressed(checkpoint)
     group = max(2, min(memory.experts_per_group, experts or checkpoint.config.num_experts))  # see Quantizer
     family, layer = checkpoint.family, checkpoint.config.sparse_layers[0]
     shapes = (checkpoint.specs[family.expert_parameter(layer, m)].shape for m in checkpoint.config.expert.matrices)

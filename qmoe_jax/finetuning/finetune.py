@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +58,7 @@ def finetune_examples(
 
     Returns:
       The report, as JSON values: mean divergence from the original model per predicted token of the documents held out,
-      'before' and 'after', that of each epoch, 'parameters' trained by part.
+      'before' and 'after', that of each epoch, 'parameters' trained by part, 'bytes_experts'.
 
     Raises:
       CheckpointError: `checkpoint` isn't compressed, or `original` is.
@@ -84,7 +83,7 @@ def finetune_examples(
             run = Run(model, params, documents, trained_on, held_out, settings)
             state = _train(run, start, progress, stages)
             with stages("writing"):
-                write(checkpoint, original, params, state.best, output, settings, len(examples))
+                written = write(checkpoint, original, params, state.best, output, settings, len(examples))
         except BaseException as e:
             if progress.committed:
                 e.add_note(f"{output}: what was trained so far is committed; run the same command to go on")
@@ -99,6 +98,10 @@ def finetune_examples(
         "after": min(epoch["held_out"] for epoch in state.history),
         "epochs": state.history,
         "parameters": number,
+        "bytes_experts": {
+            "before": sum(m.nbytes for layer in checkpoint.expert_sizes.values() for m in layer.values()),
+            "after": written,
+        },
         "documents": {"trained_on": len(trained_on), "held_out": len(held_out)},
         "settings": dataclasses.asdict(settings),
         "seconds": stages.report(),
@@ -115,7 +118,8 @@ def check_models(checkpoint: Checkpoint, original: Checkpoint) -> None:
         families = checkpoint.family.name, original.family.name
         raise ValueError(f"{checkpoint.path} is of family {families[0]}, {original.path} of {families[1]}.")
     ours, theirs = checkpoint.config.to_dict(), original.config.to_dict()
-    if differ := [f"{k}: {ours[k]!r}, {theirs[k]!r}" for k in checkpoint.family.told if ours[k] != theirs[k]]:
+    fields = (*checkpoint.family.told, *checkpoint.family.UNTOLD)
+    if differ := [f"{k}: {ours[k]!r}, {theirs[k]!r}" for k in fields if ours[k] != theirs[k]]:
         raise ValueError(
             f"{checkpoint.path} is no compressed {original.path}: they differ in {'; '.join(differ)}. Give the "
             "checkpoint it was made from."
@@ -218,8 +222,11 @@ def write(
     output: str | os.PathLike,
     settings: Settings,
     documents: int,
-) -> None:
-    """The compressed checkpoint with these in place; manifest and provenance are the old one's, with what was done."""
+) -> int:
+    """The compressed checkpoint with these in place; manifest and provenance are the old one's, with what was done.
+
+    Returns the bytes of its experts.
+    """
     assert checkpoint.codec is not None
     manifest = getattr(checkpoint, "manifest", {})
     shards = next((len(layer.get("shards", [0])) for layer in manifest.get("layers", {}).values()), None)
@@ -241,8 +248,9 @@ def write(
                 matrices[matrix].validate()
             writer.write_layer(layer, matrices)
         writer.finish({name: np.asarray(trained.get(name, params[name])) for name in checkpoint.specs})
+        return sum(layer["bytes"] for layer in writer.layers.values())
 
 
-def recovered(original: float, before: float, after: float) -> float:
-    """The share of the loss that compression had cost, and that is gone; NaN where it had cost nothing."""
-    return (before - after) / (before - original) if before > original else math.nan
+def recovered(original: float, before: float, after: float) -> float | None:
+    """The share of the loss that compression had cost, and that is gone; None where it had cost nothing."""
+    return (before - after) / (before - original) if before > original else None

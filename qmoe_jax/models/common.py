@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 MOST_TOKENS = 1_000_000  # that a text may have; caches have room for all of them
 MASKED = -1e10  # Finite: a query whose keys are all masked attends uniformly, as in T5X.
@@ -73,7 +72,7 @@ def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
 # --- The next token ---------------------------------------------------------------------------------------------------
 
 
-def sample(logits: jax.Array, key: jax.Array, temperature: ArrayLike, top_p: float) -> jax.Array:
+def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array | float, top_p: float) -> jax.Array:
     """One token per row of logits [batch, vocabulary]: int32 [batch].
 
     Args:

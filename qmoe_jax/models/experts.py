@@ -46,13 +46,15 @@ def grouped(group_sizes: jax.Array) -> Callable:
 
 def batched(rows: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Rows [experts, slots, in]."""
-    y = jnp.einsum("eci,eio->eco", rows, kernel.astype(rows.dtype))
+    y = jnp.einsum("eci,eio->eco", rows, kernel.astype(rows.dtype), precision="highest")
     return y if bias is None else y + bias.astype(y.dtype)[:, None]
 
 
 def single(rows: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Rows [n, in] of one expert, kernel [in, out]; added up in float32."""
-    y = jnp.matmul(rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32).astype(rows.dtype)
+    y = jnp.matmul(rows, kernel.astype(rows.dtype), precision="highest", preferred_element_type=jnp.float32).astype(
+        rows.dtype
+    )
     return y if bias is None else y + bias.astype(y.dtype)
 
 

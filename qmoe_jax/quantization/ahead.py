@@ -35,13 +35,14 @@ def compiling(quantizations: Iterable[QuantizationSettings], shapes: Sequence[Sh
     programs = dict(program for settings in quantizations for program in _programs(settings, shapes))
     wanted = {key: make for key, make in programs.items() if key not in _compiled}
     with ThreadPoolExecutor(1, "compiling") as thread:
-        _compiled.update({key: thread.submit(make) for key, make in wanted.items()})
+        own = {key: thread.submit(make) for key, make in wanted.items()}
+        _compiled.update(own)
         try:
             yield
         finally:
-            for key in wanted:
-                if _compiled[key].cancel():
-                    del _compiled[key]
+            for key, program in own.items():
+                if program.cancel():
+                    _compiled.pop(key, None)
 
 
 def ready(function: Any, shape: Shape) -> None:

@@ -1,6 +1,6 @@
 """Rate-distortion GPTQ with as many levels as the rate wants, at equal steps, for .2 to 3 bits a weight.
 
-A row has the levels top k / K, k = -K .. K: one number. With entropy-coded symbols, uniform levels and a dead zone
+A row has the levels step k, k = -K .. K: one number. With entropy-coded symbols, uniform levels and a dead zone
 that follows from the price of bits are nearly optimal at every rate (Sullivan 1996), and a level that isn't worth its
 bits is hardly used. Of each expert's matrix, with L the factor of H^-1 as in GPTQ:
 
@@ -9,7 +9,7 @@ bits is hardly used. Of each expert's matrix, with L the factor of H^-1 as in GP
     round    GPTQ's column loop with  symbol = argmin_k (w - level_k)^2 / L[i, i]^2 + lambda bits(k)
     descend  symbol after symbol anew, all others given:  argmin_k H[i, i] (w_i - level_k)^2 + lambda bits(k), with w_i
              where the error's gradient is zero; it can only gain, and does what GPTQ can't: revise early columns
-    refit    top of each row = argmin (w - q) H (w - q)' for its symbols: one linear equation
+    refit    step of each row = argmin (w - q) H (w - q)' for its symbols: one linear equation
     descend and refit once more
 """
 
@@ -56,8 +56,8 @@ def quantize(
       descents: passes over all symbols after each rounding.
 
     Returns:
-      `Quantized` with 2 `MOST_STEPS` levels a row, of which K - 1 to the left and right of the middle are in use
-      (`narrowed` leaves out the others).
+      `Quantized` with 2 `MOST_STEPS` levels a row, of which the K next to zero on either side are in use (`narrowed`
+      leaves out the others).
     """
     one = functools.partial(
         _expert,
@@ -74,9 +74,10 @@ def quantize(
 
 
 def narrowed(quantized: Quantized, steps: int) -> Quantized:
-    """The same with 2 `steps` levels a row, without those that weren't in use."""
+    """With 2 `steps` levels a row, and not the others: what had one of these has the last that is left."""
     unused = MOST_STEPS - steps
-    symbols = jnp.where(quantized.symbols > 0, quantized.symbols - unused, 0).astype(jnp.uint8)
+    symbols = jnp.clip(quantized.symbols.astype(jnp.int32) - unused, 1, 2 * steps)
+    symbols = jnp.where(quantized.symbols > 0, symbols, 0).astype(jnp.uint8)
     return quantized._replace(symbols=symbols, levels=quantized.levels[..., unused : 2 * MOST_STEPS - unused])
 
 
@@ -89,24 +90,23 @@ def _expert(
     columns = W.shape[1]
     weight = jnp.concatenate([1 / jnp.diag(L) ** 2 for L in factored.L])  # of a column's squared error
     numbers = _numbers()
-    ladder = jnp.clip(numbers / steps, -1, 1)  # [levels]; of those beyond the last no use is made
     beyond = jnp.abs(numbers) > steps
 
-    def levels_of(top):  # [levels, rows], exact in bfloat16
-        return (top * ladder[:, None]).astype(jnp.bfloat16).astype(jnp.float32)
+    def levels_of(step):  # [levels, rows]
+        return (step * numbers[:, None]).astype(jnp.bfloat16).astype(jnp.float32)
 
-    def prices_of(bits, top):  # [1 + levels, rows]; a row of zeros has no levels
-        unused = beyond[:, None] | (top == 0)
+    def prices_of(bits, step):  # [1 + levels, rows]; a row of zeros has no levels
+        unused = beyond[:, None] | (step == 0)
         return lagrangian * jnp.concatenate([bits[:1], jnp.where(unused, 0.0, bits[1:])]), unused
 
-    top, bits = _start(Wt[:columns], weight[:columns], lagrangian, codes, steps, levels_of, prices_of)
-    top = coarse(top, level_bits)
+    step, bits = _start(Wt[:columns], weight[:columns], lagrangian, codes, steps, levels_of, prices_of)
+    step = coarse(step, level_bits)
     # The gradient of (w - q) H (w - q)' is zero where H q = H w.
     Hw = matmul(factored.H, Wt)
     before, after = jnp.tril(factored.H), jnp.triu(factored.H, 1)
 
-    def round_all(top, bits):
-        levels, prices = levels_of(top), prices_of(bits, top)
+    def round_all(step, bits):
+        levels, prices = levels_of(step), prices_of(bits, step)
 
         def quantize_column(w, l):  # w [1, rows], l [1, 1]
             symbols, q = choose(w, 1 / l**2, levels, *prices)
@@ -114,8 +114,8 @@ def _expert(
 
         return sweep(Wt, factored, in_blocks(quantize_column, block_size))[1][1]
 
-    def descend(symbols, top, bits):
-        levels, prices = levels_of(top), prices_of(bits, top)
+    def descend(symbols, step, bits):
+        levels, prices = levels_of(step), prices_of(bits, step)
 
         def quantize_column(g, h):  # g [1, rows]: H w less what the other columns give; h [1, 1], of H's diagonal
             symbols, q = choose(g / h, h, levels, *prices)
@@ -126,20 +126,19 @@ def _expert(
         return in_blocks(quantize_column, block_size)(gradients, before)[1][1]
 
     def improve(state, _):
-        symbols, top, bits = state
-        for _ in range(descents):
-            symbols = descend(symbols, top, bits)
+        symbols, step, bits = state
+        symbols = jax.lax.fori_loop(0, descents, lambda _, symbols: descend(symbols, step, bits), symbols)
         return (
             symbols,
-            _refit(factored.H, Hw, symbols, ladder, top, level_bits),
+            _refit(factored.H, Hw, symbols, step, level_bits),
             _bits(symbols[:columns], codes),
         ), None
 
-    state = round_all(top, bits), top, bits
+    state = round_all(step, bits), step, bits
     if refits:
         state = jax.lax.scan(improve, state, length=refits)[0]
-    symbols, top, _ = state
-    levels = levels_of(top)
+    symbols, step, _ = state
+    levels = levels_of(step)
     E = Wt - values(symbols, levels)
     loss = sum_columns(lambda e, he: (e * he,), E.shape[1], E, matmul(factored.H, E))[0]
     symbols = factored.arrange_back(symbols)  # [rows, columns]
@@ -191,26 +190,30 @@ def _bits(symbols, codes):
 
 
 def _start(Wt, weight, lagrangian, codes, steps, levels_of, prices_of):
-    """Tops [rows] and bits [1 + levels, rows], by entropy-constrained scalar quantization of Wt [columns, rows]."""
+    """Steps [rows] and bits [1 + levels, rows], by entropy-constrained scalar quantization of Wt [columns, rows]."""
     columns, rows = Wt.shape
     deviation = jnp.sqrt(sum_in_order(Wt**2) / columns)
     step = WIDER * jnp.sqrt(6 / math.log(2) * lagrangian * columns / sum_in_order(weight))
-    top = steps * jnp.clip(step, REACH / steps * deviation, WIDEST * deviation)
+    step = jnp.clip(step, REACH / steps * deviation, WIDEST * deviation)
 
     def again(state, _):
-        top, bits = state
-        levels = levels_of(top)
-        symbols, q = choose(Wt, weight[:, None], levels, *prices_of(bits, top))
+        step, bits = state
+        levels = levels_of(step)
+        symbols, q = choose(Wt, weight[:, None], levels, *prices_of(bits, step))
         qq, qw = sum_columns(lambda w, q, h: (h * q**2, h * q * w), rows, Wt, q, weight[:, None])
-        return (jnp.where((qq > 0) & (qw > 0), top * qw / jnp.where(qq > 0, qq, 1.0), top), _bits(symbols, codes)), None
+        return (
+            jnp.where((qq > 0) & (qw > 0), step * qw / jnp.where(qq > 0, qq, 1.0), step),
+            _bits(symbols, codes),
+        ), None
 
     guess = 1 + jnp.abs(jnp.concatenate([jnp.zeros(1), _numbers()]))
-    return jax.lax.scan(again, (top, jnp.broadcast_to(guess[:, None], (len(guess), rows))), length=START_ROUNDS)[0]
+    return jax.lax.scan(again, (step, jnp.broadcast_to(guess[:, None], (len(guess), rows))), length=START_ROUNDS)[0]
 
 
-def _refit(H, Hw, symbols, ladder, top, level_bits):
-    """argmin over the tops of (w - q) H (w - q)', [rows], rounded; rows without symbols keep theirs."""
-    u = values(symbols, jnp.broadcast_to(ladder[:, None], (len(ladder), symbols.shape[1])))
+def _refit(H, Hw, symbols, step, level_bits):
+    """argmin over the steps of (w - q) H (w - q)', [rows], rounded; rows without symbols keep theirs."""
+    number = symbols.astype(jnp.int32) - MOST_STEPS
+    u = jnp.where(symbols == 0, 0, jnp.where(number <= 0, number - 1, number)).astype(jnp.float32)
     uu, uw = sum_columns(lambda u, hu, hw: (u * hu, u * hw), u.shape[1], u, matmul(H, u), Hw)
     fitted = coarse(jnp.where(uu > 0, uw / jnp.where(uu > 0, uu, 1.0), 0.0), level_bits)
-    return jnp.where(fitted > 0, fitted, top)
+    return jnp.where(fitted > 0, fitted, step)

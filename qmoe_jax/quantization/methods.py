@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
+from qmoe_jax.quantization.equal_steps import MOST_STEPS
 from qmoe_jax.quantization.gptq import Quantized, compile_gptq, gptq, round_to_nearest
 from qmoe_jax.quantization.rate_distortion import compile_rate_distortion, rate_distortion, refit_levels
 
@@ -25,7 +26,10 @@ LEVELS = {TERNARY: 2, 2: 3}  # beside zero
 USUAL_BITS = {TERNARY: 0.8, 2: 1.6}
 MOST_BITS = {TERNARY: 1.7, 2: 2.2}
 DEFAULT_TARGET_BITS = 0.7
-MOST_TARGET_BITS = 1.8
+MOST_TARGET_BITS = 3.0
+MOST_TERNARY_BITS = 1.8
+# Of an expert, so that levels within the extremes don't err on inputs like others' of its layer (docs/studies.md).
+ENOUGH_TOKENS = 1024
 
 
 class Needs(NamedTuple):
@@ -82,8 +86,19 @@ class Priced(Method, Protocol):
     @property
     def lagrangian(self) -> float | None: ...
 
-    def at(self, W: jax.Array, H: jax.Array, importance: jax.Array, lagrangian: Any, codes: Any = None) -> Quantized:
-        """With another Lagrangian, or one for each row; rows of the same `codes` share a code."""
+    def at(
+        self,
+        W: jax.Array,
+        H: jax.Array,
+        importance: jax.Array,
+        lagrangian: Any,
+        codes: Any = None,
+        steps: int | None = None,
+    ) -> Quantized:
+        """With another Lagrangian, or one for each row; rows of the same `codes` share a code.
+
+        `steps` is given only where the method has a field of that name, which is None: what trials chose for a layer.
+        """
         ...
 
 
@@ -174,16 +189,19 @@ class Gptq:
 
 @dataclasses.dataclass(frozen=True)
 class RateDistortion:
-    """GPTQ's column loop that pays for bits, with levels that are fitted (`rate_distortion`); ternary.
+    """GPTQ's column loop that pays for bits, with levels that are fitted (`rate_distortion`).
 
     Attributes:
-      bits: 1.5.
+      bits: 1.5, a name: how many levels there are is for `steps` and the rate to say.
       lagrangian: squared error of an expert's output that one bit is worth. None: found for `target_bits`.
       target_bits: per weight, as stored, of all experts together. None: see `lagrangian`.
+      steps: levels at equal steps on either side of zero, 1 to 7 (`equal_steps`). 0: ternary, each row with two levels
+        of its own, and no descent. None: as many as the rate wants, told by trials for `target_bits`, or else 7.
       level_bits: bits of mantissa of a level.
       refits: rounds of rounding and fitting levels anew.
       share_power: an expert's squared error counts by its share of the layer's squared router probabilities, relative
         to the mean, to this power (`shares`). 0: all experts' count equally.
+      descents: passes over all symbols in each of these, see `rate_distortion`.
       super_weight: what a squared error of a super expert (`super_experts`) counts, as a multiple of others': more
         bits are spent on it. Which they are, a pass of the unquantized model tells first. 1: as others'.
       block_size, damping, activation_order: as in `Gptq`.
@@ -193,15 +211,17 @@ class RateDistortion:
     calibrated: ClassVar[bool] = True
     uses_importance: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = dict(
-        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True
+        mask_special_tokens=False, router_weighted=True, sequential=True, asymmetric=True, min_tokens=ENOUGH_TOKENS
     )
 
     bits: float = TERNARY
     lagrangian: float | None = None
     target_bits: float | None = None
+    steps: int | None = None
     level_bits: int = 3
     refits: int = 2
     share_power: float = 0.5
+    descents: int = 2
     super_weight: float = 1.0
     block_size: int = 128
     damping: float = 0.1
@@ -210,7 +230,7 @@ class RateDistortion:
     def __post_init__(self):
         _check_bits(self.bits)
         if self.bits != TERNARY:
-            raise ValueError("quantization.method 'rd' makes ternary experts (bits 1.5).")
+            raise ValueError("quantization.method 'rd' has bits 1.5, a name: give target_bits or steps instead.")
         if self.lagrangian is not None and self.target_bits is not None:
             raise ValueError("quantization: give lagrangian or target_bits, not both.")
         if self.lagrangian is None and self.target_bits is None:
@@ -219,10 +239,11 @@ class RateDistortion:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"quantization.{name}: found {value!r}, expected a finite number above 0.")
-        if self.target_bits is not None and not 0.05 <= self.target_bits <= MOST_TARGET_BITS:
+        most = MOST_TERNARY_BITS if self.steps == 0 else MOST_TARGET_BITS
+        if self.target_bits is not None and not 0.05 <= self.target_bits <= most:
             raise ValueError(
-                f"quantization.target_bits: found {self.target_bits!r}, expected 0.05 to {MOST_TARGET_BITS} bits per "
-                "weight, which is what ternary weights can carry."
+                f"quantization.target_bits: found {self.target_bits!r}, expected 0.05 to {most:g} bits per weight"
+                f"{', which is what ternary weights can carry' if self.steps == 0 else ''}."
             )
         if not 0 <= self.share_power <= 2:
             raise ValueError(f"quantization.share_power: found {self.share_power!r}, expected 0 to 2.")
@@ -232,27 +253,43 @@ class RateDistortion:
             )
         _check_whole("level_bits", self.level_bits, 7, "0 to 7")
         _check_whole("refits", self.refits, 99, "0 or more (gptq: 0 or 1)")
+        _check_whole("descents", self.descents, 99, "0 or more")
+        if self.steps is not None:
+            _check_whole("steps", self.steps, MOST_STEPS, f"0 (ternary) to {MOST_STEPS}")
 
     @property
     def levels(self) -> int:
-        return LEVELS[self.bits]
+        """At most."""
+        return LEVELS[self.bits] if self.steps == 0 else 2 * (self.steps or MOST_STEPS)
 
     def needs(self) -> Needs:
-        return Needs(2.2, 12.5, self.target_bits or USUAL_BITS[self.bits], MOST_BITS[self.bits])
+        if self.steps == 0:
+            return Needs(2.2, 12.5, self.target_bits or USUAL_BITS[self.bits], MOST_BITS[self.bits])
+        return Needs(3.2, 15.0, self.target_bits or USUAL_BITS[2], max(2.2, 1.2 * (self.target_bits or 0)))
 
     def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None) -> Quantized:
         assert H is not None and importance is not None
         return self.at(W, H, importance, self.lagrangian)
 
-    def at(self, W: jax.Array, H: jax.Array, importance: jax.Array, lagrangian: Any, codes: Any = None) -> Quantized:
-        return rate_distortion(W, H, lagrangian / importance, codes=codes, **self._settings())
+    def at(
+        self,
+        W: jax.Array,
+        H: jax.Array,
+        importance: jax.Array,
+        lagrangian: Any,
+        codes: Any = None,
+        steps: int | None = None,
+    ) -> Quantized:
+        return rate_distortion(W, H, lagrangian / importance, codes=codes, **self._settings(steps))
 
     def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
         compile_rate_distortion(W, H, **self._settings())
 
-    def _settings(self) -> dict[str, Any]:
-        fields = ("refits", "level_bits", "block_size", "damping", "activation_order")
-        return {f: getattr(self, f) for f in fields}
+    def _settings(self, steps: int | None = None) -> dict[str, Any]:
+        if steps is None:
+            steps = MOST_STEPS if self.steps is None else self.steps
+        fields = ("refits", "descents", "level_bits", "block_size", "damping", "activation_order")
+        return {f: getattr(self, f) for f in fields} | {"steps": steps or None}
 
 
 METHODS: dict[str, Any] = {

@@ -90,7 +90,7 @@ class Quantizer:
         }
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[GroupAccount]] = {}  # by layer
-        self._lagrangians: dict[str, float] = {}  # of this layer, by matrix name
+        self._found: dict[str, tuple[float, int | None]] = {}  # Lagrangian and steps of this layer, by matrix name
         self._weights: np.ndarray | None = None  # of this layer's experts; None: all count equally
 
     def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
@@ -107,7 +107,7 @@ class Quantizer:
 
     def __call__(self, group: ExpertGroup) -> dict[str, Any]:
         if group.start == self.own.start:
-            self._lagrangians = {}
+            self._found = {}
         tokens = [t[self.calibration[group.stream][t]] for t in group.tokens]
         overloaded: dict[int, int] = {}
         if self.method.calibrated:
@@ -241,8 +241,9 @@ class Quantizer:
         if self.method.target_bits is None:
             quantized = self.method(W, H, weighted)
         else:
-            lagrangian = self._find_lagrangian(matrix, W, H, importance)
-            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian)
+            lagrangian, steps = self._find_lagrangian(matrix, W, H, importance)
+            wanted = {} if steps is None else {"steps": steps}
+            quantized = cast(Priced, self.method).at(W, H, weighted, lagrangian, **wanted)
         return jax.block_until_ready(_as_stored(quantized))
 
     def _output_error(self, group: ExpertGroup, replacement) -> OutputError:
@@ -253,9 +254,9 @@ class Quantizer:
 
     # --- A target rate ------------------------------------------------------------------------------------------------
 
-    def _find_lagrangian(self, matrix: str, W, H, importance) -> float:
-        """Found once for all experts of the layer, by the process that has its first ones, from these."""
-        if matrix not in self._lagrangians:
+    def _find_lagrangian(self, matrix: str, W, H, importance) -> tuple[float, int | None]:
+        """That, and steps (see `trial`): once for all experts of the layer, by the process that has its first ones."""
+        if matrix not in self._found:
             found = None
             if self.processes.first:
                 assert self.control is not None
@@ -263,10 +264,12 @@ class Quantizer:
                 if self._weights is not None:
                     tried = np.resize(shares.of_strata(self._weights, few), len(W))
                     importance = importance * tried[:, None]
-                guess, rates = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
-                found = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
-            self._lagrangians[matrix] = self.processes.from_first(found)
-        return self._lagrangians[matrix]
+                guess, rates, steps = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
+                lagrangian = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
+                found = lagrangian, steps(lagrangian)
+            lagrangian, number = self.processes.from_first(found)
+            self._found[matrix] = lagrangian, number
+        return self._found[matrix]
 
     @staticmethod
     def _tell_control(control: RateControl, groups: Sequence[GroupAccount]) -> None:

@@ -34,7 +34,7 @@ LAST_RISE, LAST_FALL = 2.0, 6.0  # likewise in the last layer, which has to make
 LEAST_LEFT = 0.08
 LIKE = 0.1  # bits; layers that differ by less count about equally
 STEEPEST, FLATTEST = -1.0, -0.02  # bits for each power of two
-MOST_BITS = 2.5
+MOST_BITS = 4.0
 
 
 class RateControl:
@@ -170,8 +170,8 @@ class Curve:
                 self._between = PchipInterpolator(logs, bits)  # monotone, as the points are
             return float(self._between(log))
         end = 0 if log <= logs[0] else -1
-        # Where rates are low, a power of two takes about a third of them; where they are high, everything is said.
-        slope = -0.35 * bits[end] * (1 - min(1.0, bits[end] / MOST_BITS))
+        # Where rates are low, a power of two takes about a third of them; where they are high, half a bit.
+        slope = -min(0.35 * bits[end], 0.5)
         if len(logs) > 1:
             near = (0, 1) if end == 0 else (-2, -1)
             slope = (bits[near[1]] - bits[near[0]]) / max(logs[near[1]] - logs[near[0]], CLOSE)

@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 from qmoe_jax import codecs
-from qmoe_jax.quantization.methods import METHODS, Method
+from qmoe_jax.quantization.methods import LEVELS, METHODS, Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Calibration:
       sequential: the last matrix' Hessian is of the outputs of the quantized ones before it.
       asymmetric: the last matrix is first fitted to give, on those, the outputs that it gave before; `sequential` too.
       shrinkage: weight, in tokens, of a sample of the layer's tokens that joins every expert's Hessians.
-      min_tokens: an expert with fewer gets tokens of the layer's for those that it lacks. None: as many as the family
-        of models wants.
+      min_tokens: an expert with fewer gets tokens of the layer's for those that it lacks. None: as many as the
+        method or, by the paper's recipe, the family of models wants.
     """
 
     block_size: int = 128
@@ -164,6 +164,6 @@ def why_not_stored(quantization: QuantizationSettings, codec: str) -> str | None
         return None
     others = [name for name, other in codecs.CODECS.items() if levels in other.LEVELS]
     instead = f"Use the codec {' or '.join(map(repr, others))}, or measure" if others else "Measure"
-    return (
-        f"{quantization.rounding.bits:g}-bit experts can't be stored by the codec {codec!r}. {instead} without saving."
-    )
+    few = levels == LEVELS.get(quantization.rounding.bits)
+    what = f"{quantization.rounding.bits:g}-bit experts" if few else f"Experts with up to {levels} levels a row"
+    return f"{what} can't be stored by the codec {codec!r}. {instead} without saving."

@@ -226,7 +226,7 @@ def _from_panels(panels):
 
 def dot(X: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Every expert's own tokens: X [experts, tokens, in], kernel [experts, in, out]."""
-    Y = jnp.einsum("eti,eio->eto", X.astype(jnp.float32), kernel)
+    Y = jnp.einsum("eti,eio->eto", X.astype(jnp.float32), kernel, precision="highest")
     return Y if bias is None else Y + bias[:, None]
 
 
@@ -237,7 +237,8 @@ def _hidden(expert, X, kernels):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _lacking(expert, X, now, kernels):
-    return jnp.einsum("etf,efo->eto", _hidden(expert, X, kernels) - now, kernels[expert.last])
+    hidden = _hidden(expert, X, kernels)
+    return jnp.einsum("etf,efo->eto", hidden - now, kernels[expert.last], precision="highest")
 
 
 def _zeros(sharding, experts, rows, columns):

@@ -1,4 +1,8 @@
-"""Trials for a target rate: a sample of rows of a layer's first experts, at several Lagrangians."""
+"""Trials for a target rate: a sample of rows of a layer's first experts, at several Lagrangians.
+
+They also tell how many levels a matrix wants, where that isn't set: with as many as there can be, levels far out are
+used by few weights or by none, and are left out of the layer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import numpy as np
 
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.quantization.account import entropy
-from qmoe_jax.quantization.gptq import Quantized
+from qmoe_jax.quantization.equal_steps import MOST_STEPS, narrowed
 from qmoe_jax.quantization.methods import Priced
 from qmoe_jax.quantization.rate_control import TRIAL
 from qmoe_jax.quantization.sharding import expert_sharding
@@ -19,6 +23,7 @@ from qmoe_jax.quantization.sharding import expert_sharding
 TRIAL_EXPERTS = 4
 TRIAL_WEIGHTS = 750_000
 TRIAL_ROWS = 32  # of an expert for each Lagrangian, or more: what is stored beside them weighs little then
+LEAST_USE = 1e-3  # share of weights beyond a level for which more levels are worth it
 
 
 def trial_experts(num_experts: int, weights: int) -> int:
@@ -32,7 +37,7 @@ def trial_experts(num_experts: int, weights: int) -> int:
 
 def trial(
     method: Priced, W: jax.Array, H: jax.Array, importance: jax.Array, experts: int, codec: str | None
-) -> tuple[float, Callable[[Sequence[float]], list[float]]]:
+) -> tuple[float, Callable[[Sequence[float]], list[float]], Callable[[float], int | None]]:
     """What a Lagrangian gives, of a few experts.
 
     Args:
@@ -44,7 +49,8 @@ def trial(
       codec: by which bits are counted as stored; None: the entropy of the symbols is all that counts.
 
     Returns:
-      A first guess; and rates(lagrangians), bits per weight at each of as many Lagrangians as a trial has.
+      A first guess; rates(lagrangians), bits per weight at each of as many Lagrangians as a trial has; and, after
+      these, steps(lagrangian), how many levels on either side a matrix wants; None where the method has settled it.
 
     Raises ValueError for a smaller group.
     """
@@ -62,16 +68,41 @@ def trial(
     taken = (np.arange(tried) - starts[codes]) * rows // counts[codes]  # those of one Lagrangian evenly spread
     W, importance = W[:, taken], importance[:, taken]
 
+    chosen = getattr(method, "steps", 0) is None
+    wanted: dict[float, int] = {}  # steps, by Lagrangian
+
     def rates(lagrangians: Sequence[float]) -> list[float]:
         quantized = method.at(W, H, importance, np.array(lagrangians)[codes], codes)
-        return [_rate(quantized, codes == i, codec) for i in range(trials)]
+        quantized = quantized._replace(symbols=np.asarray(quantized.symbols), levels=np.asarray(quantized.levels))
+        parts = [
+            quantized._replace(symbols=quantized.symbols[:, codes == i], levels=quantized.levels[:, codes == i])
+            for i in range(trials)
+        ]
+        if chosen:
+            for i, lagrangian in enumerate(lagrangians):
+                wanted[lagrangian] = _steps_in_use(parts[i].symbols)
+                parts[i] = narrowed(parts[i], wanted[lagrangian])
+        return [_rate(part.symbols, part.levels, codec) for part in parts]
 
-    return guess, rates
+    def steps(lagrangian: float) -> int | None:
+        if not chosen:
+            return None
+        return wanted[min(wanted, key=lambda tried: abs(np.log(tried / lagrangian)))]
+
+    return guess, rates, steps
 
 
-def _rate(quantized: Quantized, rows: np.ndarray, codec: str | None) -> float:
+def _steps_in_use(symbols: np.ndarray) -> int:
+    """The least number of levels on either side beyond which there are hardly any weights."""
+    number = np.abs(np.arange(-MOST_STEPS, MOST_STEPS + 1))
+    counts = np.bincount(symbols.reshape(-1), minlength=len(number))
+    counts = np.concatenate([counts[1 : MOST_STEPS + 1], counts[:1], counts[MOST_STEPS + 1 :]])  # -K .. K
+    use = [counts[number > k].sum() / symbols.size for k in range(1, MOST_STEPS)]
+    return next((k for k, share in enumerate(use, start=1) if share < LEAST_USE), MOST_STEPS)
+
+
+def _rate(symbols: np.ndarray, levels: np.ndarray, codec: str | None) -> float:
     """Bits per weight of these rows."""
-    symbols, levels = (np.asarray(a)[:, rows] for a in (quantized.symbols, quantized.levels))
     if codec is None:
         return float(np.mean([entropy(s) for s in symbols]))
     return 8 * CompressedExperts.from_symbols(symbols, levels, codec).nbytes / symbols.size

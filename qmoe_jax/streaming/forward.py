@@ -93,6 +93,7 @@ def run(
     processes: Processes | None = None,
     stages: resources.Stages | None = None,
     what: str = "evaluating",
+    first_measured: int = 0,
 ) -> DocumentLosses:
     """Losses of examples, one layer in memory at a time.
 
@@ -105,6 +106,7 @@ def run(
       processes: of the run; None: `jax.distributed`'s. Each calls this with the same arguments, and gets all losses.
       stages: where seconds are counted.
       what: the progress bar's label.
+      first_measured: losses are those of examples from here on; the ones before, which calibrate, have none.
 
     Raises:
       CheckpointError: something could not be read, or is NaN or Inf.
@@ -113,7 +115,7 @@ def run(
     """
     settings.check()
     checkpoint.family.task.check(examples, checkpoint.config.vocab_size)
-    with _Pass(checkpoint, examples, settings, quantizer, processes, stages, what) as forward:
+    with _Pass(checkpoint, examples, settings, quantizer, processes, stages, what, first_measured) as forward:
         layers = forward.model.layers
         done = forward.resume(commits)
         for layer in layers[done:]:
@@ -144,14 +146,14 @@ def run(
 class _Pass:
     """The state that the steps of a streamed pass share, and these steps."""
 
-    def __init__(self, checkpoint, examples, settings, quantizer, processes, stages, what):
+    def __init__(self, checkpoint, examples, settings, quantizer, processes, stages, what, first_measured):
         self.checkpoint, self.settings = checkpoint, settings
         self.config, self.processes = checkpoint.config, processes or Processes()
         self.stages = stages or resources.Stages()
         self.model = checkpoint.family.streamed(self.config, settings.dtype)
-        self.documents = Documents(
-            examples, checkpoint.family.task, settings.tokens_per_batch, settings.activations, self.processes
-        )
+        task, memory = checkpoint.family.task, (settings.tokens_per_batch, settings.activations)
+        self.documents = Documents(examples, task, *memory, self.processes, first_measured)
+        self.first_measured = first_measured
         self.own = self.processes.share(self.config.num_experts) if quantizer is None else quantizer.own
         self.exchange: Exchange = Alone(self.config.num_experts)
         if self.processes.count > 1:
@@ -164,7 +166,8 @@ class _Pass:
     def __enter__(self) -> _Pass:
         groups = -(-len(self.own) // self.settings.experts_per_group)
         self.groups_per_layer, batches = groups, len(self.documents.batches)
-        steps = sum(batches + (groups if layer.expert else 0) for layer in self.model.layers) + batches
+        steps = sum(batches + (groups if layer.expert else 0) for layer in self.model.layers)
+        steps += len(self.documents.measured)
         self.bar = self.context.enter_context(reports.progress(steps, self.what, "step", shown=self.processes.first))
         return self
 
@@ -332,12 +335,12 @@ class _Pass:
         stream = self.model.streams[-1].name
         x, params = self.activations(stream), jax.device_put(self.params(self.model.losses_with))
         total = np.zeros(len(self.documents.examples))
-        for batch in self.documents.batches:
+        for indices, batch in self.documents.measured:
             with self.stages("loss"):
-                positions = x.positions(batch.indices, batch.length(stream))
+                positions = x.positions(indices, batch.length(stream))
                 loss = self.model.losses(params, x.get(positions), tuple(batch.tokens))
-                real = batch.indices >= 0
-                total[batch.indices[real]] = np.asarray(loss, np.float64)[real]
+                real = indices >= 0
+                total[indices[real]] = np.asarray(loss, np.float64)[real]
             self.step()
         total = np.sum(self.processes.gather(total.tolist()), axis=0)  # All but one of these are zero.
         if len(bad := np.flatnonzero(~np.isfinite(total))):
@@ -345,7 +348,7 @@ class _Pass:
                 f"The loss of document {bad[0]} is {total[bad[0]]}, of {len(bad)} of {len(total)} documents it is so: "
                 "logits are NaN or Inf, as a parameter after the last layer is far too large. Look at the checkpoint."
             )
-        return DocumentLosses(total, self.documents.predicted)
+        return DocumentLosses(*(of[self.first_measured :] for of in (total, self.documents.predicted)))
 
 
 def _cut(kernel, first: int, start: int, stop: int):

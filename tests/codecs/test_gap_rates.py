@@ -91,6 +91,7 @@ def test_a_ladder_takes_one_scale_of_each_row():
 )
 def test_damage_is_named(change, message):
     symbols, levels = arg_specs.rounded("gaussian", 2.0, 1, 40, 50)
+    levels = levels * np.float32([1, 1.1, 1, 1, 1, 1])  # a ladder, of steps that differ
     stored = {name: np.array(a) for name, a in CompressedExperts.from_symbols(symbols, levels).stored().items()}
     change(stored)
     with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "ptx_machine.h"
@@ -27,6 +28,7 @@ struct Runtime {
   std::vector<Configuration> configurations;
   std::map<uint64_t, std::unique_ptr<uint8_t[]>> allocations;
   Calls calls{};
+  std::set<const void*> loaded;
   bool capturing = false;
   int error = 0;
   std::string text = "no error";
@@ -47,6 +49,9 @@ int Fail(int code, const std::string& text) {
   TheRuntime().text = text;
   return code;
 }
+
+// Kernels are loaded when they are first launched or asked about.
+void Load(const void* function) { TheRuntime().calls.loads += TheRuntime().loaded.insert(function).second; }
 
 // What must not happen while a graph is captured.
 bool Forbidden(const char* what) {
@@ -110,6 +115,7 @@ int __cudaLaunchKernel(void* function, Dim grid, Dim block, void** arguments, si
   if (program == programs.end()) return Fail(98, "no PTX of " + name->second);
   const int64_t allowed = std::max(runtime.dynamic_shared[function], kSharedByDefault - program->second.shared);
   if (int64_t(bytes) > allowed) return Fail(1, "more dynamic shared memory than the attribute allows");
+  Load(function);
   try {
     ptx::Launch(program->second, grid, block, bytes, arguments);
   } catch (const ptx::Fault& fault) {
@@ -187,7 +193,10 @@ int cudaEventRecord(void*, void*) { return 0; }
 int cudaEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 1, 0; }
 int cudaStreamCreateWithFlags(void** stream, unsigned) { return *stream = kStream, 0; }
 int cudaStreamDestroy(void*) { return 0; }
-int cudaFuncGetAttributes(void*, const void*) { return ++TheRuntime().calls.loads, 0; }
+int cudaFuncGetAttributes(void*, const void* function) {
+  Load(function);
+  return 0;
+}
 int cudaGetDevice(int* device) { return *device = 0, 0; }
 int cudaGetDeviceCount(int* count) { return *count = 1, 0; }
 int cudaSetDevice(int) { return 0; }

@@ -37,7 +37,7 @@ FEW = Config(rows=4, codewords=2, warps=1, tokens=4, many_tokens=1000)
 MANY = Config(rows=4, codewords=2, warps=1, many_tokens=0, dense_tokens=16, dense_rows=16, dense_columns=16)
 A_FEW_EXPERTS_AT_A_TIME = Config(**{**vars(MANY), "dense_weights": 1})
 WAYS = {"few tokens": FEW, "many tokens": MANY, "many tokens, an expert at a time": A_FEW_EXPERTS_AT_A_TIME}
-# Codec, case, way, dtype. The interpreter of Triton takes milliseconds an instruction.
+# Codec, case, way, dtype.
 RUNS = [(codec, case, way, "float32") for codec in ("dictionary", "gap") for case in CASES for way in list(WAYS)[:2]]
 RUNS = [run for run in RUNS if "rows" not in run[1] or run[0] == "gap" and run[1:3] != ("long rows", "many tokens")]
 RUNS += [(codec, "one, several and more than a block", way, "bfloat16") for codec in CODECS for way in WAYS]

@@ -3,103 +3,23 @@
 #include "ptx_machine.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <random>
 
+#include "ptx_instructions.h"
+#include "ptx_memory.h"
+
 namespace ptx {
-
-// Names that Python looks up: `PtxNames`.
-#define OPS(X)                                                                                                      \
-  X(mov) X(pack) X(unpack) X(ld) X(st) X(cvt) X(add) X(sub) X(mul_lo) X(mul_hi) X(mul_wide) X(mad_lo) X(mad_wide)    \
-  X(mad_hi) X(fma) X(div) X(rem) X(min) X(max) X(neg) X(abs) X(not_) X(and_) X(or_) X(xor_) X(shl) X(shr) X(shf_l)   \
-  X(shf_r) X(bfi) X(bfe) X(popc) X(clz) X(brev) X(bfind) X(prmt) X(lop3) X(setp) X(set) X(selp) X(slct) X(bra)       \
-  X(brx) X(ret) X(trap) X(nop) X(to_shared) X(from_shared) X(atom) X(red) X(cp_async) X(commit) X(wait_group)        \
-  X(wait_all) X(bar) X(warp_sync) X(shfl) X(vote) X(match_any) X(redux) X(ldmatrix) X(mma) X(activemask)
-enum Op {
-#define X(name) k_##name,
-  OPS(X)
-#undef X
-};
-
-enum Kind { kBits, kUnsigned, kSigned, kFloat, kBfloat, kHalf, kPredicate, kBfloatPair };
-enum Space { kGeneric, kGlobal, kShared, kLocal, kParam };
-enum Compare { kEq, kNe, kLt, kLe, kGt, kGe, kAnd, kOr, kXor };
-enum Atomic { kAdd, kMin, kMax, kExch, kCas, kAtomAnd, kAtomOr, kInc };
-enum ShuffleMode { kUp, kDown, kButterfly, kIndex };
-enum Vote { kAll, kAny, kBallot };
-
-// The first slots.
-enum Special { kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaX, kCtaY, kCtaZ, kNctaX, kNctaY, kNctaZ, kLane, kWarp };
-
-// Where generic addresses mean shared memory. Low, so that offsets stay what they are modulo 2^32.
-constexpr uint64_t kSharedWindow = 0xffff000000000000ull;
 
 namespace {
 
-int Bits(int32_t type) { return type & 255; }
-int KindOf(int32_t type) { return type >> 8; }
-uint64_t Truncate(uint64_t v, int bits) { return bits >= 64 ? v : v & ((uint64_t{1} << bits) - 1); }
-int64_t Extend(uint64_t v, int bits) { return bits >= 64 ? int64_t(v) : int64_t(v << (64 - bits)) >> (64 - bits); }
-
-float F(uint64_t bits) {
-  const uint32_t low = uint32_t(bits);
-  float f;
-  std::memcpy(&f, &low, 4);
-  return f;
-}
-uint64_t FromF(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
-double D(uint64_t bits) {
-  double d;
-  std::memcpy(&d, &bits, 8);
-  return d;
-}
-uint64_t FromD(double d) {
-  uint64_t bits;
-  std::memcpy(&bits, &d, 8);
-  return bits;
-}
-float FromBfloat(uint64_t bits) { return F((bits & 0xffff) << 16); }
-uint64_t ToBfloat(float f) {  // to nearest even
-  const uint64_t bits = FromF(f);
-  if (std::isnan(f)) return 0x7fff;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff;
-}
-
-struct Thread {
-  std::vector<uint64_t> slots;
-  std::vector<uint8_t> local, local_written;
-  int pc = 0;
-  bool finished = false, waiting = false;
-  uint32_t barriers = 0, warp_barriers = 0;  // passed
-  struct Copy { uint64_t shared, global; int bytes, zeros; };
-  std::vector<std::vector<Copy>> groups;     // committed asynchronous copies, oldest first
-  std::vector<Copy> open;
-};
-
-// What happened last to a byte of shared memory.
-struct Touch {
-  int32_t writer = -1, reader = -1;  // threads; -2: several threads of a warp or block
-  uint32_t write_barrier = 0, write_warp = 0, read_barrier = 0, read_warp = 0;
-  bool several_warps = false;
-  bool in_flight = false;
-};
-
-class Block {
+class Block : Memory {
  public:
   Block(const Program& program, Dim index, Dim grid, Dim size, uint64_t dynamic, const std::vector<uint8_t>& parameters,
         uint64_t launch)
-      : p_(program), parameters_(parameters), launch_(launch), state_(TheState()),
+      : Memory(parameters, launch, index, program.shared + dynamic, size_t{size.x} * size.y * size.z), p_(program),
         random_(state_.seed + index.x * 7919u) {
-    const uint32_t n = size.x * size.y * size.z;
-    shared_.assign(program.shared + dynamic, 0xcd);
-    touches_.resize(shared_.size());
-    threads_.resize(n);
-    for (uint32_t t = 0; t < n; ++t) {
+    for (uint32_t t = 0; t < threads_.size(); ++t) {
       Thread& thread = threads_[t];
       thread.slots = program.slots;
       thread.local.resize(program.local);
@@ -108,7 +28,6 @@ class Block {
                                   index.x, index.y, index.z, grid.x, grid.y, grid.z, t % 32, t / 32};
       std::copy(std::begin(special), std::end(special), thread.slots.begin());
     }
-    index_ = index;
   }
 
   void Run() {
@@ -124,7 +43,7 @@ class Block {
         ran = true;
         // Shuffled: others get their turn at any instruction.
         const int64_t steps = state_.order == kShuffled ? 1 + random_() % 64 : INT64_MAX;
-        for (int64_t i = 0; i < steps && !thread.finished && !thread.waiting; ++i) Step(t);
+        for (int64_t i = 0; i < steps && !thread.finished && !thread.waiting; ++i) TryStep(t);
         running |= !thread.finished && !thread.waiting;
       }
       if (running) continue;
@@ -139,232 +58,12 @@ class Block {
   }
 
  private:
-  [[noreturn]] void Die(int t, const std::string& what) {
-    char place[160];
-    std::snprintf(place, sizeof place, " (block %u, %u, %u, thread %d, instruction %d)", index_.x, index_.y, index_.z, t,
-                  threads_[t].pc);
-    throw Fault(what + place);
-  }
-  static std::string At(uint64_t address, int bytes) {
-    char text[80];
-    std::snprintf(text, sizeof text, ", %d bytes at %#llx", bytes, static_cast<unsigned long long>(address));
-    return text;
-  }
-
-  // --- Memory --------------------------------------------------------------------------------------------------------
-
-  bool Ordered(int by, uint32_t barrier, uint32_t warp, int t) const {
-    const Thread& thread = threads_[t];
-    if (by == t || barrier < thread.barriers) return true;
-    return by >= 0 && by / 32 == t / 32 && warp < thread.warp_barriers;
-  }
-
-  uint8_t* Shared(int t, uint64_t address, int bytes, bool write, bool in_flight = false) {
-    address = uint32_t(address);
-    if (address % bytes) Die(t, "misaligned access to shared memory" + At(address, bytes));
-    if (address + bytes > shared_.size()) Die(t, "access beyond shared memory" + At(address, bytes));
-    ++state_.counts.shared_accesses;
-    const Thread& thread = threads_[t];
-    for (int i = 0; i < bytes; ++i) {
-      Touch& touch = touches_[address + i];
-      if (touch.in_flight && !in_flight) Die(t, "touches shared memory that a copy under way writes" + At(address, bytes));
-      if (touch.writer == -1) {
-        if (!write) Die(t, "reads shared memory that nobody wrote" + At(address, bytes));
-      } else if (!Ordered(touch.writer, touch.write_barrier, touch.write_warp, t)) {
-        Die(t, std::string(write ? "writes" : "reads") + " shared memory that thread " + std::to_string(touch.writer) +
-                   " wrote, and no barrier stands between" + At(address, bytes));
-      }
-      if (write) {
-        const bool read_now = touch.reader != -1 && touch.read_barrier >= thread.barriers;
-        if (read_now && touch.reader != t) {
-          const bool ordered = !touch.several_warps && touch.reader >= 0 &&
-                               Ordered(touch.reader, touch.read_barrier, touch.read_warp, t);
-          if (!ordered) Die(t, "writes shared memory that another thread reads, and no barrier stands between" + At(address, bytes));
-        }
-        touch.writer = t;
-        touch.write_barrier = thread.barriers;
-        touch.write_warp = thread.warp_barriers;
-        touch.in_flight = in_flight;
-      } else {
-        const bool fresh = touch.reader == -1 || touch.read_barrier < thread.barriers;
-        // Of several readers of a warp the last stands for all: those before have passed no more barriers than it.
-        touch.several_warps = !fresh && (touch.several_warps || touch.reader / 32 != t / 32);
-        touch.reader = t;
-        touch.read_barrier = thread.barriers;
-        touch.read_warp = thread.warp_barriers;
-      }
+  void TryStep(int t) {
+    try {
+      Step(t);
+    } catch (const std::domain_error& error) {
+      Die(t, error.what());
     }
-    return shared_.data() + address;
-  }
-
-  uint8_t* Global(int t, uint64_t address, int bytes, bool write, bool atomic = false) {
-    if (address % bytes) Die(t, "misaligned access to global memory" + At(address, bytes));
-    state_.counts.global_bytes += bytes;
-    for (Buffer& buffer : state_.buffers) {
-      if (address - buffer.address >= buffer.bytes) continue;
-      const uint64_t offset = address - buffer.address;
-      if (offset + bytes > buffer.bytes) break;
-      if (write && !buffer.writable) Die(t, "writes to " + buffer.name + ", which is an input" + At(offset, bytes));
-      if (buffer.writable) {
-        const uint64_t who = 1 + (launch_ << 40 | uint64_t(index_.x) << 12 | unsigned(t));
-        for (uint64_t i = offset; i < offset + bytes; ++i) {
-          if (!write && !buffer.written[i]) Die(t, "reads of " + buffer.name + " what nobody wrote" + At(offset, bytes));
-          if (write && !atomic) {
-            const uint64_t last = buffer.writer[i];
-            if (last && last != who && (last - 1) >> 40 == launch_) Die(t, "writes to " + buffer.name + " where another thread wrote" + At(offset, bytes));
-            buffer.writer[i] = who;
-          }
-          if (write) buffer.written[i] = 1;
-        }
-      }
-      return buffer.host + offset;
-    }
-    std::string nearest;
-    for (const Buffer& buffer : state_.buffers) {
-      const int64_t beyond = int64_t(address - buffer.address);
-      if (beyond > -(int64_t{1} << 36) && beyond < (int64_t{1} << 40)) nearest = "; from the start of " + buffer.name + ", which has " + std::to_string(buffer.bytes) + " bytes: " + std::to_string(beyond);
-    }
-    Die(t, std::string(write ? "writes" : "reads") + " beyond all buffers" + At(address, bytes) + nearest);
-  }
-
-  uint8_t* Local(int t, uint64_t address, int bytes, bool write) {
-    Thread& thread = threads_[t];
-    if (address % bytes || address + bytes > thread.local.size()) Die(t, "bad access to local memory" + At(address, bytes));
-    for (int i = 0; i < bytes; ++i) {
-      if (write) thread.local_written[address + i] = 1;
-      if (!thread.local_written[address + i]) Die(t, "reads local memory that was not written" + At(address, bytes));
-    }
-    return thread.local.data() + address;
-  }
-
-  uint8_t* Access(int t, int space, uint64_t address, int bytes, bool write) {
-    if (space == kGeneric) {
-      space = address >= kSharedWindow ? kShared : kGlobal;
-      if (space == kShared) address -= kSharedWindow;
-    }
-    switch (space) {
-      case kGlobal: return Global(t, address, bytes, write);
-      case kShared: return Shared(t, address, bytes, write);
-      case kLocal: return Local(t, address, bytes, write);
-      default:
-        if (write || address + bytes > parameters_.size()) Die(t, "bad access to parameters" + At(address, bytes));
-        return const_cast<uint8_t*>(parameters_.data()) + address;
-    }
-  }
-
-  void Finish(int t, const Thread::Copy& copy) {
-    for (int i = 0; i < copy.bytes; ++i) touches_[uint32_t(copy.shared) + i].in_flight = false;
-    uint8_t* to = Shared(t, copy.shared, copy.bytes, true);
-    std::memset(to, 0, copy.bytes);
-    const int bytes = copy.bytes - copy.zeros;
-    if (bytes) std::memcpy(to, Global(t, copy.global, bytes, false), bytes);
-  }
-
-  // --- One thread ----------------------------------------------------------------------------------------------------
-
-  // As a wide integer, by its type.
-  static __int128 Wide(uint64_t v, int32_t type) {
-    return KindOf(type) == kSigned ? __int128(Extend(v, Bits(type))) : __int128(Truncate(v, Bits(type)));
-  }
-  static float Single(uint64_t v, int32_t type) { return KindOf(type) == kBfloat ? FromBfloat(v) : F(v); }
-
-  static bool Holds(int mode, int32_t type, uint64_t a, uint64_t b, bool* ordered) {
-    *ordered = true;
-    auto compare = [mode](auto x, auto y) {
-      switch (mode) {
-        case kEq: return x == y;
-        case kNe: return x != y;
-        case kLt: return x < y;
-        case kLe: return x <= y;
-        case kGt: return x > y;
-        default: return x >= y;
-      }
-    };
-    if (KindOf(type) == kFloat || KindOf(type) == kBfloat) {
-      const double x = Bits(type) == 64 ? D(a) : Single(a, type), y = Bits(type) == 64 ? D(b) : Single(b, type);
-      *ordered = !std::isnan(x) && !std::isnan(y);
-      return *ordered && compare(x, y);
-    }
-    return compare(Wide(a, type), Wide(b, type));
-  }
-
-  uint64_t Arithmetic(int t, const Instruction& i, uint64_t a, uint64_t b, uint64_t c) {
-    const int kind = KindOf(i.type), bits = Bits(i.type);
-    if (kind == kFloat || kind == kBfloat) {
-      auto compute = [&](auto x, auto y, auto z) -> decltype(x) {
-        switch (i.op) {
-          case k_add: return x + y;
-          case k_sub: return x - y;
-          case k_mul_lo: return x * y;
-          case k_fma: return std::fma(x, y, z);
-          case k_div: return x / y;
-          case k_min: return std::fmin(x, y);
-          case k_max: return std::fmax(x, y);
-          case k_neg: return -x;
-          case k_abs: return std::fabs(x);
-          default: Die(t, "an operation that floating point does not have");
-        }
-      };
-      if (bits == 64) return FromD(compute(D(a), D(b), D(c)));
-      const float result = compute(Single(a, i.type), Single(b, i.type), Single(c, i.type));
-      return kind == kBfloat ? ToBfloat(result) : FromF(result);
-    }
-    if (kind == kBfloatPair) {
-      Instruction half = i;
-      half.type = kBfloat << 8 | 16;
-      return Arithmetic(t, half, a, b, c) | Arithmetic(t, half, a >> 16, b >> 16, c >> 16) << 16;
-    }
-    const __int128 x = Wide(a, i.type), y = Wide(b, i.type);
-    const bool wide = i.op == k_mad_wide || i.op == k_mul_wide;
-    const __int128 z = wide ? Wide(c, (kind << 8) | 2 * bits) : Wide(c, i.type);
-    const uint64_t shift = uint32_t(b);
-    switch (i.op) {
-      case k_add: return uint64_t(x + y);
-      case k_sub: return uint64_t(x - y);
-      case k_mul_lo: case k_mul_wide: return uint64_t(x * y);
-      case k_mad_lo: case k_mad_wide: case k_fma: return uint64_t(x * y + z);
-      case k_mul_hi: return uint64_t((x * y) >> bits);
-      case k_mad_hi: return uint64_t(((x * y) >> bits) + z);
-      case k_div: case k_rem:
-        if (y == 0) Die(t, "divides by zero");
-        return uint64_t(i.op == k_div ? x / y : x % y);
-      case k_min: return uint64_t(std::min(x, y));
-      case k_max: return uint64_t(std::max(x, y));
-      case k_neg: return uint64_t(-x);
-      case k_abs: return uint64_t(x < 0 ? -x : x);
-      case k_not_: return bits == 1 ? !a : ~a;
-      case k_and_: return a & b;
-      case k_or_: return a | b;
-      case k_xor_: return a ^ b;
-      case k_shl: return shift >= uint64_t(bits) ? 0 : a << shift;
-      case k_shr: return uint64_t(x >> std::min<uint64_t>(shift, bits));
-      default: Die(t, "an operation that integers do not have");
-    }
-  }
-
-  uint64_t Convert(int t, const Instruction& i, uint64_t a, uint64_t b) {
-    const int to = KindOf(i.type), from = KindOf(i.type2);
-    if (to == kBfloatPair) return ToBfloat(F(b)) | ToBfloat(F(a)) << 16;
-    if (to == kHalf || from == kHalf) Die(t, "float16 is not known here");
-    double value;
-    if (from == kFloat || from == kBfloat) {
-      value = Bits(i.type2) == 64 ? D(a) : Single(a, i.type2);
-    } else if (to == kFloat || to == kBfloat) {
-      const __int128 x = Wide(a, i.type2);
-      if (to == kFloat && Bits(i.type) == 32) return FromF(float(x));
-      value = double(x);
-    } else {
-      return uint64_t(Wide(a, i.type2));  // integers: sign or zero extension
-    }
-    if (to == kBfloat) return ToBfloat(float(value));
-    if (to == kFloat) return Bits(i.type) == 64 ? FromD(value) : FromF(float(value));
-    const int bits = Bits(i.type);  // integers saturate
-    value = i.mode == 1 ? std::nearbyint(value) : i.mode == 2 ? std::floor(value) : i.mode == 3 ? std::ceil(value) : std::trunc(value);
-    if (std::isnan(value)) return 0;
-    const double top = std::ldexp(1.0, to == kSigned ? bits - 1 : bits), bottom = to == kSigned ? -top : 0;
-    if (value >= top) return Truncate(~uint64_t{0}, to == kSigned ? bits - 1 : bits);
-    if (value <= bottom) return to == kSigned ? uint64_t{1} << (bits - 1) : 0;
-    return to == kSigned ? uint64_t(int64_t(value)) : uint64_t(value);
   }
 
   void Step(int t) {
@@ -414,8 +113,8 @@ class Block {
         }
         break;
       }
-      case k_cvt: set(0, Convert(t, i, in(1), in(2)), KindOf(i.type2) == kSigned && KindOf(i.type) == kSigned ? 64 : bits); break;
-      case k_mul_wide: case k_mad_wide: set(0, Arithmetic(t, i, in(1), in(2), in(3)), 2 * bits); break;
+      case k_cvt: set(0, Convert(i, in(1), in(2)), KindOf(i.type2) == kSigned && KindOf(i.type) == kSigned ? 64 : bits); break;
+      case k_mul_wide: case k_mad_wide: set(0, Arithmetic(i, in(1), in(2), in(3)), 2 * bits); break;
       case k_shf_l: case k_shf_r: {
         const uint64_t both = in(2) << 32 | Truncate(in(1), 32);
         const uint32_t by = i.mode ? std::min<uint32_t>(uint32_t(in(3)), 32) : uint32_t(in(3)) & 31;
@@ -487,20 +186,18 @@ class Block {
         const int first = i.op == k_atom;
         Instruction own = i;
         own.op = k_add;
-        const int space = i.target, bytes = bits / 8;
-        uint8_t* at;
-        if (space == kShared) {
-          Die(t, "atomics on shared memory are not known here");
-        } else {
-          at = Global(t, in(first) + in(first + 1), bytes, false, true);
-          at = Global(t, in(first) + in(first + 1), bytes, true, true);
+        const int bytes = bits / 8;
+        const uint64_t address = in(first) + in(first + 1);
+        uint8_t* at = nullptr;
+        for (bool write : {false, true}) {
+          at = i.target == kShared ? Shared(t, address, bytes, write, false, true) : Global(t, address, bytes, write, true);
         }
         uint64_t old = 0, value = in(first + 2), result = value;
         std::memcpy(&old, at, bytes);
         switch (i.mode) {
-          case kAdd: result = Arithmetic(t, own, old, value, 0); break;
-          case kMin: own.op = k_min; result = Arithmetic(t, own, old, value, 0); break;
-          case kMax: own.op = k_max; result = Arithmetic(t, own, old, value, 0); break;
+          case kAdd: result = Arithmetic(own, old, value, 0); break;
+          case kMin: own.op = k_min; result = Arithmetic(own, old, value, 0); break;
+          case kMax: own.op = k_max; result = Arithmetic(own, old, value, 0); break;
           case kExch: break;
           case kCas: result = old == value ? in(first + 3) : old; break;
           case kAtomAnd: result = old & value; break;
@@ -540,7 +237,7 @@ class Block {
       case k_bar: case k_warp_sync: case k_shfl: case k_vote: case k_match_any: case k_redux: case k_ldmatrix: case k_mma:
         thread.waiting = true;
         return;  // `Meet` goes on
-      default: set(0, Arithmetic(t, i, in(1), in(2), in(3)), bits);
+      default: set(0, Arithmetic(i, in(1), in(2), in(3)), bits);
     }
     ++thread.pc;
   }
@@ -655,7 +352,7 @@ class Block {
         own.op = i.mode;
         uint64_t value = get(first, 1);
         each([&](int lane) {
-          if (lane != first) value = Truncate(Arithmetic(warp + lane, own, value, get(lane, 1), 0), 32);
+          if (lane != first) value = Truncate(Arithmetic(own, value, get(lane, 1), 0), 32);
         });
         each([&](int lane) { put(lane, 0, value); });
         return;
@@ -712,16 +409,8 @@ class Block {
   static constexpr int64_t kMost = int64_t{1} << 36;
 
   const Program& p_;
-  const std::vector<uint8_t>& parameters_;
-  const uint64_t launch_;
-  State& state_;
   std::mt19937 random_;
-  std::vector<uint8_t> shared_;
-  std::vector<Touch> touches_;
-  std::vector<Thread> threads_;
-  Dim index_;
 };
-
 }  // namespace
 
 State& TheState() {
@@ -744,6 +433,7 @@ void Launch(const Program& program, Dim grid, Dim block, uint64_t dynamic_shared
   if (program.most_threads && threads > uint64_t(program.most_threads)) throw Fault("a launch of more threads than the kernel is built for");
   State& state = TheState();
   const uint64_t launch = uint64_t(++state.counts.launches);
+  ++program.launches;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t b = state.order == kBackwards ? blocks - 1 - i : i;
@@ -791,6 +481,8 @@ void PtxOrder(int order, uint32_t seed) {
   ptx::TheState().order = static_cast<ptx::Order>(order);
   ptx::TheState().seed = seed;
 }
+
+int64_t PtxLaunches(const char* name) { return ptx::TheState().programs.at(name).launches; }
 
 // What went wrong, or an empty text.
 const char* PtxLaunch(const char* name, const uint32_t* grid, const uint32_t* block, uint64_t shared, void* const* arguments) {

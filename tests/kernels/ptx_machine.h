@@ -32,6 +32,7 @@ struct Program {
   std::vector<int32_t> parameters;   // bytes and alignment of each, alternating
   int64_t shared = 0, local = 0;     // bytes, static
   int64_t most_threads = 0;          // .maxntid; 0 where nothing is said
+  mutable int64_t launches = 0;
 };
 
 struct Dim { uint32_t x, y, z; };

@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: nvcc's PTX runs on ptx_machine.cc, its host code on cuda_runtime.cc, both under JAX on a CPU.
+"""CUDA kernels without a GPU: nvcc's PTX on ptx_machine.cc, its host code on cuda_runtime.cc, under JAX on a CPU.
 
     machine = build(folder, sources, {"QmoeGapCuda": "qmoe_gap_cuda"})
     cuda.multiply(...)                   # as it stands; what it does wrong is an error that JAX raises
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 import pytest
-from ptx_program import programs
+from ptx_program import Program, programs
 
 HERE = pathlib.Path(__file__).parent
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
@@ -31,7 +31,8 @@ class Machine:
         self.path, self.library = library, ctypes.CDLL(str(library))
         self.library.PtxNames.restype = self.library.PtxLaunch.restype = ctypes.c_char_p
         self.operations = {name: i for i, name in enumerate(self.library.PtxNames().decode().split())}
-        self.kernels = {}
+        self.kernels: dict[str, Program] = {}
+        self.ptx: list[str] = []  # of the sources
 
     def load(self, ptx: str) -> None:
         for program in programs(ptx, self.operations):
@@ -52,6 +53,11 @@ class Machine:
         out = (ctypes.c_int64 * len(COUNTS))()
         self.library.PtxCounts(out)
         return dict(zip(COUNTS, out, strict=True))
+
+    def launched(self) -> set[str]:
+        """Names of kernels that have run."""
+        self.library.PtxLaunches.restype = ctypes.c_int64
+        return {name for name in self.kernels if self.library.PtxLaunches(name.encode())}
 
     def calls(self) -> dict[str, int]:
         """Calls of the runtime, other than launches, since the last time."""
@@ -101,7 +107,7 @@ def build(
 
     Args:
       folder: for what is built.
-      handlers: from the name of a function that XLA calls to the name of the custom call, registered for the CPU unless it
+      handlers: from the name of a function that XLA calls to that of the custom call, registered for the CPU unless it
         is None.
     """
     include = f"-I{jax.ffi.include_dir()}"
@@ -124,6 +130,7 @@ def build(
     done = subprocess.run([compiler(), *flags, include, *own, *objects, "-o", library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     machine = Machine(library)
+    machine.ptx = texts
     for text in texts:
         machine.load(text)
     jax.devices()  # the backend first: a library that does not fit it is an error here

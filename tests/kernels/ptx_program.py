@@ -1,4 +1,4 @@
-"""From PTX text to what ptx_machine.cc runs: a program for each kernel. Whatever isn't known here is refused by name."""
+"""From PTX text to what ptx_machine.cc runs: a program for each kernel. What isn't known here is refused by name."""
 
 import dataclasses
 import re
@@ -14,16 +14,25 @@ SHUFFLES = {"up": 0, "down": 1, "bfly": 2, "idx": 3}
 VOTES = {"all": 0, "any": 1, "ballot": 2}
 ROUNDINGS = {"rzi": 0, "rni": 1, "rmi": 2, "rpi": 3}
 # What changes neither results nor what is checked: caching, rounding to nearest (the only one there is), scopes.
-IGNORED = set("""nc volatile weak relaxed acquire release cta gpu sys ca cg cs cv wb lu evict_first evict_last no_allocate
-L1::evict_last L1::evict_first L1::no_allocate L1::evict_normal L2::64B L2::128B L2::256B L2::evict_last L2::evict_first
-rn uni aligned sync acq_rel noftz cta::""".split())  # fmt: skip
+IGNORED = set(
+    (
+        "nc volatile weak relaxed acquire release cta gpu sys ca cg cs cv wb lu evict_first evict_last "
+        "no_allocate L1::evict_last L1::evict_first L1::no_allocate L1::evict_normal L2::64B L2::128B "
+        "L2::256B L2::evict_last L2::evict_first rn uni aligned sync acq_rel noftz cta::"
+    ).split()
+)
+# Alignment, type, name, number of elements.
+PARAMETER = re.compile(
+    r"\s*\.param\s+(?:\.align (\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align \d+\s+)?)?"
+    r"(\w+)(?:\[(\d+)\])?\s*"
+)
 ARGUMENTS = 24
 FIELDS = 8 + ARGUMENTS  # int32 of an `Instruction`
 
 
 @dataclasses.dataclass
 class Program:
-    """A kernel: `code` int32 [instructions, FIELDS], `slots` uint64 (what a thread starts with), its parameters' sizes."""
+    """A kernel: `code` int32 [instructions, FIELDS], `slots` uint64: what a thread starts with."""
 
     name: str
     code: np.ndarray
@@ -63,7 +72,7 @@ class _Kernel:
     def program(self, name, parameters, attributes, body):
         sizes, at = [], 0
         for parameter in filter(str.strip, parameters.split(",")):
-            found = re.fullmatch(r"\s*\.param\s+(?:\.align (\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align \d+\s+)?)?(\w+)(?:\[(\d+)\])?\s*", parameter)  # fmt: skip
+            found = PARAMETER.fullmatch(parameter)
             if not found:
                 raise NotImplementedError(f"parameter: {parameter}")
             element = int(re.sub(r"\D", "", found[2])) // 8
@@ -115,7 +124,7 @@ class _Kernel:
             self.most_threads,
         )
 
-    # --- Operands ------------------------------------------------------------------------------------------------------
+    # --- Operands --------------------------------------------------------------------------------
 
     def constant(self, value):
         return self.slot(("constant", value & (1 << 64) - 1), value & (1 << 64) - 1)
@@ -151,7 +160,7 @@ class _Kernel:
         base, _, offset = text.strip("[] ").partition("+")
         return [self.operand(base), self.operand(offset or "0")]
 
-    # --- Instructions --------------------------------------------------------------------------------------------------
+    # --- Instructions ----------------------------------------------------------------------------
 
     def instruction(self, statement):
         """Appends it; the label that it branches to, if any."""
@@ -292,7 +301,9 @@ class _Kernel:
                 return "redux", self.operations[which if which in self.operations else f"{which}_"], 0, plain(), None
             case "ldmatrix":
                 only("m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
-                return "ldmatrix", int("trans" in modifiers), len(values := vector(operands[0])), [*values, *self.address(operands[1])], None  # fmt: skip
+                values = vector(operands[0])
+                arguments = [*values, *self.address(operands[1])]
+                return "ldmatrix", int("trans" in modifiers), len(values), arguments, None
             case "mma":
                 only("m16n8k16", "m16n8k8", "row", "col")
                 if types != [_type("f32"), _type("bf16"), _type("bf16"), _type("f32")] or modifiers[-2:] != [

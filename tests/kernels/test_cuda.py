@@ -1,145 +1,117 @@
-"""The CUDA C++ kernel: its threads run on the host, it lowers, nvcc compiles it. None of it needs a GPU."""
+"""The CUDA C++ kernels: built, lowered, counted and chosen. test_cuda_executed.py runs them. None of it needs a GPU."""
 
 import ctypes
-import functools
-import re
-import shutil
+import importlib.util
+import json
+import os
+import pathlib
 import subprocess
+import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from gpu_cases import (
-    BUDGET,
-    CASES,
-    CODECS,
-    COMPILED,
-    FEW,
-    WEIGHTS,
-    abstract_arguments,
-    assert_equals_reference,
-    example,
-)
-from ptx import lower, machine_code_loops
+from gpu_cases import CODECS, COMPILED, abstract_arguments, example
+from ptx import lower
 
-from qmoe_jax.kernels.compressed_ragged_dot import cuda, gpu
+from qmoe_jax.codecs import gap
+from qmoe_jax.kernels.compressed_ragged_dot import api, cuda, gpu, pallas
 
 GAP = [codec for codec in CODECS if codec != "dictionary"]
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    """What `cuda.gap.multiply_few` calls, as one that runs blocks and threads of the kernel one by one."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("running the kernel's threads on the host needs g++ or clang++")
-    path = tmp_path_factory.mktemp("cuda") / "host.so"
-    command = [compiler, "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", cuda.gap.SOURCE, "-o", path]
-    subprocess.run(command, check=True)
-    run = ctypes.CDLL(path).QmoeGapHost
-
-    def call(out, *inputs, threads, block):
-        def run_on_host(lhs, words, starts, skips, levels, table, items):
-            arrays = [np.array(a) for a in (lhs, words, starts, skips, levels, table, items)]
-            assert arrays[-1][:, gpu.SIZE].max(initial=0) <= block <= cuda.gap.MAX_TOKENS
-            parts = np.full(out.shape, np.nan, np.float32)  # whoever reads what was not written sees it
-            sizes = *lhs.shape[:1], levels.shape[1], lhs.shape[1], words.size, items.shape[0], levels.shape[2], threads
-            pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*arrays, parts)]
-            run(*pointers, (ctypes.c_int64 * 7)(*sizes), ctypes.c_bool(lhs.dtype == np.float32))
-            return parts
-
-        return jax.pure_callback(run_on_host, out, *inputs)
-
-    return call
-
-
-def multiply(host, lhs, rhs, group_sizes, config=None):
-    config = config or cuda.gap.heuristic(lhs.shape[0], rhs.shape, lhs.dtype)
-    kernels = {"multiply_few": functools.partial(cuda.gap.multiply_few, host), "decode": None, "multiply_dense": None}
-    config = gpu.Config(**{**vars(config), "many_tokens": 1 << 30})  # these go the way of Pallas
-    return gpu.multiply(jnp.asarray(lhs), rhs, jnp.array(group_sizes), config, codec=gpu.gap, **kernels)
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("codec", GAP)
-def test_on_the_host_equals_the_reference(host, codec, dtype, case):
-    tokens, group_sizes, out, width, zeros = CASES[case]
-    lhs, rhs, weights = example(tokens, 3, out, width, zeros, codec=codec)
-    lhs = jnp.asarray(lhs, dtype)
-    found = multiply(host, lhs, rhs, group_sizes, FEW)
-    assert found.dtype == dtype
-    assert_equals_reference(found, lhs, weights, group_sizes)
-
-
-@pytest.mark.parametrize("codec", GAP)
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.885, 0.98])
-def test_on_the_host_at_any_density_with_default_block_sizes(host, codec, zeros):
-    lhs, rhs, weights = example(23, 3, out=77, width=2080, zeros=zeros, codec=codec)
-    found = multiply(host, lhs, rhs, [1, 19, 2])
-    assert_equals_reference(found, lhs, weights, [1, 19, 2])
-
-
-def test_arrays_of_any_content_end_and_stay_in_bounds(host):
-    rng = np.random.default_rng(0)
-    lhs, rhs, _ = example(14, 3, out=10, width=1100, codec="gap")
-    data = {}
-    for name, array in rhs.data.items():
-        limits = np.iinfo(array.dtype)
-        data[name] = jnp.asarray(rng.integers(limits.min, limits.max, array.shape, array.dtype, endpoint=True))
-    rhs = type(rhs)(data, rhs.levels, rhs.codec, rhs.shape, rhs.bound)
-    assert np.isfinite(np.asarray(multiply(host, lhs, rhs, [1, 3, 10], FEW))).all()
-
-
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens, shape", COMPILED.values(), ids=COMPILED.keys())
-def test_lowers_without_a_gpu(tokens, shape):
-    text = lower(cuda.multiply, *abstract_arguments(tokens, shape, jnp.bfloat16, "gap")).as_text()
-    few = tokens < 4096
-    assert (cuda.gap.TARGET in text) == few and ("multiply_dense" in text) != few
+def test_any_load_is_one_call_of_a_kernel_that_there_is(tokens, shape, dtype):
+    config = cuda.gap.heuristic(tokens, shape, dtype)
+    most = (64 if dtype == jnp.bfloat16 else 16) if config.tiles else 8
+    assert config.tokens in ((16, 32, 64) if config.tiles else (1, 2, 4, 8)) and config.tokens <= most
+    assert 1 <= config.splits <= -(-shape[2] // gap.SEGMENT)
+    text = lower(cuda.multiply, *abstract_arguments(tokens, shape, dtype, "gap")).as_text()
+    assert text.count(cuda.gap.TARGET) == 1
 
 
-def test_compiles_for_an_h200_without_spills(tmp_path, capsys):
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-pjrt, XLA's GPU compiler")
+def test_a_product_with_2048_experts_is_two_kernels():
+    script = pathlib.Path(__file__).with_name("compile_for_h100.py")
+    done = subprocess.run([sys.executable, script, "cuda", "1", "8", "16384"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for tokens, operations in json.loads(done.stdout.splitlines()[-1]).items():
+        assert operations["custom-call"] == 1 and sum(operations.values()) <= 2, (tokens, operations)
+
+
+@pytest.fixture
+def nvcc(monkeypatch):
     try:
-        nvcc = cuda.shared.find_nvcc()
+        found = cuda.shared.find_nvcc()
     except RuntimeError as error:
         pytest.skip(str(error))
-    binary = tmp_path / "gap_cuda.cubin"
-    flags = "-O3", "-std=c++17", "-w", "-arch=sm_90", "-cubin", "-Xptxas=-v", "-o", binary
-    log = cuda.shared.compile_with(nvcc, cuda.gap.SOURCE, *flags)
-    found = re.findall(r"function '\w*MultiplyFewI([ft])Lb([01])ELi([23]).*?Used (\d+) registers", log, re.DOTALL)
-    assert len(found) == 8
-    loops = machine_code_loops(binary)
-    for x, several, levels, registers in found:
-        [own] = [loops[name] for name in loops if f"MultiplyFewI{x}Lb{several}ELi{levels}" in name]
-        # The loops over the stream, for one token, and several: longer than those that fill shared memory.
-        own = own[: 1 + int(several)]
-        with capsys.disabled():
-            kind = "float32" if x == "f" else "bfloat16", "8 tokens" if several == "1" else "1 token", levels, "levels"
-            print("\n ", *kind, f"{registers} registers, loops of {own}, a weight", end="")
-            print("", *(f"{loop / WEIGHTS['gap']:.1f}" for loop in own), end="")
-        assert own[-1] / WEIGHTS["gap"] < 5
-        assert own[0] / WEIGHTS["gap"] < 0.75 * BUDGET
-    assert sum(map(int, re.findall(r"(\d+) bytes (?:spill stores|spill loads|stack frame)", log))) == 0, log
+    monkeypatch.setattr(cuda.shared, "ARCHITECTURES", (90,))  # The others take as long each.
+    return found
 
 
-def test_the_library_is_compiled_once_and_has_its_handler(tmp_path, monkeypatch):
-    try:
-        cuda.shared.find_nvcc()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+@pytest.mark.long
+def test_the_library_is_compiled_once_and_has_its_functions(nvcc, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     [path] = cuda.build()
     written = path.stat().st_mtime_ns
     assert cuda.build() == [path] and path.stat().st_mtime_ns == written
     assert list((tmp_path / "qmoe_jax").iterdir()) == [path]
-    assert ctypes.CDLL(path).QmoeGapCuda
+    library = ctypes.CDLL(path)
+    assert library.QmoeGapCuda and library.QmoeGapWarmUp
 
 
-def test_without_nvcc_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    with pytest.raises(RuntimeError, match="there is no nvcc; put the one of CUDA 12 or later on the PATH"):
+def fake_nvcc(folder, answer="sm_80 sm_90"):
+    """An nvcc that knows few GPUs."""
+    path = folder / "nvcc"
+    folder.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho {answer}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_nvcc_is_that_of_cuda_home_or_of_the_wheels_or_on_the_path(monkeypatch, tmp_path):
+    on_path, of_wheels, at_home = (fake_nvcc(tmp_path / p) for p in ("path", "nvidia/cu13/bin", "home/bin"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    importlib.invalidate_caches()
+    assert cuda.shared.find_nvcc() == at_home
+    monkeypatch.delenv("CUDA_HOME")
+    assert cuda.shared.find_nvcc() == of_wheels
+    os.remove(of_wheels)
+    assert cuda.shared.find_nvcc() == on_path
+    os.remove(on_path)
+    with pytest.raises(
+        RuntimeError, match="there is no nvcc; put the one of CUDA 12 or later on the PATH, set CUDA_HOME"
+    ):
+        cuda.build()
+
+
+def test_machine_code_is_for_the_gpus_that_are_there(monkeypatch, tmp_path):
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, compute_capability):
+            self.compute_capability = compute_capability
+
+    def flags(*devices):
+        monkeypatch.setattr(jax, "local_devices", lambda: [Device(d) for d in devices])
+        return [flag.split(",code=")[1] for flag in cuda.shared._architecture_flags(nvcc)]
+
+    nvcc = fake_nvcc(tmp_path / "bin")
+    assert flags("9.0", "9.0") == ["sm_90"]
+    assert flags("12.0") == ["compute_80"]  # This nvcc does not know it: the driver compiles.
+    assert flags() == ["sm_80", "sm_90", "compute_80"]
+
+
+def test_an_nvcc_that_fails_is_quoted(monkeypatch, tmp_path):
+    nvcc = pathlib.Path(fake_nvcc(tmp_path / "home" / "bin"))
+    nvcc.write_text("#!/bin/sh\necho unsupported compiler >&2\nexit 3")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match="nvcc failed:\nunsupported compiler"):
         cuda.build()
 
 
@@ -154,3 +126,66 @@ def test_another_codec_is_refused():
     lhs, rhs, _ = example(6, 3, out=5, width=8)
     with pytest.raises(NotImplementedError, match="it decodes the codec 'gap', not 'dictionary'"):
         cuda.compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]))
+
+
+# --- The choice on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    api._say_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "expected"), [((None, None), "cuda"), (("no nvcc", None), "pallas"), (("no nvcc", "too old"), "xla")]
+)
+def test_the_default_is_the_fastest_that_works_and_says_once_why_not(on_gpu, monkeypatch, reasons, expected):
+    for backend, reason in zip((cuda, pallas), reasons, strict=True):
+        monkeypatch.setattr(backend, "why_not", lambda rhs, reason=reason: reason)
+    arguments = abstract_arguments(3, (4, 40, 700), jnp.float32, "gap")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        assert api.chosen(arguments[1]) == api.chosen(arguments[1]) == expected
+        text = lower(lambda *a: api.compressed_ragged_dot(*a), *arguments).as_text()
+    assert (cuda.gap.TARGET in text, "triton" in text) == (expected == "cuda", expected == "pallas")
+    said = [str(w.message) for w in caught if "this GPU" in str(w.message)]
+    assert len(said) == (expected != "cuda")
+    assert all(f"'{expected}'" in text and all(r in text for r in reasons if r) for text in said)
+
+
+def test_the_environment_names_an_implementation(monkeypatch):
+    _, rhs, _ = example(6, 3, out=5, width=8, codec="gap")
+    monkeypatch.setenv(api.ENVIRONMENT, "xla")
+    assert api.chosen(rhs) == "xla" and api.chosen(rhs, "cuda") == "cuda"
+    monkeypatch.setenv(api.ENVIRONMENT, "fast")
+    with pytest.raises(ValueError, match="QMOE_JAX_IMPLEMENTATION: unknown implementation 'fast'. Known: cpu, cuda"):
+        api.chosen(rhs)
+
+
+def test_a_kernel_that_computes_wrongly_or_fails_does_not_pass_the_check():
+    def right(lhs, rhs, group_sizes):
+        return api.compressed_ragged_dot(lhs, rhs, group_sizes)
+
+    def wrong(lhs, rhs, group_sizes):
+        return right(lhs, rhs, group_sizes).at[0, 3].add(0.2)
+
+    def fails(lhs, rhs, group_sizes):
+        raise RuntimeError("no kernel image is available\nand more")
+
+    assert jax.jit(lambda: (None, gpu.check.failure(right, "gap"))[0])() is None  # within a trace
+    assert gpu.check.failure(right, "gap") is None
+    assert gpu.check.failure(wrong, "gap").startswith("a product in float32 is off by 0.2")
+    assert gpu.check.failure(fails, "gap") == "RuntimeError: no kernel image is available"
+
+
+def test_the_old_name_is_another_for_pallas():
+    lhs, rhs, _ = example(6, 3, out=5, width=8, codec="gap")
+    with pytest.warns(DeprecationWarning, match="'triton' is now 'pallas'"), pytest.raises(NotImplementedError):
+        api.compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="triton")
+
+
+def test_what_was_traced_is_told():
+    lhs, rhs, _ = example(6, 3, out=5, width=8, codec="gap")
+    api.compressed_ragged_dot(lhs, rhs, jnp.array([6, 0, 0]), implementation="xla")
+    assert "xla" in api.used()

@@ -1,4 +1,4 @@
-"""The machine that runs PTX finds what kernels do wrong, and computes what instructions say: on kernels of a few lines."""
+"""The machine that runs PTX: it finds what kernels do wrong, and computes what instructions say."""
 
 import re
 
@@ -181,7 +181,8 @@ def test_arithmetic(machine, body):
 )
 def test_shuffles(machine, mode, source):
     clamp = 0 if mode == "up" else 31
-    body = f"shfl.sync.{mode}.b32 %r3|%p1, %r0, 3, {clamp}, -1; selp.b32 %r3, %r3, 99, %p1; st.global.u32 [%rd1], %r3; ret;"
+    body = f"shfl.sync.{mode}.b32 %r3|%p1, %r0, 3, {clamp}, -1; selp.b32 %r3, %r3, 99, %p1;"
+    body += "st.global.u32 [%rd1], %r3; ret;"
     found, out = run(machine, body, WORDS)
     assert not found
     assert out.tolist() == [source(t) if 0 <= source(t) < 32 else 99 for t in range(32)]
@@ -204,10 +205,23 @@ def test_tensor_cores_multiply(machine):
 	add.s32 %r4, %r4, %r5; add.s32 %r4, %r4, %r6;
 	ldmatrix.sync.aligned.m8n8.x2.shared.b16 {{%r14, %r15}}, [%r4+512];
 	mov.f32 %f0, 0f00000000;
-	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{%f1,%f2,%f3,%f4}}, {{%r10,%r11,%r12,%r13}}, {{%r14,%r15}}, {{%f0,%f0,%f0,%f0}};
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+		{{%f1,%f2,%f3,%f4}}, {{%r10,%r11,%r12,%r13}}, {{%r14,%r15}}, {{%f0,%f0,%f0,%f0}};
 	ld.param.u64 %rd3, [kernel_param_1]; mul.wide.u32 %rd4, %r0, 8; add.s64 %rd3, %rd3, %rd4;
 	st.global.v2.f32 [%rd3], {{%f1, %f2}}; st.global.v2.f32 [%rd3+256], {{%f3, %f4}}; ret;"""
     out = np.zeros((16, 8), np.float32)  # lane 4 r + c has columns 2 c and 2 c + 1 of rows r and r + 8
     found, _ = run(machine, body, words, out=out)
     assert not found
     np.testing.assert_allclose(out, a.astype(float) @ b.astype(float), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
+def test_atomics_need_no_order_and_all_count(machine, order):
+    body = """mov.u32 %r6, shared; setp.ne.u32 %p1, %r0, 0; @%p1 bra $L; st.shared.u32 [%r6], 5; $L: bar.sync 0;
+	red.shared.add.u32 [%r6], %r0; bar.sync 0; ld.shared.u32 %r7, [%r6]; st.global.u32 [%rd1], %r7;
+	bar.sync 0; atom.global.max.u32 %r8, [%rd1], 9999; ret;"""
+    found, out = run(machine, body, WORDS, order=order, threads=64)
+    assert not found
+    assert out.tolist() == [9999] * 64
+    found, _ = run(machine, body.replace("bar.sync 0;\n", "\n", 1), WORDS, order=order, threads=64)
+    assert re.search("no barrier stands between|nobody wrote", found)

@@ -81,6 +81,13 @@ def test_losses_are_those_of_whole_forward_passes(native, expected, name, settin
     np.testing.assert_array_equal(losses.tokens, [d - 1 for _, d in LENGTHS])
 
 
+def test_documents_that_calibrate_have_no_losses(native, expected):
+    name = next(iter(CONFIGS))
+    losses = streaming.run(native(name), PAIRS, SETTINGS[next(iter(SETTINGS))], first_measured=2)
+    np.testing.assert_allclose(losses.total, expected(name)[2:], rtol=1e-5)
+    np.testing.assert_array_equal(losses.tokens, [d - 1 for _, d in LENGTHS[2:]])
+
+
 def test_where_experts_choose_they_do_within_a_batch(tmp_path):
     """The losses are those of whole forward passes over the same batches; hooks see who took which token."""
     path = write_t5x(tmp_path, random_params(EXPERTS_CHOOSE, seed=4))

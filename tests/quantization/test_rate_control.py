@@ -1,6 +1,7 @@
 """The Lagrangian that gives a target rate, on synthetic models; and which settings ask for one."""
 
 import functools
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -67,6 +68,28 @@ def quantize_all(target, stored=None, growth=1.0, all_layers=None):
         trials.append(len(tried))
     assert not any(control.left.values())
     return np.mean(bits), np.array(lagrangians), trials
+
+
+@pytest.mark.long
+def test_three_bits_are_found():
+    def rates(W, H, importance, lagrangians):
+        return [bits_at_equal_steps(W, H, importance, lagrangian) for lagrangian in lagrangians]
+
+    control = RateControl(3.0, dict.fromkeys(("wi", "wo"), 3 * EXPERTS * D_MODEL * D_FF))
+    bits = []
+    for matrix, W, H, importance in itertools.islice(layers(), 6):
+        lagrangian = control.find(matrix, W.size, 0.3, functools.partial(rates, W[:2], H[:2], importance))
+        bits.append(bits_at_equal_steps(W, H, importance, lagrangian))
+        if matrix == "wo":
+            control.spent("wi", bits[-2], W.size)
+            control.spent("wo", bits[-1], W.size)
+    assert abs(np.mean(bits) / 3 - 1) < 0.01
+
+
+def bits_at_equal_steps(W, H, importance, lagrangian):
+    per_row = jnp.full(W.shape[:2], lagrangian) if importance is None else lagrangian / importance[: len(W)]
+    symbols = np.asarray(rate_distortion(W, H, per_row, steps=7, descents=1, refits=1, block_size=32).symbols)
+    return float(np.mean([entropy(s) for s in symbols]))
 
 
 def with_overhead(bits):
@@ -172,14 +195,17 @@ def test_settings_that_are_given_are_kept():
         (dict(method="gptq", lagrangian=0.1), "only method 'rd'"),
         (dict(method="rtn", target_bits=0.7), "only method 'rd'"),
         (dict(method="rd", lagrangian=0.1, target_bits=0.7), "not both"),
-        (dict(method="rd", bits=2), "makes ternary experts"),
+        (dict(method="rd", bits=2), "give target_bits or steps instead"),
         (dict(method="gptq", group_size=16), "group_size: there is no such setting"),
         (dict(method="rtn", level_bits=4), "only method 'rd'"),
         (dict(method="rd", lagrangian=0.0), "lagrangian: found 0.0"),
         (dict(method="rd", lagrangian=float("nan")), "lagrangian: found nan"),
         (dict(method="rd", target_bits=float("inf")), "target_bits: found inf"),
         (dict(method="rd", target_bits=0.01), "target_bits: found 0.01, expected 0.05 to"),
-        (dict(method="rd", target_bits=1.9), "target_bits: found 1.9, .* what ternary weights can carry"),
+        (dict(method="rd", target_bits=1.9, steps=0), "target_bits: found 1.9, .* what ternary weights can carry"),
+        (dict(method="rd", target_bits=3.1), "target_bits: found 3.1, expected 0.05 to 3 bits"),
+        (dict(method="rd", steps=8), r"steps: found 8, expected 0 \(ternary\) to 7"),
+        (dict(method="rd", descents=-1), "descents: found -1"),
         (dict(method="rd", level_bits=8), "level_bits: found 8"),
         (dict(method="rd", refits=-1), "refits: found -1"),
         (dict(method="gptq", refits=2), "refits: found 2"),

@@ -78,7 +78,9 @@ def test_a_compression_weighs_experts_by_the_whole_layer(experts_per_group, tiny
     def importance(power):
         seen = []
         at = RateDistortion.at
-        monkeypatch.setattr(RateDistortion, "at", lambda s, W, H, i, *r: seen.append(np.asarray(i)) or at(s, W, H, i, *r))
+        monkeypatch.setattr(
+            RateDistortion, "at", lambda s, W, H, i, *r: seen.append(np.asarray(i)) or at(s, W, H, i, *r)
+        )
         settings = QuantizationSettings("rd", lagrangian=1e-4, share_power=power)
         compress_examples(source, vocabulary, calibration, validation, settings, memory)
         monkeypatch.undo()

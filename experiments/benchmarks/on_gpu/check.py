@@ -61,8 +61,9 @@ def check(stage: Stage, sizes: products.Sizes) -> None:
     stage.put("environment", common.environment() | {"capability": getattr(device, "compute_capability", None)})
     query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit"
     stage.put("nvidia_smi", output_of("nvidia-smi", query, "--format=csv"))
-    stage.attempt("build", {"what": "nvcc"}, lambda: build(device))
-    stage.attempt("time", {"what": "an empty kernel, and a copy"}, lambda: bandwidth(sizes))
+    if device.platform == "gpu":
+        stage.attempt("build", {"what": "nvcc"}, lambda: build(device))
+        stage.attempt("time", {"what": "an empty kernel, and a copy"}, lambda: bandwidth(sizes))
     out, width = list(sizes.shapes.values())[-1]
     for codec in codecs.CODECS:
         rhs = products.encoded(out, width, 4, codec)
@@ -138,7 +139,7 @@ def tests(stage: Stage, paths: list[str]) -> None:
     def run_tests():
         if importlib.util.find_spec("pytest") is None:
             return {"cannot": "pytest is not installed"}
-        flags = "-q", "-p", "no:cacheprovider", "--no-header", "-rfE"
+        flags = "-p", "no:cacheprovider", "--no-header", "-rfE"
         text = output_of(
             *(sys.executable, "-m", "pytest", *flags, *paths),
             seconds=max(10, stage.left() - 60),

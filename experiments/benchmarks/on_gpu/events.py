@@ -1,4 +1,4 @@
-"""Microseconds by events around graphs, of cuBLAS and of the CUDA kernel. In a process that uses that for nothing else."""
+"""Microseconds by events around graphs, of cuBLAS and the CUDA kernel, in a process that has no other use for it."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import jax
+
 from benchmarks.on_gpu import events, products
 from benchmarks.on_gpu.report import Stage
 
@@ -13,6 +15,10 @@ L2_BYTES = 256 << 20  # more than any cache, of compressed experts that calls go
 
 def kernels(stage: Stage, sizes: products.Sizes) -> None:
     """Rows of `events`: the kernel, and cuBLAS's; a shape and a load each."""
+    if jax.default_backend() != "gpu":
+        stage.put("cannot", f"events need a GPU; JAX's devices are {jax.default_backend()!r}")
+        stage.complete()
+        return
     for shape, (out, width) in sizes.shapes.items():
         one = products.encoded(out, width, 1).resident_nbytes
         enough = max(1, min(L2_BYTES, sizes.cold_bytes) // one)

@@ -1,4 +1,4 @@
-"""Stages 4 and 5: products as JAX runs them, a layer of c2048 with all experts resident, generation, rehearsals, Hessians."""
+"""Stages 4 and 5: products as JAX runs them, a layer of c2048 with all experts, generation, rehearsals, Hessians."""
 
 from __future__ import annotations
 

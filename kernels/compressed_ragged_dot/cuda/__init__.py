@@ -22,8 +22,8 @@ from qmoe_jax.kernels.compressed_ragged_dot import gpu
 from qmoe_jax.kernels.compressed_ragged_dot.cuda import gap, shared
 
 # Each has SOURCE, FUNCTION in it, TARGET, what XLA calls it, and WARM_UP, which loads all kernels; Config, `heuristic`
-# (tokens, shape, dtype) -> Config, and `multiply` with a config. `dictionary` is left to `pallas/`: `convert` makes
-# `gap` of it, which is smaller and takes half the instructions.
+# (tokens, shape, dtype) -> Config, `multiply` with a config, and `multiply_transposed`. `dictionary` is left to
+# `pallas/`: `convert` makes `gap` of it, which is smaller and takes half the instructions.
 CODECS: dict[str, ModuleType] = {
     "gap": gap,
 }
@@ -41,7 +41,7 @@ def _failure(codec):
     own = CODECS[codec]
     if reason := shared.load(own.SOURCE, own.FUNCTION, own.TARGET, own.WARM_UP):
         return reason
-    if reason := gpu.check.failure(multiply, codec):
+    if reason := gpu.check.failure(multiply, codec) or gpu.check.failure(multiply_transposed, codec, transposed=True):
         return f"its self-check failed ({reason})"
     return None
 
@@ -67,6 +67,13 @@ def multiply(
     codec = CODECS[rhs.codec]
     config = config or codec.heuristic(lhs.shape[0], rhs.shape, lhs.dtype)
     return codec.multiply(lhs, rhs, group_sizes, config=config)
+
+
+def multiply_transposed(g: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
+    """`gradient.transposed` where `why_not` says None. Lowers anywhere."""
+    if 0 in (g.shape[0], *rhs.shape):
+        return jnp.zeros((g.shape[0], rhs.shape[2]), g.dtype)
+    return CODECS[rhs.codec].multiply_transposed(g, rhs, group_sizes)
 
 
 def build() -> list[pathlib.Path]:

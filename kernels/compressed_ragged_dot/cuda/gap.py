@@ -1,9 +1,10 @@
 """CUDA C++ for the codec `gap`: csrc/. `gpu/gap.py` says how a thread reads its stream.
 
-One launch for a product: a block of threads finds its expert and tokens in group_sizes itself. Two kernels:
+One launch for a product: a block of threads finds its expert and tokens in group_sizes itself. Three kernels:
 
     few_tokens.cuh   gathers the values of up to 8 tokens from shared memory
     tiles.cuh        decodes to bfloat16 tiles in shared memory, which tensor cores multiply by up to 64 tokens
+    transposed.cuh   the same tiles, the other way round
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ SOURCE = pathlib.Path(__file__).with_name("csrc") / "gap.cu"
 FUNCTION = "QmoeGapCuda"
 TARGET = "qmoe_gap_cuda"
 WARM_UP = "QmoeGapWarmUp"
+FEW, TILES, TRANSPOSED = range(3)  # kernels, as csrc/gap.cu numbers them
 
 ROWS = 128  # of a block of threads
+TRANSPOSED_TOKENS = 16  # of an item
 MULTIPROCESSORS = 132  # of an H100; others differ little in what blocks they need
 BLOCKS = 4 * MULTIPROCESSORS
 
@@ -66,22 +69,40 @@ def heuristic(tokens: int, shape: tuple[int, int, int], dtype: DTypeLike) -> Con
 def multiply(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array, *, config: Config) -> jax.Array:
     """`api.compressed_ragged_dot` for arrays none of whose axes is zero."""
     segments = rhs.data["starts"].shape[2]
-    splits = segments
-    if config.tiles:
-        splits = -(-segments // -(-segments // config.splits))  # all but the last of as many segments
+    splits = _equal(segments, config.splits) if config.tiles else segments
+    kernel = TILES if config.tiles else FEW
+    return _call(kernel, lhs, rhs, group_sizes, (splits, lhs.shape[0], rhs.shape[1]), config.tokens, config.passes)
+
+
+@jax.jit
+def multiply_transposed(g: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array) -> jax.Array:
+    """`gradient.transposed` for arrays none of whose axes is zero."""
+    (experts, out, width), tokens = rhs.shape, g.shape[0]
+    row_blocks, active = -(-out // ROWS), max(1, min(tokens, experts) // 2, tokens // TRANSPOSED_TOKENS)
+    splits = _equal(row_blocks, BLOCKS // (active * rhs.data["starts"].shape[2]))
+    return _call(TRANSPOSED, g, rhs, group_sizes, (splits, tokens, width), TRANSPOSED_TOKENS)
+
+
+def _equal(pieces: int, splits: int) -> int:
+    """About as many splits, all of as many pieces but the last."""
+    return -(-pieces // -(-pieces // max(1, min(pieces, splits))))
+
+
+def _call(kernel, lhs, rhs, group_sizes, shape, tokens, passes=1):
+    """The sum of parts of `shape`."""
     parts = shared.call(
         TARGET,
-        jax.ShapeDtypeStruct((splits, lhs.shape[0], rhs.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
         lhs,
         *(rhs.data[name] for name in ("words", "word_counts", "starts", "skips", "parameters")),
         rhs.levels,
         jnp.asarray(tables(rhs.levels.shape[2])),
         group_sizes,
         slots=slots(rhs.levels.shape[2]),
-        segment_columns=np.int32(gap.segment_columns(lhs.shape[1], segments)),
-        log2_block=np.int32(config.tokens.bit_length() - 1),
-        passes=np.int32(config.passes),
-        tiles=config.tiles,
+        segment_columns=np.int32(gap.segment_columns(rhs.shape[2], rhs.data["starts"].shape[2])),
+        log2_block=np.int32(tokens.bit_length() - 1),
+        passes=np.int32(passes),
+        kernel=np.int32(kernel),
     )
     return jnp.sum(parts, axis=0).astype(lhs.dtype)
 

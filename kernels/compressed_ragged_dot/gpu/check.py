@@ -14,16 +14,17 @@ from qmoe_jax.codecs.experts import CompressedExperts
 GROUPS = ([0, 1], [1, 2], [3, 37])
 
 
-def failure(multiply: Callable[..., jax.Array], codec: str) -> str | None:
+def failure(multiply: Callable[..., jax.Array], codec: str, transposed: bool = False) -> str | None:
     """Multiplies small matrices of two experts and compares with float64: what went wrong, or None.
 
-    Works while something else is traced.
+    `transposed`: it is `gradient.transposed`. Works while something else is traced.
     """
     rng = np.random.default_rng(0)
     symbols = rng.choice(3, (2, 40, 700), p=[0.8, 0.1, 0.1]).astype(np.uint8)
     levels = np.sort(rng.integers(-127, 128, (2, 40, 2)), axis=-1) / 64  # exact in bfloat16
     W = np.take_along_axis(np.insert(levels, 0, 0, axis=-1), symbols.astype(int), axis=-1)
-    x = [rng.integers(-127, 128, (sum(sizes) + 1, 700)) / 64 for sizes in GROUPS]  # The last token has no expert.
+    W = W.swapaxes(1, 2) if transposed else W
+    x = [rng.integers(-127, 128, (sum(sizes) + 1, W.shape[2])) / 64 for sizes in GROUPS]  # The last has no expert.
     try:
         with jax.ensure_compile_time_eval():
             rhs = CompressedExperts.from_symbols(symbols, levels, codec)
@@ -34,9 +35,7 @@ def failure(multiply: Callable[..., jax.Array], codec: str) -> str | None:
                     expected = np.array([*expected, np.zeros(len(W[0]))])
                     error = np.abs(np.asarray(found, np.float64) - expected)
                     if not (error <= 2.0**-8 * np.abs(expected) + 1e-3).all():
-                        return (
-                            f"a product of {np.dtype(dtype).name} differs by {error.max():.3g} from what it should be"
-                        )
+                        return f"a product in {np.dtype(dtype).name} is off by {error.max():.3g}"
     except Exception as error:  # whatever compilers, drivers and kernels come up with
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
     return None

@@ -105,8 +105,8 @@ class GroupedAttention(nn.Module):
         query = self._heads(self.q_proj(h), None if self.norm is None else self.q_norm)
         query = rotate(query, positions, self.rope)
         query = query.reshape(*query.shape[:2], keys.shape[2], -1, self.head_dim)  # [batch, q, groups, per group, dim]
-        logits = jnp.einsum("bqgrd,bkgd->bgrqk", query, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bqgrd,bkgd->bgrqk", query, keys, precision="highest", preferred_element_type=jnp.float32)
         sinks = self.sinks.astype(jnp.float32).reshape(*logits.shape[1:3], 1, 1) if self.has_sinks else None
         weights = softmax(logits * self.head_dim**-0.5, seen[:, None, None], sinks).astype(self.dtype)
-        y = jnp.einsum("bgrqk,bkgd->bqgrd", weights, values)
+        y = jnp.einsum("bgrqk,bkgd->bqgrd", weights, values, precision="highest")
         return self.o_proj(y.reshape(*h.shape[:2], -1))

@@ -20,7 +20,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", fan_in_normal(self.width[0]), self.width, jnp.float32)
-        y = x @ kernel.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype), precision="highest")
         if self.biased:
             y = y + self.param("bias", nn.initializers.zeros, self.width[1:], jnp.float32).astype(self.dtype)
         return y

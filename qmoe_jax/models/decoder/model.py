@@ -151,7 +151,7 @@ class Embedding(nn.Module):
         return self.embedding[tokens].astype(self.dtype)
 
     def logits(self, y: jax.Array) -> jax.Array:
-        return y.astype(jnp.float32) @ self.embedding.astype(jnp.float32).T
+        return jnp.matmul(y.astype(jnp.float32), self.embedding.astype(jnp.float32).T, precision="highest")
 
 
 class Stack(nn.Module):
@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         """Float32 logits [batch, length, vocabulary] of the normed output of the last layer."""
         if self.config.tied:
             return self.model.embed_tokens.logits(y)
-        return y.astype(jnp.float32) @ self.lm_head().astype(jnp.float32)
+        return jnp.matmul(y.astype(jnp.float32), self.lm_head().astype(jnp.float32), precision="highest")
 
     def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Logits float32 [batch, length, vocabulary] of int32 tokens [batch, length], of which `lengths` are real."""

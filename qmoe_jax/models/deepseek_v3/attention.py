@@ -6,6 +6,8 @@ heads share: that is all there is to be cached.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from qmoe_jax.models.decoder.rotary import rotate
 from qmoe_jax.models.deepseek_v3.config import DeepseekV3Config
 
 LATENT_EPS = 1e-6  # of the latents' norms, whatever the others have
+
+einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 class LatentAttention(nn.Module):
@@ -61,18 +65,18 @@ class LatentAttention(nn.Module):
         query, turning = self._queries(h, positions)
         up = self.kv_b_proj().astype(self.dtype).reshape(c.kv_lora_rank, c.num_heads, -1)
         to_key, to_value = jnp.split(up, [c.qk_nope_head_dim], axis=-1)  # [latent, heads, dim] each
-        logits = jnp.einsum("bqhd,bkd->bhqk", turning, shared_key, preferred_element_type=jnp.float32)
+        logits = einsum("bqhd,bkd->bhqk", turning, shared_key, preferred_element_type=jnp.float32)
         # (q' K) c = q' (K c): a single query is cheaper in the latents' space, many are in that of their heads.
         single = h.shape[1] == 1
         if single:
-            in_latents = jnp.einsum("bqhd,rhd->bqhr", query, to_key)
-            logits += jnp.einsum("bqhr,bkr->bhqk", in_latents, latent, preferred_element_type=jnp.float32)
+            in_latents = einsum("bqhd,rhd->bqhr", query, to_key)
+            logits += einsum("bqhr,bkr->bhqk", in_latents, latent, preferred_element_type=jnp.float32)
         else:
-            keys = jnp.einsum("bkr,rhd->bkhd", latent, to_key)
-            logits += jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
+            keys = einsum("bkr,rhd->bkhd", latent, to_key)
+            logits += einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
         weights = softmax(logits * c.softmax_scale, seen[:, None]).astype(self.dtype)
         if single:
-            y = jnp.einsum("bqhr,rhd->bqhd", jnp.einsum("bhqk,bkr->bqhr", weights, latent), to_value)
+            y = einsum("bqhr,rhd->bqhd", einsum("bhqk,bkr->bqhr", weights, latent), to_value)
         else:
-            y = jnp.einsum("bhqk,bkhd->bqhd", weights, jnp.einsum("bkr,rhd->bkhd", latent, to_value))
+            y = einsum("bhqk,bkhd->bqhd", weights, einsum("bkr,rhd->bkhd", latent, to_value))
         return self.o_proj(y.reshape(*h.shape[:2], -1))

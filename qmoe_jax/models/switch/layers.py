@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.out = Kernel((joined, d), joined)
 
     def _heads(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        y = x @ kernel.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype), precision="highest")
         return y.reshape(*y.shape[:-1], self.config.num_heads, self.config.head_dim)  # [batch, length, heads, dim]
 
     def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,10 +98,10 @@ class Attention(nn.Module):
     def attend(self, x: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
         """Attention of x [batch, queries, d_model] with an additive bias [batch or 1, heads or 1, queries, keys]."""
         query = self._heads(x, self.query())
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, keys) + bias
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, keys, precision="highest") + bias
         weights = jax.nn.softmax(logits, axis=-1)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
-        return y.reshape(*y.shape[:-2], -1) @ self.out().astype(self.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, values, precision="highest")
+        return jnp.matmul(y.reshape(*y.shape[:-2], -1), self.out().astype(self.dtype), precision="highest")
 
     def __call__(self, x: jax.Array, inputs: jax.Array, bias: jax.Array) -> jax.Array:
         return self.attend(x, *self.keys_and_values(inputs), bias)
@@ -138,4 +138,6 @@ class DenseMlp(MlpKernels):
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.config.expert(x, self.kernels(), lambda x, kernel, bias: x @ kernel.astype(self.dtype))
+        return self.config.expert(
+            x, self.kernels(), lambda x, kernel, bias: jnp.matmul(x, kernel.astype(self.dtype), precision="highest")
+        )

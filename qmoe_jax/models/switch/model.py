@@ -196,7 +196,8 @@ class TokenEmbedder(nn.Module):
 
     def logits(self, y: jax.Array) -> jax.Array:
         """y . embedding' / sqrt(d_model), in float32."""
-        return y.astype(jnp.float32) @ self.embedding.astype(jnp.float32).T / self.config.d_model**0.5
+        y = jnp.matmul(y.astype(jnp.float32), self.embedding.astype(jnp.float32).T, precision="highest")
+        return y / self.config.d_model**0.5
 
 
 class Encoder(nn.Module):
@@ -259,7 +260,7 @@ class Decoder(nn.Module):
         return self.decoder_norm(x) * token_mask
 
     def untied_logits(self, y: jax.Array) -> jax.Array:
-        return y.astype(jnp.float32) @ self.logits_dense().astype(jnp.float32)
+        return jnp.matmul(y.astype(jnp.float32), self.logits_dense().astype(jnp.float32), precision="highest")
 
     def __call__(self, x, encoded, masks: DecoderMasks, capacity_factor):
         shared_bias = self.shared_bias(x.shape[1])

@@ -106,7 +106,7 @@ class Router(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits [..., experts] of x [..., d_model]."""
-        return x.astype(jnp.float32) @ self.router_weights.w().astype(jnp.float32)
+        return jnp.matmul(x.astype(jnp.float32), self.router_weights.w().astype(jnp.float32), precision="highest")
 
 
 class MoeMlp(nn.Module):

@@ -132,8 +132,8 @@ __device__ __forceinline__ void MultiplyRows(const Matrices& a, const X* lhs, fl
       uint32_t bits = NextBits(s);
 #pragma unroll
       for (int i = 0; i < kLookups; ++i) {
-        const uint32_t entry = table[bits >> (32 - kWindow)];
-        bits <<= Used(entry);
+        const uint32_t entry = table[Window(bits)];
+        bits = Skip(bits, entry);
         s.position += Used(entry);
         const int next = s.column + Weights(entry);
         Tokens::Add(levels.template Of<kFirstShift>(entry), x_at(FirstColumn(entry, s.column)), sums);
@@ -150,16 +150,6 @@ __device__ __forceinline__ void MultiplyRows(const Matrices& a, const X* lhs, fl
   }
 }
 
-// Tokens without an expert get zeros: as the items share them, every block has some.
-__device__ __forceinline__ void ClearUnassigned(const Matrices& a, float* parts, const Item& item, int index, int part,
-                                                int first_row, int rows) {
-  const int end = min(first_row + rows, a.out);
-  for (int token = item.assigned + index; token < a.groups.tokens; token += a.groups.items) {
-    float* y = parts + (static_cast<int64_t>(part) * a.groups.tokens + token) * a.out;
-    for (int row = first_row + threadIdx.x; row < end; row += kThreads) y[row] = 0;
-  }
-}
-
 // parts float32 [segments, tokens, out]. Blocks: items x segments x blocks of passes * kThreads rows, the last fastest.
 template <typename X, bool kSeveral, int kLevels>
 __global__ void __launch_bounds__(kThreads, kSeveral ? 5 : 8)
@@ -170,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kSeveral ? 5 : 8)
   const int segment = blockIdx.x / row_blocks % a.segments;
   const int first_row = blockIdx.x % row_blocks * passes * kThreads;
   const Item item = FindItem(a.groups, index, shared);
-  ClearUnassigned(a, parts, item, index, segment, first_row, passes * kThreads);
+  ClearUnassigned(a.groups, parts, item, index, segment, first_row, min(passes * kThreads, a.out - first_row), a.out);
   if (item.size == 1) {
     MultiplyRows<X, One<X>, kLevels>(a, lhs, parts, item, segment, first_row, passes, num_levels, shared);
   } else if (kSeveral && item.size > 1) {

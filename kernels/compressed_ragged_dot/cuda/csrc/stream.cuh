@@ -39,7 +39,7 @@ __device__ __forceinline__ uint32_t SecondColumn(uint32_t entry, int next) {
 // What all kernels take.
 struct Matrices {
   Groups groups;
-  const uint32_t* words;      // [num_words]
+  const uint32_t* words;      // [num_words], two at least
   const uint32_t* starts;     // [experts, out, segments]
   const uint8_t* skips;       // [experts, out, segments]
   const uint8_t* parameters;  // [experts]
@@ -61,27 +61,22 @@ __device__ __forceinline__ void CopyTable(const Matrices& a, int expert, uint32_
   }
 }
 
-// Four words of the stream. Those beyond the last, to which no valid stream leads, are the last one.
-__device__ __forceinline__ void Fetch(const Matrices& a, uint32_t index, bool wanted, uint4& bits) {
-  const uint32_t whole = static_cast<uint32_t>(a.num_words) / 4;
-  const uint4* from = reinterpret_cast<const uint4*>(a.words) + index;
+// Two words of the stream. Beyond the last two, to which no valid stream leads, as it ends with a word of padding, they
+// are those. (Four at once are fetched by fewer instructions, but choosing among them costs the integer pipe more.)
+__device__ __forceinline__ void Fetch(const Matrices& a, uint32_t index, bool wanted, uint2& bits) {
+  const uint32_t last = static_cast<uint32_t>(a.num_words) / 2 - 1;
+  const uint2* from = reinterpret_cast<const uint2*>(a.words) + min(index, last);
   // Into the registers of `bits` themselves, so that nothing waits for them before they are needed.
   asm volatile(
-      "{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}"
-      : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)
-      : "l"(from), "r"(static_cast<uint32_t>(wanted && index < whole)));
-  if (wanted && index >= whole) {
-    const uint32_t last = a.num_words - 1;
-    const uint32_t word = min(index, whole) * 4;
-    bits = {a.words[min(word, last)], a.words[min(word + 1, last)], a.words[min(word + 2, last)],
-            a.words[min(word + 3, last)]};
-  }
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];}"
+      : "+r"(bits.x), "+r"(bits.y)
+      : "l"(from), "r"(static_cast<uint32_t>(wanted)));
 }
 
 // Where a thread is in the stream of its row.
 struct Stream {
-  uint4 current, following;
-  uint32_t index;     // of the four words after these
+  uint2 current, following;
+  uint32_t index;     // of the two words after these
   uint32_t position;  // in `current`
   int column;         // of the next weight, counted from where the stream was entered
 };
@@ -92,8 +87,8 @@ __device__ __forceinline__ Stream Enter(const Matrices& a, const Item& item, int
   const int64_t own = (static_cast<int64_t>(item.expert) * a.out + row) * a.segments + segment;
   const uint32_t start = a.starts[own];
   const uint32_t word = item.first_word + (start >> 5);
-  s.position = (word & 3) << 5 | (start & 31);
-  s.index = (word >> 2) + 2;
+  s.position = (word & 1) << 5 | (start & 31);
+  s.index = (word >> 1) + 2;
   Fetch(a, s.index - 2, true, s.current);
   Fetch(a, s.index - 1, true, s.following);
   s.column = -static_cast<int>(a.skips[own]);
@@ -102,20 +97,25 @@ __device__ __forceinline__ Stream Enter(const Matrices& a, const Item& item, int
 
 // The next 32 bits, the first of them highest.
 __device__ __forceinline__ uint32_t NextBits(const Stream& s) {
-  const bool upper = s.position & 64, odd = s.position & 32;
-  const uint32_t a = upper ? s.current.z : s.current.x, b = upper ? s.current.w : s.current.y;
-  const uint32_t c = upper ? s.following.x : s.current.z;
-  return __brev(__funnelshift_r(odd ? b : a, odd ? c : b, s.position));
+  const bool second = s.position >= 32;
+  return __brev(__funnelshift_r(second ? s.current.y : s.current.x, second ? s.following.x : s.current.y, s.position));
 }
 
-// After `position` has moved on by less than 128.
+// Index of the table for what comes first among `bits`, and the bits after those that its entry uses.
+__device__ __forceinline__ uint32_t Window(uint32_t bits) {
+  uint32_t index;
+  // The compiler would shift less, and mask, to get bytes.
+  asm("shr.u32 %0, %1, %2;" : "=r"(index) : "r"(bits), "n"(32 - kWindow));
+  return index;
+}
+__device__ __forceinline__ uint32_t Skip(uint32_t bits, uint32_t entry) { return __funnelshift_l(0, bits, entry); }
+
+// After `position` has moved on by at most 32.
 __device__ __forceinline__ void Refill(const Matrices& a, Stream& s) {
-  const bool next = s.position >= 128;
-  s.position &= 127;
+  const bool next = s.position >= 64;
+  s.position &= 63;
   s.current.x = next ? s.following.x : s.current.x;
   s.current.y = next ? s.following.y : s.current.y;
-  s.current.z = next ? s.following.z : s.current.z;
-  s.current.w = next ? s.following.w : s.current.w;
   Fetch(a, s.index, next, s.following);
   s.index += next;
 }

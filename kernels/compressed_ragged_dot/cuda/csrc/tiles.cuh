@@ -92,7 +92,7 @@ __device__ __forceinline__ void DecodeTile(const Matrices& a, Stream& s, const u
 #pragma unroll
   for (int i = 0; i < kTileColumns / 8; ++i) reinterpret_cast<uint4*>(row)[i] = {};
   while (s.column < kTileColumns) {
-    const uint32_t entry = table[NextBits(s) >> (32 - kWindow)];
+    const uint32_t entry = table[Window(NextBits(s))];
     const int next = s.column + Weights(entry);
     const uint32_t first = FirstColumn(entry, s.column), second = SecondColumn(entry, next);
     if (first < kTileColumns) row[first] = levels.template Of<kFirstShift>(entry);
@@ -114,7 +114,7 @@ constexpr int kTilesBytes = kEntries * sizeof(uint32_t) +
 // parts float32 [splits, tokens, out]: split i is the sum over `split_segments` segments of the rows. Blocks: items x
 // splits x blocks of kThreads rows, the last fastest. Items have up to kTokens tokens, a multiple of 16.
 template <typename X, int kTokens, int kLevels>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kTokens == 16 ? 5 : 1)
     Tiles(const __grid_constant__ Matrices a, const X* lhs, float* parts, int row_blocks, int splits, int split_segments,
           int num_levels) {
   extern __shared__ uint4 all_shared[];
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   const int split = blockIdx.x / row_blocks % splits;
   const int first_row = blockIdx.x % row_blocks * kThreads;
   const Item item = FindItem(a.groups, index, shared);
-  ClearUnassigned(a, parts, item, index, split, first_row, kThreads);
+  ClearUnassigned(a.groups, parts, item, index, split, first_row, min(kThreads, a.out - first_row), a.out);
   if (item.size == 0) return;
 
   uint32_t* table = reinterpret_cast<uint32_t*>(shared);

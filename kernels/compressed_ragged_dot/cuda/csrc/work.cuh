@@ -104,4 +104,14 @@ __device__ __forceinline__ Item FindItem(const Groups& g, int index, uint4*& sha
   return found;
 }
 
+// Tokens without an expert get zeros, in parts [parts, tokens, length]: places first to first + count of part `part`. As
+// items share the tokens, every block has some.
+__device__ __forceinline__ void ClearUnassigned(const Groups& g, float* parts, const Item& item, int index, int part,
+                                                int first, int count, int length) {
+  for (int token = item.assigned + index; token < g.tokens; token += g.items) {
+    float* y = parts + (static_cast<int64_t>(part) * g.tokens + token) * length + first;
+    for (int i = threadIdx.x; i < count; i += kThreads) y[i] = 0;
+  }
+}
+
 }  // namespace qmoe
