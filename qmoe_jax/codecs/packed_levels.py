@@ -5,7 +5,8 @@ the expert's fields need. Exponent 0 means zero, any other is bfloat16's - base 
 are positive (0) or all those but zero of a row's first L // 2 levels and no others negative (2), none.
 
 Formats, uint8 [experts, 5]: base exponent, exponent bits, mantissa bits, signs (0, 1 or 2), kind. Words, uint32 [k]:
-all experts' fields from the least significant bit up, each expert's padded to whole words. By kind, an expert's words are
+all experts' fields from the least significant bit up, each expert's padded to whole words. By kind, an expert's words
+are
 
     L          a field for each level of each row
     128 + L    a ladder, L float32 that all rows share, and a field for each row, its scale. Level k of a row is
