@@ -10,7 +10,7 @@ bits is hardly used. Of each expert's matrix, with L the factor of H^-1 as in GP
     descend  symbol after symbol anew, all others given:  argmin_k H[i, i] (w_i - level_k)^2 + lambda bits(k), with w_i
              where the error's gradient is zero; it can only gain, and does what GPTQ can't: revise early columns
     refit    step of each row = argmin (w - q) H (w - q)' for its symbols: one linear equation
-    descend and refit once more
+    round, descend and refit again
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _expert(
         return in_blocks(quantize_column, block_size)(gradients, before)[1][1]
 
     def improve(state, _):
-        symbols, step, bits = state
+        _, step, bits = state
+        symbols = round_all(step, bits)
         symbols = jax.lax.fori_loop(0, descents, lambda _, symbols: descend(symbols, step, bits), symbols)
         return (
             symbols,
@@ -134,10 +135,11 @@ def _expert(
             _bits(symbols[:columns], codes),
         ), None
 
-    state = round_all(step, bits), step, bits
     if refits:
-        state = jax.lax.scan(improve, state, length=refits)[0]
-    symbols, step, _ = state
+        none = jnp.zeros(Wt.shape, jnp.uint8)  # Each round begins anew.
+        (symbols, step, _), _ = jax.lax.scan(improve, (none, step, bits), length=refits)
+    else:
+        symbols = round_all(step, bits)
     levels = levels_of(step)
     E = Wt - values(symbols, levels)
     loss = sum_columns(lambda e, he: (e * he,), E.shape[1], E, matmul(factored.H, E))[0]

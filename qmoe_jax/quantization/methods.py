@@ -28,6 +28,7 @@ MOST_BITS = {TERNARY: 1.7, 2: 2.2}
 DEFAULT_TARGET_BITS = 0.7
 MOST_TARGET_BITS = 3.0
 MOST_TERNARY_BITS = 1.8
+LEAST_STEPPED_BITS = 0.8  # to aim at: below, two levels of each row's own lose less than equal steps (docs/beyond.md)
 # Of an expert, so that levels within the extremes don't err on inputs like others' of its layer (docs/studies.md).
 ENOUGH_TOKENS = 1024
 
@@ -196,9 +197,10 @@ class RateDistortion:
       lagrangian: squared error of an expert's output that one bit is worth. None: found for `target_bits`.
       target_bits: per weight, as stored, of all experts together. None: see `lagrangian`.
       steps: levels at equal steps on either side of zero, 1 to 7 (`equal_steps`). 0: ternary, each row with two levels
-        of its own, and no descent. None: as many as the rate wants, told by trials for `target_bits`, or else 7.
+        of its own, and no descent. None: 0 for `target_bits` below `LEAST_STEPPED_BITS`; else as many as the rate
+        wants, told by trials for `target_bits`, or else 7.
       level_bits: bits of mantissa of a level.
-      refits: rounds of rounding and fitting levels anew.
+      refits: rounds of rounding and fitting levels anew. None: 2, or 3 of levels at equal steps.
       share_power: an expert's squared error counts by its share of the layer's squared router probabilities, relative
         to the mean, to this power (`shares`). 0: all experts' count equally.
       descents: passes over all symbols in each of these, see `rate_distortion`.
@@ -219,7 +221,7 @@ class RateDistortion:
     target_bits: float | None = None
     steps: int | None = None
     level_bits: int = 3
-    refits: int = 2
+    refits: int | None = None
     share_power: float = 0.5
     descents: int = 2
     super_weight: float = 1.0
@@ -235,6 +237,10 @@ class RateDistortion:
             raise ValueError("quantization: give lagrangian or target_bits, not both.")
         if self.lagrangian is None and self.target_bits is None:
             object.__setattr__(self, "target_bits", DEFAULT_TARGET_BITS)
+        if self.steps is None and self.target_bits is not None and self.target_bits < LEAST_STEPPED_BITS:
+            object.__setattr__(self, "steps", 0)
+        if self.refits is None:
+            object.__setattr__(self, "refits", 2 if self.steps == 0 else 3)
         for name in ("lagrangian", "target_bits"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
