@@ -114,7 +114,9 @@ def total_divergence(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradients(model, params, trained, inputs, targets):
+def gradients(
+    model: Any, params: Flat, trained: dict[str, jax.Array], inputs: tuple, targets: Targets
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean divergence per predicted token of a batch, and its gradient."""
     mean = lambda trained: total_divergence(model, params, trained, inputs, targets) / jnp.sum(targets.real)
     return jax.value_and_grad(mean)(trained)

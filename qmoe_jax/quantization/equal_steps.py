@@ -153,7 +153,9 @@ def _numbers() -> jax.Array:
     return jnp.concatenate([-up[::-1], up])
 
 
-def choose(w, weight, levels, prices, unused):
+def choose(
+    w: jax.Array, weight: jax.Array, levels: jax.Array, prices: jax.Array, unused: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """argmin over symbols of weight (w - level)^2 + price; ties go to zero, and then to the lower level.
 
     Args:
@@ -176,7 +178,7 @@ def choose(w, weight, levels, prices, unused):
     return symbols, q
 
 
-def values(symbols, levels):
+def values(symbols: jax.Array, levels: jax.Array) -> jax.Array:
     """[columns, rows] from symbols and levels [levels, rows]."""
     q = jnp.zeros(symbols.shape, jnp.float32)
     for k in range(len(levels)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -91,9 +91,9 @@ def compile_gptq(
     H: jax.ShapeDtypeStruct,
     *,
     bits: float,
-    block_size=128,
-    damping=0.1,
-    activation_order=False,
+    block_size: int = 128,
+    damping: float = 0.1,
+    activation_order: bool = False,
 ) -> None:
     """Compiles what `gptq` runs for arrays like these, with their shardings."""
     _gptq.lower(W, H, damping, bits, block_size, None, bool(activation_order)).compile()
@@ -343,7 +343,7 @@ def sum_in_pairs(x: jax.Array) -> jax.Array:
     return x[0]
 
 
-def sum_columns(terms, rows: int, *arrays):
+def sum_columns(terms: Callable[..., Sequence[jax.Array]], rows: int, *arrays: jax.Array) -> list[jax.Array]:
     """Sums of what `terms` makes of columns, in an order of its own (see `sum_in_order`), without keeping it all.
 
     Args:

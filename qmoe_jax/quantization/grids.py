@@ -80,7 +80,7 @@ def _scale_and_zero(grid: Grid) -> tuple[jax.Array, jax.Array]:
     return scale, jnp.round(-grid.low / scale)
 
 
-def coarse(levels, bits: int):
+def coarse(levels: jax.Array, bits: int) -> jax.Array:
     """Rounds float32 to `bits` bits of mantissa."""
     unit = jnp.uint32(1) << (23 - bits)
     word = jax.lax.bitcast_convert_type(levels, jnp.uint32)

@@ -37,8 +37,8 @@ def quantized(settings):
 SETTINGS = [
     QuantizationSettings(token_cap=2.5),
     QuantizationSettings(token_cap=2.5, damping=0.0),
-    QuantizationSettings(method="rd", lagrangian=0.05, token_cap=2.5),
-    QuantizationSettings(method="rd", lagrangian=0.05, token_cap=2.5, damping=0.0),
+    QuantizationSettings(method="rd", lagrangian=0.05, steps=0, token_cap=2.5, min_tokens=0),
+    QuantizationSettings(method="rd", lagrangian=0.05, steps=0, token_cap=2.5, min_tokens=0, damping=0.0),
 ]
 
 
