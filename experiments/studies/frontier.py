@@ -29,7 +29,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = common.define_config("config", str(ROOT / "configs/tiny.py"), "Data and settings.")
 CHECKPOINT = common.define_checkpoint("Uncompressed checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "out/frontier", "Directory for the report and the figure.")
-TARGETS = flags.DEFINE_list("targets", ["0.25", "0.35", "0.5", "0.7", "1.0", "1.3", "1.5"], "Stored bits per weight.")
+TARGETS = flags.DEFINE_list(
+    "targets", ["0.25", "0.35", "0.5", "0.7", "1.0", "1.5", "2.0", "2.5", "3.0"], "Stored bits per weight."
+)
 OUTSIDE = flags.DEFINE_list("outside", [], "JSON files of outside tools' points, on the same model and documents.")
 
 PAPER, GAP = "paper's recipe, its codec", "paper's recipe, gap codec"
@@ -68,7 +70,7 @@ def main(_):
         report = lab.compress(method, bits, codec=codec, target_bits=target_bits, what=name)
         point = dict(
             name=name,
-            bits="ternary" if bits == TERNARY else f"{bits:g} bits",
+            bits="by rate" if method == "rd" else "ternary" if bits == TERNARY else f"{bits:g} bits",
             codec=codec,
             target_bits=target_bits,
             bits_per_weight=report["bits_per_weight"],

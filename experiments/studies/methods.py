@@ -22,6 +22,7 @@ from qmoe_jax.quantization import statistics
 from qmoe_jax.quantization.account import entropy
 from qmoe_jax.quantization.rate_distortion import rate_distortion
 from qmoe_jax.quantization.sharding import expert_sharding
+from qmoe_jax.streaming.exchange import RoutedRows
 from qmoe_jax.streaming.experts import ExpertGroup
 from studies import other_ways
 from studies.laboratory import Laboratory, Result
@@ -50,6 +51,9 @@ class Others:
         self.own = range(lab.checkpoint.config.num_experts)
         self.sample = {s: statistics.sample_rows(np.flatnonzero(mask)) for s, mask in calibrates.items()}
         self.bits = self.weights = 0.0
+
+    def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
+        pass
 
     def __call__(self, group: ExpertGroup) -> dict[str, Any]:
         sharding = expert_sharding(group.stop - group.start)
