@@ -7,7 +7,8 @@
     python experiments/reproduce.py --study=entropy_limit
 
 Tables: 1 expert groups, 2 special-token masking, 3 natural sparsity, 4 losses, 5 other data sets, 6 rates and sizes,
-7 time against calibration. Studies: entropy_limit, calibration, experts, kernels, methods (see studies/open_questions.py).
+7 time against calibration. Studies: entropy_limit, calibration, experts, kernels (see studies/open_questions.py) and
+methods (see studies/methods.py).
 OUT gets NAME.json, NAME.md and NAME.png.
 """
 
