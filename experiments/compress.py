@@ -17,7 +17,6 @@ import interrupts  # noqa: F401, before all that takes time
 
 # isort: split
 
-import contextlib
 import json
 import pathlib
 
@@ -29,7 +28,7 @@ from qmoe_jax import files, reports, resources, streaming
 from qmoe_jax.checkpoints.compressed import is_compressed
 from qmoe_jax.checkpoints.samples import digest, samples
 from qmoe_jax.compression import planning
-from qmoe_jax.compression.compress import compiling, compress_examples, identity_of
+from qmoe_jax.compression.compress import compress_examples, identity_of
 from qmoe_jax.compression.progress import is_unfinished, remove_progress
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.lock import locked_by_first
@@ -96,16 +95,6 @@ def main(_):
     memory = memory._replace(scratch=memory.scratch or str(output.parent))
     if not save and is_compressed(output):
         raise FileExistsError(f"--output={output} holds a compressed checkpoint, which a measurement doesn't replace.")
-    # What finished needs no programs.
-    own = len(processes.share(experts))
-    ahead = contextlib.nullcontext() if earlier else compiling(checkpoint, [quantization], memory, own)
-    with ahead:
-        read_and_run(config, quantization, memory, (checkpoint, vocabulary), output, save, earlier, processes)
-
-
-def read_and_run(config, quantization, memory, model, output, save, earlier, processes) -> None:
-    """Reads the documents, and compresses unless `earlier`, the report of what is in the output, is of the same."""
-    checkpoint, vocabulary = model
     which = ("calibration", "validation") if quantization.calibrated else ("validation",)
     number = {"calibration": config.data.candidates, "validation": None}
     documents = {name: common.examples(config, name, checkpoint, vocabulary, number[name]) for name in which}

@@ -19,7 +19,7 @@ import common
 import qmoe_jax
 from generate import PROMPT, pieces
 from qmoe_jax import files, reports, resources, streaming
-from qmoe_jax.compression.compress import compiling, compress_examples
+from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.quantization.methods import TERNARY
 from qmoe_jax.quantization.settings import QuantizationSettings
 from qmoe_jax.reports.figures import plot_losses
@@ -48,9 +48,23 @@ def main(_):
     memory = common.memory_settings(config)
     stages = resources.Stages()
 
-    settings = {name: QuantizationSettings(method, bits=bits) for name, (method, bits, _) in ROWS.items()}
-    with compiling(checkpoint, settings.values(), memory):
-        found = compressed(checkpoint, vocabulary, calibration, validation, settings, memory, output, stages)
+    rounded = memory._replace(round_weights=True)
+    with stages("bfloat16"):
+        found = {"bfloat16": streaming.run(checkpoint, validation, rounded, what="bfloat16").summary()}
+    for name, (method, bits, codec) in ROWS.items():
+        with stages(name):
+            found[name] = compress_examples(
+                checkpoint,
+                vocabulary,
+                calibration,
+                validation,
+                QuantizationSettings(method, bits=bits),
+                memory,
+                codec=codec,
+                output=output if name == SAVED else None,
+                provenance=checkpoint.provenance,
+                what=name,
+            )
     found["bfloat16"]["bytes_model"] = found[SAVED]["bytes_bfloat16"]
     table = reports.table(reports.COMPRESSION_HEADER, [reports.compression_row(name, r) for name, r in found.items()])
     files.write_json(output / "demo.json", {"reports": found, "seconds": stages.report()})
@@ -65,28 +79,6 @@ def main(_):
         text = "".join(pieces(model, params, vocabulary, prompt, config.generation))
         reports.say(f"\nFilled in by the compressed model (temperature {temperature}):\n  {text}")
     reports.say(f"\nprompt: {prompt}\n{output}: compressed checkpoint, demo.json, demo.md, demo.png")
-
-
-def compressed(checkpoint, vocabulary, calibration, validation, settings, memory, output, stages) -> dict[str, dict]:
-    """Reports by name: of the model as it is, and of what is made of it by each of `settings`."""
-    rounded = memory._replace(round_weights=True)
-    with stages("bfloat16"):
-        found = {"bfloat16": streaming.run(checkpoint, validation, rounded, what="bfloat16").summary()}
-    for name, quantization in settings.items():
-        with stages(name):
-            found[name] = compress_examples(
-                checkpoint,
-                vocabulary,
-                calibration,
-                validation,
-                quantization,
-                memory,
-                codec=ROWS[name][2],
-                output=output if name == SAVED else None,
-                provenance=checkpoint.provenance,
-                what=name,
-            )
-    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from qmoe_jax.errors import CheckpointError
 from qmoe_jax.lock import locked_by_first
 from qmoe_jax.models.family import Example
 from qmoe_jax.processes import Processes
-from qmoe_jax.quantization import ahead
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.quantization.rate_control import RateControl
 from qmoe_jax.quantization.settings import QuantizationSettings, why_not_stored
@@ -276,18 +275,17 @@ class _Run:
         commits = None
         if progress is not None and writer is not None:
             commits = LayerCommits(progress, writer, quantizer, self.weights_of)
-        with compiling(self.checkpoint, [self.quantization], self.memory, len(own)):
-            losses = streaming.run(
-                self.checkpoint,
-                self.examples,
-                self.memory,
-                quantizer=quantizer,
-                commits=commits,
-                processes=self.processes,
-                stages=self.stages,
-                what=self.what,
-                first_measured=self.num_calibration,
-            )
+        losses = streaming.run(
+            self.checkpoint,
+            self.examples,
+            self.memory,
+            quantizer=quantizer,
+            commits=commits,
+            processes=self.processes,
+            stages=self.stages,
+            what=self.what,
+            first_measured=self.num_calibration,
+        )
         missing = set(self.config.sparse_layers) - set(quantizer.accounts)
         if missing:
             raise RuntimeError(f"Sparse layers {sorted(missing)} were not quantized.")
@@ -327,28 +325,6 @@ class LayerCommits:
             kept = self.writer.layers
             state = {"done": done, "kept": kept, "quantizer": self.quantizer.state(), "weights": self.weights_of(kept)}
             self.progress.commit(state, arrays)
-
-
-def compiling(
-    checkpoint: Checkpoint,
-    quantizations: Iterable[QuantizationSettings],
-    memory: streaming.Settings,
-    experts: int | None = None,
-) -> contextlib.AbstractContextManager[None]:
-    """While it lasts, a thread compiles what compressions need for a group of experts; see `ahead`.
-
-    Args:
-      checkpoint, memory: of all of them.
-      quantizations: how, in the order in which they come.
-      experts: of each layer, that this process has; None: all.
-
-    Raises ValueError for a checkpoint whose experts are compressed already.
-    """
-    check_uncompressed(checkpoint)
-    group = max(2, min(memory.experts_per_group, experts or checkpoint.config.num_experts))  # see Quantizer
-    family, layer = checkpoint.family, checkpoint.config.sparse_layers[0]
-    shapes = (checkpoint.specs[family.expert_parameter(layer, m)].shape for m in checkpoint.config.expert.matrices)
-    return ahead.compiling(quantizations, [(group, out, columns) for _, columns, out in shapes])
 
 
 def weights_by_matrix(checkpoint: Checkpoint) -> dict[str, int]:

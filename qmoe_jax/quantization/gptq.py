@@ -86,19 +86,6 @@ def gptq(
     return _gptq(W, H, damping, bits, block_size, group_size, bool(activation_order))
 
 
-def compile_gptq(
-    W: jax.ShapeDtypeStruct,
-    H: jax.ShapeDtypeStruct,
-    *,
-    bits: float,
-    block_size: int = 128,
-    damping: float = 0.1,
-    activation_order: bool = False,
-) -> None:
-    """Compiles what `gptq` runs for arrays like these, with their shardings."""
-    _gptq.lower(W, H, damping, bits, block_size, None, bool(activation_order)).compile()
-
-
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _gptq(W, H, damping, bits, block_size, group_size, activation_order) -> Quantized:
     one = functools.partial(

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 
 from qmoe_jax.quantization.equal_steps import MOST_STEPS
-from qmoe_jax.quantization.gptq import Quantized, compile_gptq, gptq, round_to_nearest
-from qmoe_jax.quantization.rate_distortion import compile_rate_distortion, rate_distortion, refit_levels
+from qmoe_jax.quantization.gptq import Quantized, gptq, round_to_nearest
+from qmoe_jax.quantization.rate_distortion import rate_distortion, refit_levels
 
 TERNARY = 1.5
 LEVELS = {TERNARY: 2, 2: 3}  # beside zero
@@ -60,8 +60,6 @@ class Method(Protocol):
       target_bits: per weight as stored, for which several Lagrangians are tried (`Priced`); None: it isn't tried.
       bits: nominal, for reports: 1.5 is the paper's name for ternary.
       levels: how many values a row has beside zero.
-
-    A method that takes long to compile may have `compile(W, H)` too: for `jax.ShapeDtypeStruct`s like its arrays.
     """
 
     title: ClassVar[str]
@@ -178,14 +176,15 @@ class Gptq:
 
     def __call__(self, W: jax.Array, H: jax.Array | None, importance: jax.Array | None = None) -> Quantized:
         assert H is not None
-        quantized = gptq(W, H, **self._settings())
+        quantized = gptq(
+            W,
+            H,
+            bits=self.bits,
+            block_size=self.block_size,
+            damping=self.damping,
+            activation_order=self.activation_order,
+        )
         return refit_levels(W, H, quantized, damping=self.damping) if self.refits else quantized
-
-    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
-        compile_gptq(W, H, **self._settings())
-
-    def _settings(self) -> dict[str, Any]:
-        return {f: getattr(self, f) for f in ("bits", "block_size", "damping", "activation_order")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,16 +285,22 @@ class RateDistortion:
         codes: Any = None,
         steps: int | None = None,
     ) -> Quantized:
-        return rate_distortion(W, H, lagrangian / importance, codes=codes, **self._settings(steps))
-
-    def compile(self, W: jax.ShapeDtypeStruct, H: jax.ShapeDtypeStruct) -> None:
-        compile_rate_distortion(W, H, **self._settings())
-
-    def _settings(self, steps: int | None = None) -> dict[str, Any]:
+        assert self.refits is not None
         if steps is None:
             steps = MOST_STEPS if self.steps is None else self.steps
-        fields = ("refits", "descents", "level_bits", "block_size", "damping", "activation_order")
-        return {f: getattr(self, f) for f in fields} | {"steps": steps or None}
+        return rate_distortion(
+            W,
+            H,
+            lagrangian / importance,
+            codes=codes,
+            steps=steps or None,
+            refits=self.refits,
+            descents=self.descents,
+            level_bits=self.level_bits,
+            block_size=self.block_size,
+            damping=self.damping,
+            activation_order=self.activation_order,
+        )
 
 
 METHODS: dict[str, Any] = {

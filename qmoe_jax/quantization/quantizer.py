@@ -22,7 +22,7 @@ import numpy as np
 from qmoe_jax import resources
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
 from qmoe_jax.processes import Processes
-from qmoe_jax.quantization import ahead, grids, shares, statistics
+from qmoe_jax.quantization import grids, shares, statistics
 from qmoe_jax.quantization.account import GroupAccount, LayerAccount, gather_groups, group_account, layer_account
 from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized
@@ -228,7 +228,6 @@ class Quantizer:
         with self.stages("quantization"):
             W = kernel.swapaxes(1, 2)  # [experts, out, in]: the quantizer's rows are outputs.
             if R is not None:
-                ahead.ready(match_outputs, W.shape)
                 W = match_outputs(W, H, R, damping=self.how.damping, block_size=self.how.block_size)
             if importance is None and self.method.uses_importance:
                 importance = jax.device_put(jnp.ones(W.shape[:2]), expert_sharding(len(W)))
@@ -236,7 +235,6 @@ class Quantizer:
 
     def _round(self, matrix: str, W, H, importance, weight=None) -> Quantized:
         """The method itself; weights are those that the stored symbols and levels stand for."""
-        ahead.ready(self.method, W.shape)
         weighted = importance if weight is None else importance * weight[:, None]
         if self.method.target_bits is None:
             quantized = self.method(W, H, weighted)

@@ -119,41 +119,6 @@ def rate_distortion(
     return _rate_distortion(W, H, lagrangian, codes, damping, refits, level_bits, block_size, bool(activation_order))
 
 
-def compile_rate_distortion(
-    W: jax.ShapeDtypeStruct,
-    H: jax.ShapeDtypeStruct,
-    *,
-    steps: int | None = None,
-    refits: int = 2,
-    descents: int = 2,
-    level_bits: int = 3,
-    block_size: int = 128,
-    damping: float = 0.1,
-    activation_order: bool = False,
-) -> None:
-    """Compiles what `rate_distortion` runs for arrays like these, with their shardings; one program for all `steps`."""
-    lagrangian = jax.ShapeDtypeStruct(W.shape[:2], jnp.float32, sharding=W.sharding)
-    codes = jax.ShapeDtypeStruct(W.shape[1:2], jnp.int32)
-    if steps is None:
-        settings = (refits, level_bits, block_size, bool(activation_order))
-        _rate_distortion.lower(W, H, lagrangian, codes, damping, *settings).compile()
-        return
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    equal_steps.quantize.lower(
-        W,
-        H,
-        lagrangian,
-        codes,
-        number,
-        damping,
-        refits=refits,
-        descents=descents,
-        level_bits=level_bits,
-        block_size=block_size,
-        activation_order=bool(activation_order),
-    ).compile()
-
-
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _rate_distortion(W, H, lagrangian, codes, damping, refits, level_bits, block_size, activation_order) -> Quantized:
     one = functools.partial(
