@@ -123,8 +123,8 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> None:
         output, chain = folder / f"chain-{len(chains)}", []
         chains.append(chain)
         while True:
-            # Far enough, often, for another layer to be committed.
-            how = {"kill_at": rng.randint(1, events // 2)}
+            # Far enough, often, for another layer to be committed; the very first before anything is.
+            how = {"kill_at": rng.randint(1, events // (2 if chain or len(chains) > 1 else 10))}
             if len(chain) % 4 == 3:
                 if seconds is None:
                     started = time.monotonic()
