@@ -1,4 +1,4 @@
-"""What the modules of all families share: stored parameters, token ids, and the choice of the next token."""
+"""What the modules of all families share: stored parameters, attention, token ids, and the choice of the next token."""
 
 from __future__ import annotations
 
@@ -44,6 +44,34 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self):
         return stored(self, "kernel", self.shape, self.fan_in)
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+def mixed(logits: jax.Array, values: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+    """softmax(logits) values.
+
+    The sums are divided after the product, as there are fewer of them than weights; and XLA's fusion for CPUs makes one
+    slow kernel of a softmax and a product that follows it.
+
+    Args:
+      logits: [..., queries, keys], heads before queries; -inf for keys that aren't seen.
+      values: [..., keys, width], of the dtype of the result; axes before broadcast to those of `logits`.
+      sinks: one more logit for each query, [..., 1], whose weight is left out: the others sum up to less than 1.
+
+    Returns:
+      [..., queries, width].
+    """
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
+    if sinks is not None:
+        total += jnp.exp(sinks - top)
+    weights = weights.astype(values.dtype)
+    y = jnp.matmul(weights, values, precision="highest", preferred_element_type=jnp.float32)
+    return (y / total).astype(values.dtype)
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------

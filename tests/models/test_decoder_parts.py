@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmoe_jax.models.decoder.attention import softmax, visible
+from qmoe_jax.models.common import mixed
+from qmoe_jax.models.decoder.attention import visible
 from qmoe_jax.models.decoder.cache import LayerCache
 from qmoe_jax.models.decoder.config import Rope
 from qmoe_jax.models.decoder.rotary import frequencies, rotate
@@ -75,11 +76,11 @@ def test_a_window_holds_the_query_itself():
 
 
 def test_sinks_take_weight():
-    logits, seen = jnp.array([[1.0, 2.0, 9.0]]), jnp.array([[True, True, False]])
-    weights = softmax(logits, seen, jnp.array([[2.0]]))
+    logits = jnp.array([[1.0, 2.0, -jnp.inf]])
     e = np.exp([1.0, 2.0, 2.0])
+    weights = mixed(logits, jnp.eye(3), jnp.array([[2.0]]))
     np.testing.assert_allclose(weights, [[e[0] / e.sum(), e[1] / e.sum(), 0]], rtol=1e-6)
-    np.testing.assert_allclose(softmax(logits, seen), [[e[0] / e[:2].sum(), e[1] / e[:2].sum(), 0]], rtol=1e-6)
+    np.testing.assert_allclose(mixed(logits, jnp.eye(3)), [[e[0] / e[:2].sum(), e[1] / e[:2].sum(), 0]], rtol=1e-6)
 
 
 def test_a_cache_keeps_each_row_s_last_tokens():

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qmoe_jax.models.common import mixed
 from qmoe_jax.models.decoder.cache import Memory
 from qmoe_jax.models.decoder.config import Rope
 from qmoe_jax.models.decoder.layers import Linear, RMSNorm
@@ -29,22 +30,6 @@ def visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Arra
     query, key = queries[:, :, None], keys[:, None, :]
     seen = (key >= 0) & (key <= query)
     return seen if window is None else seen & (key > query - window)
-
-
-def softmax(logits: jax.Array, seen: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
-    """Weights of the keys that are seen, float32, of the shape of `logits`.
-
-    Args:
-      logits: float32 [..., keys].
-      seen: bool, which broadcasts to it.
-      sinks: one more logit, float32 [..., 1], whose weight is left out: the others sum up to less than 1.
-    """
-    logits = jnp.where(seen, logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / (total if sinks is None else total + jnp.exp(sinks - top))
 
 
 class GroupedAttention(nn.Module):
@@ -106,7 +91,7 @@ class GroupedAttention(nn.Module):
         query = rotate(query, positions, self.rope)
         query = query.reshape(*query.shape[:2], keys.shape[2], -1, self.head_dim)  # [batch, q, groups, per group, dim]
         logits = jnp.einsum("bqgrd,bkgd->bgrqk", query, keys, precision="highest", preferred_element_type=jnp.float32)
+        logits = jnp.where(seen[:, None, None], logits * self.head_dim**-0.5, -jnp.inf)
         sinks = self.sinks.astype(jnp.float32).reshape(*logits.shape[1:3], 1, 1) if self.has_sinks else None
-        weights = softmax(logits * self.head_dim**-0.5, seen[:, None, None], sinks).astype(self.dtype)
-        y = jnp.einsum("bgrqk,bkgd->bqgrd", weights, values, precision="highest")
-        return self.o_proj(y.reshape(*h.shape[:2], -1))
+        y = mixed(logits, values.swapaxes(1, 2)[:, :, None], sinks)  # [batch, groups, per group, q, dim]
+        return self.o_proj(jnp.moveaxis(y, 3, 1).reshape(*h.shape[:2], -1))

@@ -12,8 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qmoe_jax.models.common import Kernel
-from qmoe_jax.models.decoder.attention import softmax
+from qmoe_jax.models.common import Kernel, mixed
 from qmoe_jax.models.decoder.cache import Memory
 from qmoe_jax.models.decoder.layers import Linear, RMSNorm
 from qmoe_jax.models.decoder.rotary import rotate
@@ -74,9 +73,9 @@ class LatentAttention(nn.Module):
         else:
             keys = einsum("bkr,rhd->bkhd", latent, to_key)
             logits += einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
-        weights = softmax(logits * c.softmax_scale, seen[:, None]).astype(self.dtype)
+        logits = jnp.where(seen[:, None], logits * c.softmax_scale, -jnp.inf)
         if single:
-            y = einsum("bqhr,rhd->bqhd", einsum("bhqk,bkr->bqhr", weights, latent), to_value)
+            y = einsum("bhqr,rhd->bqhd", mixed(logits, latent[:, None]), to_value)
         else:
-            y = einsum("bhqk,bkhd->bqhd", weights, einsum("bkr,rhd->bkhd", latent, to_value))
+            y = mixed(logits, einsum("bkr,rhd->bhkd", latent, to_value)).swapaxes(1, 2)
         return self.o_proj(y.reshape(*h.shape[:2], -1))

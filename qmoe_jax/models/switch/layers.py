@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qmoe_jax.models.common import MASKED, Kernel, fan_in_normal
+from qmoe_jax.models.common import MASKED, Kernel, fan_in_normal, mixed
 from qmoe_jax.models.switch.config import ModelConfig
 
 
@@ -99,8 +99,7 @@ class Attention(nn.Module):
         """Attention of x [batch, queries, d_model] with an additive bias [batch or 1, heads or 1, queries, keys]."""
         query = self._heads(x, self.query())
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, keys, precision="highest") + bias
-        weights = jax.nn.softmax(logits, axis=-1)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, values, precision="highest")
+        y = mixed(logits, values.swapaxes(1, 2)).swapaxes(1, 2)  # [batch, queries, heads, head_dim]
         return jnp.matmul(y.reshape(*y.shape[:-2], -1), self.out().astype(self.dtype), precision="highest")
 
     def __call__(self, x: jax.Array, inputs: jax.Array, bias: jax.Array) -> jax.Array:
