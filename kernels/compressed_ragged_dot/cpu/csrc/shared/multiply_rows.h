@@ -8,7 +8,7 @@ inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
   Levels levels[kRows];
   Vector sum[kRows][kTokens][kSums];
   const uint8_t* symbols[kRows];
-  const float* x = rows.x + token * rows.x_stride;
+  const float* x = rows.x + token * rows.token_stride;
   for (int r = 0; r < kRows; ++r) {
     LoadLevels(rows.levels + (row + r) * rows.levels_per_row, rows.levels_per_row, &levels[r]);
     symbols[r] = rows.Row(row + r);
@@ -24,7 +24,7 @@ inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
 #pragma GCC unroll 8
       for (int k = 0; k < kSymbols; ++k) {
         for (int t = 0; t < kTokens; ++t) {
-          const Vector v = Load(x + t * rows.x_stride + i + k * kLanesPerBlock + lane);
+          const Vector v = Load(x + t * rows.token_stride + i + k * kLanesPerBlock + lane);
           for (int r = 0; r < kRows; ++r) {
             Vector& s = sum[r][t][k % kSums];
             s = MultiplyAdd(Weights(levels[r], codes[r]), v, s);
