@@ -70,15 +70,12 @@ def _multiply(lhs, rhs, group_sizes, *, isa):
         return jnp.zeros((tokens, out), lhs.dtype)
     _prepare(rhs.codec, rhs.levels.shape[2])
     parts = CODECS[rhs.codec].number_of_parts(rhs.data)
-    x = lhs if parts == 1 else lhs.astype(jnp.float32)  # Sums of parts are rounded once, at last.
     padded = -(-width // (BLOCK * parts)) * BLOCK
-    scratch = 4 * tokens * parts * padded + ACTIVE_BYTES * min(experts, tokens) * parts + ALIGNMENT
-    results = jax.ShapeDtypeStruct((tokens * parts, out), x.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
+    scratch = 4 * tokens * parts * padded + ACTIVE_BYTES * min(experts, tokens) + ALIGNMENT
+    results = jax.ShapeDtypeStruct((tokens, out), lhs.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
     call = jax.ffi.ffi_call(f"{TARGET}_{rhs.codec}", results, vmap_method="sequential")
     arrays = [rhs.data[name] for name in CODECS[rhs.codec].ARRAYS]
-    result, _ = call(x, *arrays, rhs.levels, group_sizes, isa=isa)
-    if parts > 1:
-        result = jnp.sum(result.reshape(tokens, parts, out), axis=1).astype(lhs.dtype)
+    result, _ = call(lhs, *arrays, rhs.levels, group_sizes, isa=isa)
     return varying_as(result, lhs, group_sizes)
 
 

@@ -195,7 +195,7 @@ ffi::ErrorOr<Gap> Checked(ffi::Buffer<ffi::U32> words, ffi::Buffer<ffi::S32> wor
   const auto shape = starts.dimensions();
   const auto experts = word_counts.element_count();
   const int64_t classes = experts > 0 ? parameters.element_count() / experts : 1;
-  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || classes < 1 ||
+  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || classes < 1 || classes > kMostParts ||
       shape[2] < classes || shape[2] % classes != 0 || skips.element_count() != starts.element_count() ||
       parameters.element_count() != experts * classes || group_sizes.element_count() != experts ||
       levels.dimensions().size() != 3 || levels.dimensions()[0] != shape[0]) {
