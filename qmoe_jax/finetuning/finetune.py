@@ -227,18 +227,7 @@ def write(
 
     Returns the bytes of its experts.
     """
-    assert checkpoint.codec is not None
-    manifest = getattr(checkpoint, "manifest", {})
-    shards = next((len(layer.get("shards", [0])) for layer in manifest.get("layers", {}).values()), None)
-    done = {
-        "checkpoint": checkpoint.path,
-        "manifest_sha256": manifest.get("sha256"),
-        "original": original.path,
-        "documents": documents,
-        "settings": dataclasses.asdict(settings),
-    }
-    provenance = {**checkpoint.provenance, "finetuned": [*checkpoint.provenance.get("finetuned", []), done]}
-    told = (checkpoint.config, checkpoint.quantization, checkpoint.codec, provenance, shards)
+    told = destination(checkpoint, original, settings, documents)
     with CompressedWriter(output, *told) as writer:
         for layer in checkpoint.config.sparse_layers:
             matrices = {}
@@ -249,6 +238,24 @@ def write(
             writer.write_layer(layer, matrices)
         writer.finish({name: np.asarray(trained.get(name, params[name])) for name in checkpoint.specs})
         return sum(layer["bytes"] for layer in writer.layers.values())
+
+
+def destination(
+    checkpoint: Checkpoint, original: Checkpoint, settings: Settings, documents: int, **more: Any
+) -> tuple[Any, ...]:
+    """What `CompressedWriter` is told of the new checkpoint: as of the old one, with what was done in its provenance."""
+    assert checkpoint.codec is not None
+    manifest = getattr(checkpoint, "manifest", {})
+    shards = next((len(layer.get("shards", [0])) for layer in manifest.get("layers", {}).values()), None)
+    done = {
+        "checkpoint": checkpoint.path,
+        "manifest_sha256": manifest.get("sha256"),
+        "original": original.path,
+        "documents": documents,
+        "settings": dataclasses.asdict(settings) | more,
+    }
+    provenance = {**checkpoint.provenance, "finetuned": [*checkpoint.provenance.get("finetuned", []), done]}
+    return checkpoint.config, checkpoint.quantization, checkpoint.codec, provenance, shards
 
 
 def recovered(original: float, before: float, after: float) -> float | None:

@@ -51,13 +51,18 @@ def trainable(params: Flat, config: Config, parts: Collection[str]) -> dict[str,
     return found
 
 
-def with_trained(params: Flat, trained: Mapping[str, jax.Array]) -> Any:
-    """The model's whole parameter tree with these in place, rounded to bfloat16; differentiable, straight through."""
-    placed = dict(params)
+def placed(params: Flat, trained: Mapping[str, jax.Array]) -> Flat:
+    """Parameters by name with these in place, rounded to bfloat16; differentiable, straight through."""
+    found = dict(params)
     for name, value in trained.items():
         old = params[name]
-        placed[name] = old.with_levels(value) if isinstance(old, CompressedExperts) else _rounded(value)
-    return traverse_util.unflatten_dict(placed, sep="/")
+        found[name] = old.with_levels(value) if isinstance(old, CompressedExperts) else _rounded(value)
+    return found
+
+
+def with_trained(params: Flat, trained: Mapping[str, jax.Array]) -> Any:
+    """The model's whole parameter tree with these in place, as `placed`."""
+    return traverse_util.unflatten_dict(placed(params, trained), sep="/")
 
 
 def _rounded(value: jax.Array) -> jax.Array:
