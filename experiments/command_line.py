@@ -120,6 +120,15 @@ def _keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def _compile_quickly() -> None:
+    """XLA for CPUs with the older of its two ways to emit fusions: compiles in two thirds of the time, runs as fast.
+
+    XLA ends a process that gives it a flag which it doesn't know: jax 0.11 has this one no more.
+    """
+    if jax.__version_info__[:2] == (0, 10):
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+
+
 def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
     """Turns what a user can mend (bad input, no space, no permission), Ctrl-C and SIGTERM into one line.
 
@@ -131,6 +140,7 @@ def without_traceback(main: Callable[[Any], None]) -> Callable[[Any], None]:
         interrupts.raise_them()
         resources.keep_one_heap()
         _keep_programs()
+        _compile_quickly()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it does, and traces of what it raises.
         try:

@@ -19,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
-from qmoe_jax import finetuning, reports, resources, streaming
+from qmoe_jax import codecs, finetuning, reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
 from qmoe_jax.checkpoints.samples import digest, samples
@@ -73,6 +73,7 @@ def default_config() -> config_dict.ConfigDict:
             preset="",  # published size to check the checkpoint against, such as switch_base_128; MaxText's may need it
             dtype="float32",  # of activations
             implementation=config_dict.placeholder(str),  # of products on compressed experts; None: the best that works
+            codec=config_dict.placeholder(str),  # of compressed experts in memory, when generating; None: as stored
             # What checkpoints may not tell, such as top_k.
             **{field: config_dict.placeholder(kind) for field, (kind, _) in families.untold().items()},
         ),
@@ -153,6 +154,15 @@ def choose_implementation(config: config_dict.ConfigDict) -> None:
         known = ", ".join(api.IMPLEMENTATIONS)
         raise ValueError(f"config.model.implementation: found {name!r}, expected one of {known}.")
     os.environ[api.ENVIRONMENT] = name
+
+
+def codec_in_memory(config: config_dict.ConfigDict) -> str | None:
+    """What the config names for compressed experts in memory. Raises ValueError for an unknown codec."""
+    name = config.model.codec
+    if name is not None and name not in codecs.CODECS:
+        known = ", ".join(codecs.CODECS)
+        raise ValueError(f"config.model.codec: found {name!r}, expected one of {known}.")
+    return name
 
 
 def examples(

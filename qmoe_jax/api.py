@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from qmoe_jax import finetuning
+from qmoe_jax import codecs, finetuning
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
+from qmoe_jax.codecs.experts import in_codec
 from qmoe_jax.compression.choosing import choose_examples
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.expert_parallel import check_mesh, place_param
@@ -25,7 +26,12 @@ from qmoe_jax.streaming import Settings
 
 
 def load(
-    path: str | os.PathLike, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **overrides: Any
+    path: str | os.PathLike,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    codec: str | None = None,
+    **overrides: Any,
 ) -> tuple[Any, Any]:
     """The model and its whole parameter tree from a checkpoint of any layout.
 
@@ -34,6 +40,8 @@ def load(
         parent, or file), MaxText, Hugging Face, a published QMoE model.
       dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
       mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
+      codec: that compressed experts have in memory, a name of `codecs.CODECS`; None: as they are stored. 'nibbles'
+        takes four bits a weight, and is faster on a CPU where experts have more than a bit.
       **overrides: fields of the architecture that the checkpoint doesn't tell, such as top_k=2; or
         preset='qwen3_30b_a3b', see `open_checkpoint`.
 
@@ -42,7 +50,8 @@ def load(
 
     Raises:
       CheckpointError: nothing readable there; says what was found and what was expected.
-      ValueError: another dtype, fields that the architecture doesn't have, or devices that don't divide the experts.
+      ValueError: another dtype, fields that the architecture doesn't have, a codec that is unknown or can't hold the
+        experts, or devices that don't divide the experts.
     """
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype {dtype!r}: expected float32 or bfloat16.")
@@ -52,7 +61,12 @@ def load(
     if mesh is not None:
         check_mesh(mesh, checkpoint.config.num_experts)
 
-    params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
+    def place(name, value):
+        return place_param(name, in_codec(value, codec), mesh, checkpoint.is_expert(name))
+
+    if codec is not None:
+        codecs.get(codec)
+    params = checkpoint.load(place)
     return checkpoint.family.model(checkpoint.config, dtype, mesh), params
 
 

@@ -25,7 +25,7 @@ def reader():
 
 @pytest.mark.parametrize(
     ("codec", "num_levels"),
-    [("gap", 2), ("gap", 3), ("gap", 6), ("gap", 9), ("dictionary", 2)],
+    [("gap", 2), ("gap", 3), ("gap", 6), ("gap", 9), ("dictionary", 2), ("nibbles", 15)],
     ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("zeros", [0.3, 0.885, 0.995, 1.0])
@@ -50,6 +50,21 @@ def test_the_reader_of_the_documentation_knows_levels_of_a_ladder(reader):
     stored = CompressedExperts.from_symbols(symbols, levels, "gap").stored()
     assert stored["level_formats"][0, 4] == 128 + 5
     values = np.concatenate([np.zeros((1, 40, 1)), levels.astype(np.float32)], axis=-1)
+    expected = np.take_along_axis(values, symbols.astype(int), axis=-1)
+    np.testing.assert_array_equal(reader["read_gap"](stored, symbols.shape), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("unused", [0, 0.5, 0.9])
+def test_the_reader_of_the_documentation_knows_rice_codes(sign, unused, reader):
+    rng = np.random.default_rng(0)
+    levels = np.exp(0.2 * rng.standard_normal((2, 80, 2))) * [-1, sign]
+    levels[0, 5] = 1, 2  # so that signs take bits
+    levels = np.sort(np.where(rng.random((2, 80, 1)) < unused, 0, levels).astype(jnp.bfloat16), axis=-1)
+    symbols = rng.integers(0, 3, (2, 80, 20)).astype(np.uint8)
+    stored = CompressedExperts.from_symbols(symbols, levels, "gap").stored()
+    assert (stored["level_formats"][:, 3] >= 4).all()
+    values = np.concatenate([np.zeros((2, 80, 1)), levels.astype(np.float32)], axis=-1)
     expected = np.take_along_axis(values, symbols.astype(int), axis=-1)
     np.testing.assert_array_equal(reader["read_gap"](stored, symbols.shape), expected)
 

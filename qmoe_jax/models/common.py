@@ -1,11 +1,11 @@
-"""What the modules of all families share: stored parameters, attention, token ids, and the choice of the next token."""
+"""What the modules of all families share: stored parameters, attention, token ids, batches, the next token."""
 
 from __future__ import annotations
 
 import math
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -95,6 +95,40 @@ def as_tokens(name: str, tokens: Any, vocab_size: int) -> jax.Array:
     if not traced and tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise ValueError(f"{name}: found ids from {tokens.min()} to {tokens.max()}, expected 0 to {vocab_size - 1}.")
     return jnp.asarray(tokens, jnp.int32)
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+def shapes(
+    lengths: Sequence[int], multiple: int, most_rows: Callable[[int, list[int]], int]
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Which examples are padded to which length, in batches of how many rows: few shapes, as programs are compiled for
+    each.
+
+    Where there are too few examples of a rounded length for one batch, they join the next longer ones.
+
+    Args:
+      lengths: of the examples.
+      multiple: to which lengths are rounded up.
+      most_rows: of a batch of such a length, and of these examples; 1 is taken for less.
+
+    Returns:
+      (length, rows, examples) by length; rows is a power of two, and the batches but the last one are full.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, n in enumerate(lengths):
+        groups.setdefault(max(-(-n // multiple), 1) * multiple, []).append(i)
+    members: list[int] = []
+    for length, own in sorted(groups.items()):
+        members = members + own
+        rows = 1 << (max(most_rows(length, members), 1).bit_length() - 1)
+        if len(members) < rows and length < max(groups):
+            continue
+        while rows >= 2 * len(members):
+            rows //= 2
+        yield length, rows, members
+        members = []
 
 
 # --- The next token ---------------------------------------------------------------------------------------------------

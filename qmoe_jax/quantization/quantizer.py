@@ -284,5 +284,5 @@ class Quantizer:
 @jax.jit
 def _as_stored(quantized: Quantized) -> Quantized:
     """Levels are kept in bfloat16; what is computed with them from here on is what a reader will have."""
-    levels = quantized.levels.astype(jnp.bfloat16)
+    levels = grids.without_unused(quantized.symbols, quantized.levels.astype(jnp.bfloat16))
     return quantized._replace(Q=grids.dequantize(quantized.symbols, levels), levels=levels)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qmoe_jax.codecs.experts import CompressedExperts
+from qmoe_jax.quantization import grids
 from qmoe_jax.quantization.account import entropy
 from qmoe_jax.quantization.equal_steps import MOST_STEPS, narrowed
 from qmoe_jax.quantization.methods import Priced
@@ -105,6 +106,7 @@ def _rate(symbols: np.ndarray, levels: np.ndarray, codec: str | None) -> float:
     """Bits per weight of these rows."""
     if codec is None:
         return float(np.mean([entropy(s) for s in symbols]))
+    levels = np.asarray(grids.without_unused(symbols, levels))
     return 8 * CompressedExperts.from_symbols(symbols, levels, codec).nbytes / symbols.size
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from qmoe_jax.data.text import Paths, read_documents
 from qmoe_jax.errors import DataError
+from qmoe_jax.models.common import shapes
 from qmoe_jax.models.decoder.stream import TEXT
 from qmoe_jax.models.decoder.vocabulary import Vocabulary
 from qmoe_jax.models.family import Example
@@ -146,7 +147,7 @@ def make_batches(examples: Sequence[Example], tokens_per_batch: int) -> list[Bat
     """Batches of examples of similar length; every example is in exactly one row.
 
     Lengths are rounded up to a multiple. All examples of one rounded length form batches of one shape, whose row count
-    is a power of two; the last of them is filled up with empty rows.
+    is a power of two; the last of them is filled up with empty rows. Too few for a batch join the next longer ones.
 
     Args:
       examples: (tokens [length],) each.
@@ -156,16 +157,12 @@ def make_batches(examples: Sequence[Example], tokens_per_batch: int) -> list[Bat
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: found {tokens_per_batch}, expected at least 1.")
-    groups: dict[int, list[int]] = {}
-    for i, (tokens,) in enumerate(examples):
-        groups.setdefault(-(-(len(tokens) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, []).append(i)
-    return [batch for group in sorted(groups.items()) for batch in _of_one_shape(examples, *group, tokens_per_batch)]
+    lengths = [len(tokens) - 1 for (tokens,) in examples]
+    groups = shapes(lengths, LENGTH_MULTIPLE, lambda length, _: tokens_per_batch // length)
+    return [batch for group in groups for batch in _of_one_shape(examples, *group)]
 
 
-def _of_one_shape(examples, length: int, members: list[int], tokens_per_batch: int) -> Iterator[Batch]:
-    rows = 1 << (max(tokens_per_batch // length, 1).bit_length() - 1)  # The power of two below.
-    while rows >= 2 * len(members):
-        rows //= 2
+def _of_one_shape(examples, length: int, rows: int, members: list[int]) -> Iterator[Batch]:
     for first in range(0, len(members), rows):
         batch = Batch(
             np.full(rows, -1, np.int32), np.zeros((rows, length), np.int32), np.full((rows, length), NOTHING, np.int32)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qmoe_jax.models.common import shapes
 from qmoe_jax.models.switch.span_corruption import corrupt
 from qmoe_jax.models.switch.vocabulary import PAD, Vocabulary
 
@@ -46,7 +47,8 @@ def make_batches(
     """Batches of examples of similar length; every example is in exactly one row.
 
     Encoder lengths are rounded up to `encoder_multiple`. All examples of one rounded length form batches of
-    one shape, whose row count is a power of two; the last of them is filled up with empty rows.
+    one shape, whose row count is a power of two; the last of them is filled up with empty rows. Where there are too few
+    of a length for one batch, they join the next longer ones: a shape costs more, as programs are compiled for each.
 
     Args:
       pairs: (encoder [Le], decoder [Ld + 1]) per example, as `load_examples` gives them.
@@ -66,20 +68,21 @@ def make_batches(
             f"tokens_per_batch {tokens_per_batch}, encoder_multiple {encoder_multiple} and decoder_multiple "
             f"{decoder_multiple} have to be at least 1."
         )
-    groups: dict[int, list[int]] = {}
-    for i, (encoder, _) in enumerate(pairs):
-        groups.setdefault(_round_up(len(encoder), encoder_multiple), []).append(i)
+
+    def decoder_length(members: list[int]) -> int:
+        longest = max(len(pairs[i][1]) - 1 for i in members)
+        return max(-(-longest // decoder_multiple), 1) * decoder_multiple
+
+    def most_rows(encoder_length: int, members: list[int]) -> int:
+        return tokens_per_batch // (encoder_length + decoder_length(members))
 
     batches = []
-    for encoder_length, members in sorted(groups.items()):
-        decoder_length = _round_up(max(len(pairs[i][1]) - 1 for i in members), decoder_multiple)
-        rows = _power_of_two_below(tokens_per_batch // (encoder_length + decoder_length))
-        while rows >= 2 * len(members):
-            rows //= 2
+    for encoder_length, rows, members in shapes([len(encoder) for encoder, _ in pairs], encoder_multiple, most_rows):
         members = sorted(members, key=lambda i: len(pairs[i][0]))
+        length = decoder_length(members)
         for first in range(0, len(members), rows):
             indices = members[first : first + rows]
-            batches.append(_pad(pairs, indices, rows, encoder_length, decoder_length))
+            batches.append(_pad(pairs, indices, rows, encoder_length, length))
     return batches
 
 
@@ -97,14 +100,6 @@ def _pad(pairs, indices: Sequence[int], rows: int, encoder_length: int, decoder_
         batch.decoder_input_tokens[row, : len(decoder) - 1] = decoder[:-1]
         batch.decoder_target_tokens[row, : len(decoder) - 1] = decoder[1:]
     return batch
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return max(-(-n // multiple), 1) * multiple
-
-
-def _power_of_two_below(n: int) -> int:
-    return 1 << (max(n, 1).bit_length() - 1)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
