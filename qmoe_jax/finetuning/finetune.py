@@ -243,7 +243,7 @@ def write(
 def destination(
     checkpoint: Checkpoint, original: Checkpoint, settings: Settings, documents: int, **more: Any
 ) -> tuple[Any, ...]:
-    """What `CompressedWriter` is told of the new checkpoint: as of the old one, with what was done in its provenance."""
+    """What `CompressedWriter` is told of the new checkpoint: as of the old one, and in its provenance what was done."""
     assert checkpoint.codec is not None
     manifest = getattr(checkpoint, "manifest", {})
     shards = next((len(layer.get("shards", [0])) for layer in manifest.get("layers", {}).values()), None)

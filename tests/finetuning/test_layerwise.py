@@ -20,9 +20,10 @@ def compressed(tiny, tmp_path_factory):
     """(compressed checkpoint, original, documents)"""
     original = qmoe_jax.open_checkpoint(tiny.checkpoint)
     task = original.family.task
-    documents = list(task.load(tiny.calibration, task.vocabulary(tiny.vocabulary), tiny_model.NUM_CALIBRATION))
+    vocabulary = task.vocabulary(tiny.vocabulary)
+    documents = list(task.load(tiny.calibration, vocabulary, tiny_model.NUM_CALIBRATION))
     output = tmp_path_factory.mktemp("compressed") / "out"
-    compress_examples(original, None, None, documents[:2], QuantizationSettings("rtn"), MEMORY, output=output)
+    compress_examples(original, vocabulary, None, documents[:2], QuantizationSettings("rtn"), MEMORY, output=output)
     return qmoe_jax.open_checkpoint(output), original, documents
 
 
@@ -66,7 +67,7 @@ def last_activations(checkpoint, documents):
 
 def test_the_errors_that_are_reported_are_those_of_what_is_stored(compressed, tuned):
     """Of the last layer, whose output is that of the whole pass."""
-    (before, original, documents), (checkpoint, report) = compressed, tuned
+    (_, original, documents), (checkpoint, report) = compressed, tuned
     _, held_out = finetuning.training.split(len(documents), SETTINGS)
     held = [documents[i] for i in held_out]
     found, target = (last_activations(c, held) for c in (checkpoint, original))
