@@ -19,7 +19,7 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.compression.progress import Progress, fingerprint
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.finetuning import teacher
-from qmoe_jax.finetuning.parts import LEVELS, PARTS, Flat, part_of, rising, trainable
+from qmoe_jax.finetuning.parts import LEVELS, PARTS, Flat, part_of, rising, trainable, with_trained_levels
 from qmoe_jax.finetuning.training import Documents, Run, Settings, State, split
 from qmoe_jax.lock import locked
 from qmoe_jax.models.family import Example
@@ -80,6 +80,11 @@ def finetune_examples(
                 params = flat_params(checkpoint)
             model = checkpoint.family.model(checkpoint.config, jnp.float32, None)
             start = trainable(params, checkpoint.config, settings.parts)
+            if not start:
+                raise ValueError(
+                    f"parts: of {', '.join(settings.parts)}, {checkpoint.path} has nothing to train (levels that share a "
+                    "ladder stay as they are). Give other parts."
+                )
             run = Run(model, params, documents, trained_on, held_out, settings)
             state = _train(run, start, progress, stages)
             with stages("writing"):
@@ -233,7 +238,9 @@ def write(
             matrices = {}
             for matrix, name in checkpoint.matrices(layer).items():
                 experts = params[name]
-                matrices[matrix] = experts.with_levels(rising(trained[name])) if name in trained else experts
+                if name in trained:
+                    experts = with_trained_levels(experts, rising(trained[name]))
+                matrices[matrix] = experts
                 matrices[matrix].validate()
             writer.write_layer(layer, matrices)
         writer.finish({name: np.asarray(trained.get(name, params[name])) for name in checkpoint.specs})
