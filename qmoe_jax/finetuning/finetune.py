@@ -82,8 +82,8 @@ def finetune_examples(
             start = trainable(params, checkpoint.config, settings.parts)
             if not start:
                 raise ValueError(
-                    f"parts: of {', '.join(settings.parts)}, {checkpoint.path} has nothing to train (levels that share a "
-                    "ladder stay as they are). Give other parts."
+                    f"parts: of {', '.join(settings.parts)}, {checkpoint.path} has nothing to train (levels that "
+                    "share a ladder stay as they are). Give other parts."
                 )
             run = Run(model, params, documents, trained_on, held_out, settings)
             state = _train(run, start, progress, stages)
