@@ -22,7 +22,7 @@ from qmoe_jax.finetuning import teacher
 from qmoe_jax.finetuning.parts import LEVELS, PARTS, Flat, part_of, rising, trainable, with_trained_levels
 from qmoe_jax.finetuning.training import Documents, Run, Settings, State, split
 from qmoe_jax.lock import locked
-from qmoe_jax.models.family import Example
+from qmoe_jax.models.family import Config, Example
 from qmoe_jax.streaming import OwnRows
 
 STATE, LOG_P, TOKENS = "x", "log_p", "tokens"  # arrays that are committed; 'x' is the one that changes
@@ -249,7 +249,7 @@ def write(
 
 def destination(
     checkpoint: Checkpoint, original: Checkpoint, settings: Settings, documents: int, **more: Any
-) -> tuple[Any, ...]:
+) -> tuple[Config, Any, str, dict[str, Any], int | None]:
     """What `CompressedWriter` is told of the new checkpoint: as of the old one, and in its provenance what was done."""
     assert checkpoint.codec is not None
     manifest = getattr(checkpoint, "manifest", {})

@@ -97,9 +97,10 @@ def finetune_layers(
     with locked(output):
         progress = Progress(output, identity, resume, share=commit_share)
         told = destination(checkpoint, original, settings, len(examples), layerwise=target)
-        kept = progress.committed["kept"] if progress.committed else None
-        if kept is not None:
-            reports.say(f"{progress.output}: going on after {progress.committed['done']} layers")
+        kept = None
+        if (committed := progress.committed) is not None:
+            kept = committed["kept"]
+            reports.say(f"{progress.output}: going on after {committed['done']} layers")
         try:
             with CompressedWriter(output, *told, layers=kept) as writer:
                 try:
@@ -152,9 +153,11 @@ class Step:
 
     @classmethod
     def of(cls, layer: Layer, family: Any) -> Step:
-        expert, attend, arguments = layer.expert, layer.attend, ()
-        if isinstance(attend, functools.partial) and not attend.keywords:
-            attend, arguments = attend.func, attend.args
+        expert = layer.expert
+        given: Any = layer.attend
+        attend, arguments = given, ()
+        if isinstance(given, functools.partial) and not given.keywords:
+            attend, arguments = given.func, given.args
         names = () if expert is None else (*expert.matrices, *expert.biases)
         below = lambda name: family.expert_parameter(layer.name, name).removeprefix(f"{layer.name}/")
         return cls(attend, arguments, expert, tuple((name, below(name)) for name in names))

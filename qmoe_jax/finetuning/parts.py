@@ -75,8 +75,22 @@ def with_trained_levels(experts: CompressedExperts, trained: jax.Array) -> Compr
     """The experts with levels that are, or have as their steps, what `trainable_levels` gave, trained."""
     number = experts.levels.shape[2]
     if number > FREE_LEVELS and trained.shape[2] == 1:
-        trained = jnp.abs(_rounded(trained)) * numbers(number)  # Training may lead a small step below 0.
-    return experts.with_levels(trained)
+        step = _as_coarse_as(experts.levels[:, :, number // 2, None], trained)
+        return experts.with_levels(jnp.abs(step) * numbers(number))  # Training may lead a small step below 0.
+    return experts.with_levels(_as_coarse_as(experts.levels, trained))
+
+
+def _as_coarse_as(old: jax.Array, value: jax.Array) -> jax.Array:
+    """float32 [experts, ...] rounded to the mantissa bits that the expert's old ones, bfloat16, need; straight through.
+
+    So they take as many bits when they are packed.
+    """
+    old_bits = jax.lax.bitcast_convert_type(old, jnp.uint16).astype(jnp.uint32) & 127
+    used = jnp.bitwise_or.reduce(old_bits.reshape(len(old), -1), axis=1).reshape(-1, *[1] * (old.ndim - 1)) | 128
+    unit = (used & -used) << 16  # the lowest bit that is used, as one of float32
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type(bits + unit // 2 & ~(unit - 1), jnp.float32)
+    return value + jax.lax.stop_gradient(rounded - value)
 
 
 def placed(params: Flat, trained: Mapping[str, jax.Array]) -> Flat:

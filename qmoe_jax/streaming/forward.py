@@ -178,6 +178,7 @@ class Pass:
             for delivery in self.deliveries(layer, routed, y):
                 group: dict[str, Any] | None = delivery.kernels
                 if quantizer is not None:
+                    assert layer.expert is not None  # Something is routed to it.
                     group = quantizer(delivery.group(layer.name, layer.stream, layer.expert))
                 if group is not None:
                     self.add_experts(layer, delivery, group)

@@ -213,6 +213,14 @@ def test_levels_that_share_a_ladder_share_it_after_training(num_levels):
         np.testing.assert_array_equal((step * ladder).astype(ml_dtypes.bfloat16).astype(np.float64), levels)
 
 
+def test_levels_keep_to_the_mantissa_bits_that_they_had():
+    old = np.array([[[-1.5, 0.75]], [[-1.0078125, 1.0]]], ml_dtypes.bfloat16)  # need 1 and 7 bits
+    experts = CompressedExperts.from_symbols(np.ones((2, 1, 4), np.uint8), old, "gap")
+    value = jnp.array([[[-1.26, 0.6]], [[-1.26, 0.999]]])
+    found = parts.with_trained_levels(experts, value).levels.astype(jnp.float32)
+    np.testing.assert_array_equal(found, [[[-1.5, 0.5]], [[-1.2578125, 1.0]]])
+
+
 # --- The teacher -----------------------------------------------------------------------------------------------------
 
 
