@@ -85,7 +85,8 @@ def default_config() -> config_dict.ConfigDict:
         finetune={  # see `finetuning.Settings`
             field.name: ",".join(field.default) if field.name == "parts" else field.default
             for field in dataclasses.fields(finetuning.Settings)
-        },
+        }
+        | {"layerwise": config_dict.placeholder(str)},  # a layer at a time, towards one of `finetuning.TARGETS`
         save=config_dict.placeholder(bool),  # None: if the codec holds them (2-bit experts: gap)
         compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
         mesh=dict(experts=1),  # devices that a layer's experts are spread over, in evaluation and generation
@@ -212,6 +213,12 @@ def quantization_settings(config: config_dict.ConfigDict) -> QuantizationSetting
 def finetuning_settings(config: config_dict.ConfigDict) -> finetuning.Settings:
     """What the config says; names of parts are joined by commas there. Raises ValueError that names the field."""
     fields = config.finetune.to_dict()
+    target = fields.pop("layerwise")
+    if target is not None and target not in finetuning.TARGETS:
+        raise ValueError(
+            f"config.finetune.layerwise: found {target!r}, expected one of {', '.join(finetuning.TARGETS)}, or nothing "
+            "for the whole model at once."
+        )
     try:
         parts = tuple(filter(None, re.split(r"[\s,]+", fields["parts"])))
         return finetuning.Settings(**fields | {"parts": parts})

@@ -193,6 +193,7 @@ def finetune(
     vocabulary: str | os.PathLike,
     calibration: Any,
     num_calibration: int = 2_000,
+    layerwise: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains what isn't quantized to predict what the original model predicts; a new compressed checkpoint.
@@ -207,10 +208,13 @@ def finetune(
       vocabulary: the model's vocabulary file.
       calibration: text files: a name, a pattern, or several (see `data.read_documents`).
       num_calibration: documents that are taken from them; a tenth of them is held out, and says when to stop.
+      layerwise: 'original' or 'compressed' trains a layer at a time, towards what the original's layer gives from the
+        activations of that model (`finetuning.finetune_layers`): for models that don't fit in memory.
       **settings: fields of `finetuning.Settings`, such as epochs or learning_rate.
 
     Returns:
-      The report, as JSON values: divergence from the original model 'before' and 'after', on documents held out.
+      The report, as JSON values: divergence from the original model 'before' and 'after', on documents held out; of
+      `layerwise`, relative error by layer.
 
     Raises:
       CheckpointError, DataError, ValueError: something isn't there, is broken, or doesn't fit; in words.
@@ -229,4 +233,7 @@ def finetune(
     words = task.vocabulary(vocabulary)
     words.check(checkpoint.config.vocab_size)
     documents = task.load(calibration, words, num_calibration)
+    if layerwise is not None:
+        what = (checkpoint, teacher, list(documents), how, Settings())
+        return finetuning.finetune_layers(*what, output=output, target=layerwise)
     return finetuning.finetune_examples(checkpoint, teacher, documents, how, output=output)
