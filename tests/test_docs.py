@@ -25,7 +25,7 @@ def reader():
 
 @pytest.mark.parametrize(
     ("codec", "num_levels"),
-    [("gap", 2), ("gap", 3), ("gap", 6), ("gap", 9), ("dictionary", 2)],
+    [("gap", 2), ("gap", 3), ("gap", 6), ("gap", 9), ("dictionary", 2), ("nibbles", 15)],
     ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("zeros", [0.3, 0.885, 0.995, 1.0])

@@ -221,6 +221,13 @@ def convert(experts: CompressedExperts, codec: str, experts_per_group: int = 16)
     return concatenate([encode(_symbols(experts, g), experts.levels[g]) for g in groups])
 
 
+def in_codec(value: object, codec: str | None) -> object:
+    """Experts in that codec, as `convert` makes them; anything else, and with None everything, as it is."""
+    if codec is None or not isinstance(value, CompressedExperts) or value.codec == codec:
+        return value
+    return convert(value, codec)
+
+
 def _experts(name: str, value: object) -> CompressedExperts:
     if not isinstance(value, CompressedExperts):
         raise TypeError(f"{name}: found {type(value).__name__}, expected CompressedExperts.")

@@ -35,7 +35,7 @@ SHAPES = (
     ([2, 1], 100, 2049, 0.6),
     ([1, 20, 1, 0], 31, 63, 0.0),
 )
-MANY_LEVELS = (("gap", 5), ("gap", 14))
+MANY_LEVELS = (("gap", 5), ("gap", 14), ("nibbles", 15))
 REPETITIONS = 20  # of every call, with noise
 
 
@@ -84,7 +84,7 @@ def encoded(lhs, rhs, sizes) -> bytes:
     padded = -(-lhs.shape[1] // (cpu.BLOCK * parts)) * cpu.BLOCK
     scratch = 4 * len(lhs) * parts * padded + cpu.ACTIVE_BYTES * min(len(sizes), len(lhs)) + cpu.ALIGNMENT
     results = [np.zeros((len(lhs), rhs.shape[1]), lhs.dtype), np.zeros(scratch, np.uint8)]
-    head = struct.pack("<2q", ("dictionary", "gap").index(rhs.codec), len(arguments))
+    head = struct.pack("<2q", ("dictionary", "gap", "nibbles").index(rhs.codec), len(arguments))
     return head + b"".join(map(described, arguments)) + b"".join(described(r, content=False) for r in results)
 
 

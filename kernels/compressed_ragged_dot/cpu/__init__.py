@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qmoe_jax.codecs.experts import CompressedExperts
-from qmoe_jax.kernels.compressed_ragged_dot.cpu import dictionary, gap
+from qmoe_jax.kernels.compressed_ragged_dot.cpu import dictionary, gap, nibbles
 from qmoe_jax.kernels.grouped import varying_as
 
 ISAS = ("avx512", "avx2", "portable")
@@ -28,6 +28,7 @@ TARGET = "qmoe_compressed_ragged_dot"  # and _ and the codec's name
 CODECS: dict[str, ModuleType] = {
     "dictionary": dictionary,
     "gap": gap,
+    "nibbles": nibbles,
 }
 
 # Sizes that csrc/shared/compressed_ragged_dot.h has: the largest block of a token, and a record of work.

@@ -13,6 +13,7 @@ namespace {
 // How many codewords ahead memory is fetched: 2 KB, or about 10 us.
 constexpr int64_t kPrefetch = 1024;
 constexpr int64_t kSymbolsPerByte = 2;
+constexpr int kSymbolBits = 2;
 constexpr int64_t kMostLevels = 2;
 
 // The dictionary: 14 pairs of symbols of four bits each (two for the first, two for the second), in the last byte

@@ -26,6 +26,7 @@ constexpr int kStreams = 6;
 // Bytes written before a row: weights of its first token that are the row's before. After: steps of an ended stream.
 constexpr int64_t kSlack = (kSteps * kMostStep + 32 + 63) / 64 * 64;
 constexpr int64_t kSymbolsPerByte = 1;
+constexpr int kSymbolBits = 8;
 
 // How the six bytes between an entry's first and its last say the symbols of its weights: all of them, in fields of two,
 // four or eight bits, or, where tokens have more weights than that holds, the last one among zeros.
