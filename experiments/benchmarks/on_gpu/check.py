@@ -21,7 +21,7 @@ from benchmarks.on_gpu import products
 from benchmarks.on_gpu.report import Stage
 from benchmarks.on_gpu.timing import SOURCE, Timing
 from qmoe_jax import codecs
-from qmoe_jax.kernels.compressed_ragged_dot import cuda
+from qmoe_jax.kernels.compressed_ragged_dot import cuda, pallas
 from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS, compressed_ragged_dot
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -71,7 +71,7 @@ def check(stage: Stage, sizes: products.Sizes) -> None:
         rhs = products.encoded(out, width, 4, codec)
         weights = np.asarray(rhs.to_dense())
         for implementation in ORDER:
-            for dtype in ("float32", "bfloat16"):
+            for dtype in sizes.checked_dtypes:
                 for tokens in sizes.checked_tokens:
                     what = dict(codec=codec, implementation=implementation, dtype=dtype, tokens=tokens)
                     stage.attempt("product", what, functools.partial(right, rhs, weights, **what), least=5)
@@ -110,7 +110,10 @@ def right(rhs, weights, *, codec, implementation, dtype, tokens) -> dict:
     rng = np.random.default_rng(tokens)
     x = jnp.asarray(rng.standard_normal((4, tokens, width), np.float32), dtype)
     other = np.roll(spread, 1)
-    run = functools.partial(compressed_ragged_dot, implementation=implementation)
+    if implementation == "pallas" and jax.default_backend() == "cpu":  # a dry run
+        run = functools.partial(pallas.multiply, interpret=True)
+    else:
+        run = functools.partial(compressed_ragged_dot, implementation=implementation)
     jitted = jax.jit(run)
 
     def error(found, x, sizes):

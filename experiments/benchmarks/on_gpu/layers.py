@@ -48,7 +48,7 @@ def layers(stage: Stage, sizes: products.Sizes, dry_run: bool) -> None:
         stage.attempt("layer", dict(experts=sizes.layer_experts[-1], batch=batch), run, least=30)
     flags = ["--codecs=gap", "--dtypes=bfloat16"]
     if dry_run:
-        flags += [f"--checkpoint={TINY_MODEL}", "--batches=1", "--new_tokens=4", "--rounds=1"]
+        flags += [f"--checkpoint={TINY_MODEL}", "--batches=1", "--new_tokens=2", "--rounds=1"]
     else:
         flags += ["--preset=switch_base_128", "--new_tokens=128"]  # the paper's number of tokens
     stage.attempt(
@@ -150,7 +150,7 @@ def rehearse(stage: Stage, dry_run: bool) -> None:
     for model in MODELS[:1] if dry_run else MODELS:
         flags = [f"--models={model}", "--generation=false"]
         if dry_run:
-            flags += ["--experts=1", "--tokens=16"]
+            flags += ["--experts=1", "--tokens=16", "--method=rtn"]
         run = functools.partial(script, stage, "tools/rehearse.py", f"rehearsal_{model}", *flags)
         stage.attempt("rehearsal", dict(model=model), run, least=60)
     stage.complete()
