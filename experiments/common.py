@@ -19,7 +19,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_dict, config_flags
 
-from qmoe_jax import finetuning, reports, resources, streaming
+from qmoe_jax import codecs, finetuning, reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
 from qmoe_jax.checkpoints.compressed import PARTS, PROGRESS
 from qmoe_jax.checkpoints.samples import digest, samples
@@ -73,6 +73,7 @@ def default_config() -> config_dict.ConfigDict:
             preset="",  # published size to check the checkpoint against, such as switch_base_128; MaxText's may need it
             dtype="float32",  # of activations
             implementation=config_dict.placeholder(str),  # of products on compressed experts; None: the best that works
+            codec=config_dict.placeholder(str),  # of compressed experts in memory, when generating; None: as stored
             # What checkpoints may not tell, such as top_k.
             **{field: config_dict.placeholder(kind) for field, (kind, _) in families.untold().items()},
         ),
@@ -84,7 +85,8 @@ def default_config() -> config_dict.ConfigDict:
         finetune={  # see `finetuning.Settings`
             field.name: ",".join(field.default) if field.name == "parts" else field.default
             for field in dataclasses.fields(finetuning.Settings)
-        },
+        }
+        | {"layerwise": config_dict.placeholder(str)},  # a layer at a time, towards one of `finetuning.TARGETS`
         save=config_dict.placeholder(bool),  # None: if the codec holds them (2-bit experts: gap)
         compare=True,  # also measure bfloat16 and round-to-nearest on the validation documents
         mesh=dict(experts=1),  # devices that a layer's experts are spread over, in evaluation and generation
@@ -155,6 +157,15 @@ def choose_implementation(config: config_dict.ConfigDict) -> None:
     os.environ[api.ENVIRONMENT] = name
 
 
+def codec_in_memory(config: config_dict.ConfigDict) -> str | None:
+    """What the config names for compressed experts in memory. Raises ValueError for an unknown codec."""
+    name = config.model.codec
+    if name is not None and name not in codecs.CODECS:
+        known = ", ".join(codecs.CODECS)
+        raise ValueError(f"config.model.codec: found {name!r}, expected one of {known}.")
+    return name
+
+
 def examples(
     config: config_dict.ConfigDict, which: str, checkpoint: Checkpoint, vocabulary: Any, number: int | None = None
 ) -> Any:
@@ -202,6 +213,12 @@ def quantization_settings(config: config_dict.ConfigDict) -> QuantizationSetting
 def finetuning_settings(config: config_dict.ConfigDict) -> finetuning.Settings:
     """What the config says; names of parts are joined by commas there. Raises ValueError that names the field."""
     fields = config.finetune.to_dict()
+    target = fields.pop("layerwise")
+    if target is not None and target not in finetuning.TARGETS:
+        raise ValueError(
+            f"config.finetune.layerwise: found {target!r}, expected one of {', '.join(finetuning.TARGETS)}, or nothing "
+            "for the whole model at once."
+        )
     try:
         parts = tuple(filter(None, re.split(r"[\s,]+", fields["parts"])))
         return finetuning.Settings(**fields | {"parts": parts})

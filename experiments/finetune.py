@@ -7,6 +7,9 @@ trained (--config.finetune.parts), symbols stay. OUT gets a compressed checkpoin
 The documents are the calibration documents; some of them are held out, and say which state is the best. Losses before
 and after are those of the validation documents, and of other text that is given by --dataset.
 
+With --config.finetune.layerwise=original a layer at a time is trained, to give what it gives in the original model: for
+models that don't fit in memory. =compressed aims at what the original's layer gives from the compressed model's stream.
+
 A run that was interrupted goes on when the same command is given again. OUT/progress/ is there as long as it isn't
 through, and holds the original model's predictions; then the same command says that it is finished.
 """
@@ -79,6 +82,8 @@ def main(_):
     texts = {"validation": common.examples(config, "validation", original, vocabulary)}
     texts |= other_text(config, original, vocabulary)
     identity = finetuning.identity_of(checkpoint, original, list(calibration), settings)
+    layerwise = config.finetune.layerwise
+    identity |= {"layerwise": layerwise and [layerwise, memory.tokens_per_batch]}
     identity |= {"texts": {name: len(text) for name, text in texts.items()}}
 
     unfinished = is_unfinished(OUTPUT.value)
@@ -95,16 +100,17 @@ def main(_):
     with locked(output):
         if OVERWRITE.value:
             (output / "report.json").unlink(missing_ok=True)
-        report = finetuning.finetune_examples(
-            checkpoint,
-            original,
-            list(calibration),
-            settings,
+        what = (checkpoint, original, list(calibration), settings)
+        how = dict(
             output=output,
             resume=not OVERWRITE.value,
             commit_share=config.memory.commit_share,
             keep_progress=True,
         )
+        if layerwise:
+            report = finetuning.finetune_layers(*what, memory, target=layerwise, **how)
+        else:
+            report = finetuning.finetune_examples(*what, **how)
         report["identity"] = identity
         report["texts"] = measure(texts, original, checkpoint, open_checkpoint(output), memory)
         report["checkpoint"], report["config"] = checkpoint.provenance, config.to_dict()
@@ -148,7 +154,13 @@ def say(report: dict, output: pathlib.Path) -> None:
     ]  # fmt: skip
     reports.say("\n" + reports.table(header, rows) + "\n")
     parts = ", ".join(f"{part} {number:,}" for part, number in report["parameters"].items())
-    reports.say(f"trained: {parts}; divergence of documents held out {report['before']:.4f} -> {report['after']:.4f}")
+    if "layers" in report:
+        errors = [[layer["layer"], layer.get("before", ""), layer.get("after", "")] for layer in report["layers"]]
+        reports.say(reports.table(("layer", "error on documents held out: before", "after"), errors) + "\n")
+        reports.say(f"trained: {parts}")
+    else:
+        change = f"{report['before']:.4f} -> {report['after']:.4f}"
+        reports.say(f"trained: {parts}; divergence of documents held out {change}")
     before, after = report["bytes_experts"]["before"], report["bytes_experts"]["after"]
     reports.say(f"experts: {before:,} bytes before, {after:,} after (levels are packed, by how much they differ)")
     reports.say(f"{output}: compressed checkpoint and report.json")

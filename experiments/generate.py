@@ -21,6 +21,7 @@ from absl import app, flags
 import command_line
 import common
 from qmoe_jax import reports
+from qmoe_jax.codecs.experts import in_codec
 from qmoe_jax.kernels.compressed_ragged_dot import api
 from qmoe_jax.models.common import check_length
 from qmoe_jax.models.expert_parallel import place_param
@@ -78,7 +79,12 @@ def main(_):
     common.agree_on_model(processes, checkpoint)
     mesh = common.mesh(config, checkpoint)
     model = checkpoint.family.model(checkpoint.config, common.activation_dtype(config), mesh)
-    params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
+    codec = common.codec_in_memory(config)
+
+    def place(name, value):
+        return place_param(name, in_codec(value, codec), mesh, checkpoint.is_expert(name))
+
+    params = checkpoint.load(place)
     for prompt in PROMPT.value or [config.generation.prompt]:
         started = time.perf_counter()
         text = pieces(model, params, vocabulary, prompt, config.generation)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from qmoe_jax import finetuning
+from qmoe_jax import codecs, finetuning
 from qmoe_jax.checkpoints import Checkpoint, open_checkpoint
+from qmoe_jax.codecs.experts import in_codec
 from qmoe_jax.compression.choosing import choose_examples
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.models.expert_parallel import check_mesh, place_param
@@ -25,7 +26,12 @@ from qmoe_jax.streaming import Settings
 
 
 def load(
-    path: str | os.PathLike, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, **overrides: Any
+    path: str | os.PathLike,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    codec: str | None = None,
+    **overrides: Any,
 ) -> tuple[Any, Any]:
     """The model and its whole parameter tree from a checkpoint of any layout.
 
@@ -34,6 +40,8 @@ def load(
         parent, or file), MaxText, Hugging Face, a published QMoE model.
       dtype: of activations, float32 or bfloat16. Parameters keep the stored dtype.
       mesh: from `expert_mesh`: every layer's experts are spread over its devices; None: one device.
+      codec: that compressed experts have in memory, a name of `codecs.CODECS`; None: as they are stored. 'nibbles'
+        takes four bits a weight, and is faster on a CPU where experts have more than a bit.
       **overrides: fields of the architecture that the checkpoint doesn't tell, such as top_k=2; or
         preset='qwen3_30b_a3b', see `open_checkpoint`.
 
@@ -42,7 +50,8 @@ def load(
 
     Raises:
       CheckpointError: nothing readable there; says what was found and what was expected.
-      ValueError: another dtype, fields that the architecture doesn't have, or devices that don't divide the experts.
+      ValueError: another dtype, fields that the architecture doesn't have, a codec that is unknown or can't hold the
+        experts, or devices that don't divide the experts.
     """
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype {dtype!r}: expected float32 or bfloat16.")
@@ -52,7 +61,12 @@ def load(
     if mesh is not None:
         check_mesh(mesh, checkpoint.config.num_experts)
 
-    params = checkpoint.load(lambda name, value: place_param(name, value, mesh, checkpoint.is_expert(name)))
+    def place(name, value):
+        return place_param(name, in_codec(value, codec), mesh, checkpoint.is_expert(name))
+
+    if codec is not None:
+        codecs.get(codec)
+    params = checkpoint.load(place)
     return checkpoint.family.model(checkpoint.config, dtype, mesh), params
 
 
@@ -179,6 +193,7 @@ def finetune(
     vocabulary: str | os.PathLike,
     calibration: Any,
     num_calibration: int = 2_000,
+    layerwise: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains what isn't quantized to predict what the original model predicts; a new compressed checkpoint.
@@ -193,10 +208,13 @@ def finetune(
       vocabulary: the model's vocabulary file.
       calibration: text files: a name, a pattern, or several (see `data.read_documents`).
       num_calibration: documents that are taken from them; a tenth of them is held out, and says when to stop.
+      layerwise: 'original' or 'compressed' trains a layer at a time, towards what the original's layer gives from the
+        activations of that model (`finetuning.finetune_layers`): for models that don't fit in memory.
       **settings: fields of `finetuning.Settings`, such as epochs or learning_rate.
 
     Returns:
-      The report, as JSON values: divergence from the original model 'before' and 'after', on documents held out.
+      The report, as JSON values: divergence from the original model 'before' and 'after', on documents held out; of
+      `layerwise`, relative error by layer.
 
     Raises:
       CheckpointError, DataError, ValueError: something isn't there, is broken, or doesn't fit; in words.
@@ -215,4 +233,7 @@ def finetune(
     words = task.vocabulary(vocabulary)
     words.check(checkpoint.config.vocab_size)
     documents = task.load(calibration, words, num_calibration)
+    if layerwise is not None:
+        what = (checkpoint, teacher, list(documents), how, Settings())
+        return finetuning.finetune_layers(*what, output=output, target=layerwise)
     return finetuning.finetune_examples(checkpoint, teacher, documents, how, output=output)

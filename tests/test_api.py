@@ -74,6 +74,18 @@ def test_compressed_experts_stay_compressed_and_give_the_same_logits(checkpoints
     np.testing.assert_allclose(logits, qmoe_jax.forward(*qmoe_jax.load(native), *tokens), rtol=1e-5, atol=1e-5)
 
 
+def test_experts_in_memory_may_have_another_codec_than_stored(checkpoints, tokens):
+    _, compressed, flat = checkpoints
+    model, params = qmoe_jax.load(compressed, codec="nibbles")
+    kernel = params["encoder"]["layers_0"]["mlp"]["expert"]["wi"]["kernel"]
+    assert kernel.codec == "nibbles" and kernel.data["nibbles"].shape == (2, 12, 4)
+    np.testing.assert_array_equal(kernel.to_dense().swapaxes(1, 2), flat["encoder/layers_0/mlp/expert/wi/kernel"])
+    stored = qmoe_jax.forward(*qmoe_jax.load(compressed), *tokens)
+    np.testing.assert_allclose(qmoe_jax.forward(model, params, *tokens), stored, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="Unknown codec 'bytes'"):
+        qmoe_jax.load(compressed, codec="bytes")
+
+
 def test_dtype_is_that_of_activations_only(checkpoints, tokens):
     model, params = qmoe_jax.load(checkpoints[0], dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}

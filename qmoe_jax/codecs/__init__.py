@@ -31,11 +31,12 @@ each of which concatenates over experts along its first axis; and what is stored
 
 from types import ModuleType
 
-from qmoe_jax.codecs import dictionary, gap
+from qmoe_jax.codecs import dictionary, gap, nibbles
 
 CODECS: dict[str, ModuleType] = {
     "dictionary": dictionary,
     "gap": gap,
+    "nibbles": nibbles,
 }
 
 

@@ -4,7 +4,8 @@
 """
 
 from qmoe_jax.finetuning.finetune import finetune_examples, identity_of, recovered
+from qmoe_jax.finetuning.layerwise import TARGETS, finetune_layers
 from qmoe_jax.finetuning.parts import PARTS
 from qmoe_jax.finetuning.training import Settings
 
-__all__ = ["PARTS", "Settings", "finetune_examples", "identity_of", "recovered"]
+__all__ = ["PARTS", "TARGETS", "Settings", "finetune_examples", "finetune_layers", "identity_of", "recovered"]

@@ -19,10 +19,10 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.compression.progress import Progress, fingerprint
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.finetuning import teacher
-from qmoe_jax.finetuning.parts import LEVELS, PARTS, Flat, part_of, rising, trainable
+from qmoe_jax.finetuning.parts import LEVELS, PARTS, Flat, part_of, rising, trainable, with_trained_levels
 from qmoe_jax.finetuning.training import Documents, Run, Settings, State, split
 from qmoe_jax.lock import locked
-from qmoe_jax.models.family import Example
+from qmoe_jax.models.family import Config, Example
 from qmoe_jax.streaming import OwnRows
 
 STATE, LOG_P, TOKENS = "x", "log_p", "tokens"  # arrays that are committed; 'x' is the one that changes
@@ -80,6 +80,11 @@ def finetune_examples(
                 params = flat_params(checkpoint)
             model = checkpoint.family.model(checkpoint.config, jnp.float32, None)
             start = trainable(params, checkpoint.config, settings.parts)
+            if not start:
+                raise ValueError(
+                    f"parts: of {', '.join(settings.parts)}, {checkpoint.path} has nothing to train (levels that "
+                    "share a ladder stay as they are). Give other parts."
+                )
             run = Run(model, params, documents, trained_on, held_out, settings)
             state = _train(run, start, progress, stages)
             with stages("writing"):
@@ -227,6 +232,25 @@ def write(
 
     Returns the bytes of its experts.
     """
+    told = destination(checkpoint, original, settings, documents)
+    with CompressedWriter(output, *told) as writer:
+        for layer in checkpoint.config.sparse_layers:
+            matrices = {}
+            for matrix, name in checkpoint.matrices(layer).items():
+                experts = params[name]
+                if name in trained:
+                    experts = with_trained_levels(experts, rising(trained[name]))
+                matrices[matrix] = experts
+                matrices[matrix].validate()
+            writer.write_layer(layer, matrices)
+        writer.finish({name: np.asarray(trained.get(name, params[name])) for name in checkpoint.specs})
+        return sum(layer["bytes"] for layer in writer.layers.values())
+
+
+def destination(
+    checkpoint: Checkpoint, original: Checkpoint, settings: Settings, documents: int, **more: Any
+) -> tuple[Config, Any, str, dict[str, Any], int | None]:
+    """What `CompressedWriter` is told of the new checkpoint: as of the old one, and in its provenance what was done."""
     assert checkpoint.codec is not None
     manifest = getattr(checkpoint, "manifest", {})
     shards = next((len(layer.get("shards", [0])) for layer in manifest.get("layers", {}).values()), None)
@@ -235,20 +259,10 @@ def write(
         "manifest_sha256": manifest.get("sha256"),
         "original": original.path,
         "documents": documents,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings) | more,
     }
     provenance = {**checkpoint.provenance, "finetuned": [*checkpoint.provenance.get("finetuned", []), done]}
-    told = (checkpoint.config, checkpoint.quantization, checkpoint.codec, provenance, shards)
-    with CompressedWriter(output, *told) as writer:
-        for layer in checkpoint.config.sparse_layers:
-            matrices = {}
-            for matrix, name in checkpoint.matrices(layer).items():
-                experts = params[name]
-                matrices[matrix] = experts.with_levels(rising(trained[name])) if name in trained else experts
-                matrices[matrix].validate()
-            writer.write_layer(layer, matrices)
-        writer.finish({name: np.asarray(trained.get(name, params[name])) for name in checkpoint.specs})
-        return sum(layer["bytes"] for layer in writer.layers.values())
+    return checkpoint.config, checkpoint.quantization, checkpoint.codec, provenance, shards
 
 
 def recovered(original: float, before: float, after: float) -> float | None:

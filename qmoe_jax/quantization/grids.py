@@ -62,6 +62,14 @@ def levels(grid: Grid, bits: float) -> jax.Array:
     return jnp.where((grid.low < grid.high)[..., None], found, 0.0)  # A row of zeros has none.
 
 
+def without_unused(symbols: jax.Array, levels: jax.Array) -> jax.Array:
+    """`levels` [..., rows, L], those of rows that use none, as symbols uint8 [..., rows, columns] say, zero.
+
+    Nothing depends on them, and zeros take hardly any bits.
+    """
+    return jnp.where((symbols > 0).any(-1)[..., None], levels, 0)
+
+
 def dequantize(symbols: jax.Array, levels: jax.Array) -> jax.Array:
     """Values, float32, of symbols uint8 [..., rows, columns] with levels [..., rows, L]."""
     values = jnp.zeros(symbols.shape, jnp.float32)

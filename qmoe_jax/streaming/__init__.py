@@ -3,7 +3,7 @@
 from qmoe_jax.streaming.buffers import ListBuffer, OwnRows, Rows
 from qmoe_jax.streaming.documents import Documents
 from qmoe_jax.streaming.experts import ExpertGroup
-from qmoe_jax.streaming.forward import Commits, Quantizer, run
+from qmoe_jax.streaming.forward import Commits, Pass, Quantizer, run
 from qmoe_jax.streaming.losses import DocumentLosses
 from qmoe_jax.streaming.settings import Settings
 
@@ -14,6 +14,7 @@ __all__ = [
     "ExpertGroup",
     "ListBuffer",
     "OwnRows",
+    "Pass",
     "Quantizer",
     "Rows",
     "Settings",

@@ -115,27 +115,11 @@ def run(
     """
     settings.check()
     checkpoint.family.task.check(examples, checkpoint.config.vocab_size)
-    with _Pass(checkpoint, examples, settings, quantizer, processes, stages, what, first_measured) as forward:
+    with Pass(checkpoint, examples, settings, quantizer, processes, stages, what, first_measured) as forward:
         layers = forward.model.layers
         done = forward.resume(commits)
         for layer in layers[done:]:
-            x = forward.activations(layer.stream)
-            routed = forward.attend(layer, x)
-            if routed is not None:
-                if quantizer is not None:
-                    quantizer.begin(layer.name, forward.documents.rows(layer.stream), routed)
-                y = forward.sums(layer, x)
-                for delivery in forward.deliveries(layer, routed, y):
-                    group: dict[str, Any] | None = delivery.kernels
-                    if quantizer is not None:
-                        group = quantizer(delivery.group(layer.name, layer.stream, layer.expert))
-                    if group is not None:
-                        forward.add_experts(layer, delivery, group)
-                    del delivery, group  # Not kept while the next ones are read.
-                if quantizer is not None:
-                    quantizer.finish(layer.name)
-                forward.finish(layer, x, y)
-                del routed, y  # Buffers as large as x.
+            forward.advance(layer, quantizer)
             done += 1
             resources.give_freed_memory_back()
             if commits is not None and layer.expert is not None:
@@ -143,8 +127,11 @@ def run(
         return forward.losses()
 
 
-class _Pass:
-    """The state that the steps of a streamed pass share, and these steps."""
+class Pass:
+    """The state that the steps of a streamed pass share, and these steps; arguments as `run` has them.
+
+    As a context manager: `resume`, then `advance` for each of `model.layers` that isn't done.
+    """
 
     def __init__(self, checkpoint, examples, settings, quantizer, processes, stages, what, first_measured):
         self.checkpoint, self.settings = checkpoint, settings
@@ -163,7 +150,7 @@ class _Pass:
         self.kept: dict[str, Any] = {}  # parameters beside those of layers, by prefix
         self.what, self.context = what, contextlib.ExitStack()
 
-    def __enter__(self) -> _Pass:
+    def __enter__(self) -> Pass:
         groups = -(-len(self.own) // self.settings.experts_per_group)
         self.groups_per_layer, batches = groups, len(self.documents.batches)
         steps = sum(batches + (groups if layer.expert else 0) for layer in self.model.layers)
@@ -177,6 +164,28 @@ class _Pass:
     def step(self, steps: int = 1) -> None:
         self.bar.update(steps)
         self.documents.release()
+
+    # --- a layer ------------------------------------------------------------------------------------------------------
+
+    def advance(self, layer: Layer, quantizer: Quantizer | None = None) -> None:
+        """Activations of the layer's stream go through it; layers come in order."""
+        x = self.activations(layer.stream)
+        routed = self.attend(layer, x)
+        if routed is not None:
+            if quantizer is not None:
+                quantizer.begin(layer.name, self.documents.rows(layer.stream), routed)
+            y = self.sums(layer, x)
+            for delivery in self.deliveries(layer, routed, y):
+                group: dict[str, Any] | None = delivery.kernels
+                if quantizer is not None:
+                    assert layer.expert is not None  # Something is routed to it.
+                    group = quantizer(delivery.group(layer.name, layer.stream, layer.expert))
+                if group is not None:
+                    self.add_experts(layer, delivery, group)
+                del delivery, group  # Not kept while the next ones are read.
+            if quantizer is not None:
+                quantizer.finish(layer.name)
+            self.finish(layer, x, y)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ from qmoe_jax.codecs.experts import CompressedExperts
 
 
 @pytest.mark.parametrize(
-    ("codec", "num_levels"), [("dictionary", 2), pytest.param("gap", 2, marks=pytest.mark.long), ("gap", 3)]
+    ("codec", "num_levels"),
+    [("dictionary", 2), pytest.param("gap", 2, marks=pytest.mark.long), ("gap", 3), ("nibbles", 15)],
 )
 def test_what_is_read_is_what_was_written(codec, num_levels, tmp_path):
     experts = random_layers(codec, num_levels)

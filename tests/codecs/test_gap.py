@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.experts import CompressedExperts, concatenate
+from qmoe_jax.codecs.packed_levels import pack_levels, unpack_levels
 
 ALL_M = [*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64]
 SYMBOL_BITS = {2: {1: "0", 2: "1"}, 3: {1: "10", 2: "0", 3: "11"}}
@@ -289,16 +290,58 @@ def test_levels_are_stored_without_loss(bits, num_levels):
     levels = np.take_along_axis(levels, order, axis=-1)
     compressed = CompressedExperts.from_symbols(np.zeros((*levels.shape[:2], 5), np.uint8), levels, "gap")
     _, found = gap.unpack(compressed.stored(), compressed.shape)
-    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), levels.view(np.uint16))
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), (levels + levels.dtype.type(0)).view(np.uint16))
 
 
 def test_levels_take_the_bits_that_they_need():
-    """Two exponents and zero in two bits, one bit of mantissa; a sign only where the level's place doesn't tell it."""
-    levels = np.tile(np.float32([[-1.5, 3.0], [-3.0, 2.0]]), (2, 50, 1))
+    """Three exponents in two bits, one bit of mantissa; a sign only where the level's place doesn't tell it."""
+    levels = np.random.default_rng(0).permuted(np.tile(np.float32([1, 1.5, 2, 3, 4, 6]), (2, 200)), axis=1)
+    levels = levels.reshape(2, 600, 2) * np.float32([-1, 1])
     levels[1, 7] = 1.5, 2
-    stored = CompressedExperts.from_symbols(np.zeros((2, 100, 8), np.uint8), levels, "gap").stored()
+    stored = CompressedExperts.from_symbols(np.zeros((2, 600, 8), np.uint8), levels, "gap").stored()
     assert stored["level_formats"].tolist() == [[127, 2, 1, 2, 2], [127, 2, 1, 1, 2]]
-    assert stored["level_words"].size == math.ceil(200 * 3 / 32) + math.ceil(200 * 4 / 32)
+    assert stored["level_words"].size == math.ceil(1200 * 3 / 32) + math.ceil(1200 * 4 / 32)
+
+
+def magnitudes_of_one_kind(seed, out, num_levels, unused):
+    """Rising levels, most within a factor of two, bfloat16 [2, out, L]; a share of rows has none but zeros."""
+    rng = np.random.default_rng(seed)
+    levels = np.exp(0.3 * rng.standard_normal((2, out, num_levels))) * np.where(np.arange(num_levels) < 1, -1, 1)
+    levels = np.sort(levels, axis=-1).astype(np.float32)
+    levels[rng.random((2, out)) < unused] = 0
+    return levels.astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("unused", [0, 0.6, 1])
+@pytest.mark.parametrize("out, num_levels", [(1, 2), (300, 2), (200, 3)])
+@pytest.mark.parametrize("of_mantissa", [0xFFFF, 0xFFF0])
+def test_levels_that_are_alike_take_about_their_entropy(out, num_levels, unused, of_mantissa):
+    levels = (magnitudes_of_one_kind(0, out, num_levels, unused).view(np.uint16) & of_mantissa).view(ml_dtypes.bfloat16)
+    words, formats = pack_levels(levels)
+    found = unpack_levels(words, formats, out, gap.LEVELS)
+    np.testing.assert_array_equal(found.view(np.uint16), levels.view(np.uint16))
+    _, counts = np.unique(levels[levels != 0].view(np.uint16) & 0x7FFF, return_counts=True)
+    entropy = -(counts * np.log2(counts / counts.sum())).sum()
+    assert 32 * words.size <= 1.1 * entropy + 0.2 * counts.sum() + 2 * (64 + out)
+
+
+def test_garbage_for_levels_gives_numbers_or_an_error():
+    rng = np.random.default_rng(0)
+    words, formats = pack_levels(magnitudes_of_one_kind(0, 100, 2, 0.5))
+    assert (formats[:, 3] >= 4).all()
+    refused = 0
+    for _ in range(300):
+        bad_words, bad_formats = words.copy(), formats.copy()
+        if rng.random() < 0.5:
+            bad_formats[rng.integers(2), rng.integers(5)] = rng.integers(256)
+        bad_words[rng.integers(0, words.size, 2)] = rng.integers(0, 2**32, 2, dtype=np.uint32)
+        try:
+            levels = unpack_levels(bad_words[: rng.integers(words.size + 1)], bad_formats, 100, gap.LEVELS)
+            assert np.isfinite(levels.astype(np.float32)).all()
+        except ValueError as e:
+            assert "level_" in str(e)
+            refused += 1
+    assert refused > 250
 
 
 # --- Damage ----------------------------------------------------------------------------------------------------------

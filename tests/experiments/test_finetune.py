@@ -21,4 +21,13 @@ def test_finetune_from_the_command_line(run, compress, tiny, tmp_path):
     other = run("finetune", *flags, output, "--config.finetune.learning_rate=1e-4")
     assert_fails(other, "not empty", "--overwrite")
     assert_fails(run("finetune", *flags, output, "--config.finetune.parts=experts"), "config.finetune.parts", "levels")
+    layers = [*flags, f"--output={tmp_path / 'layers'}"]
+    done = run("finetune", *layers, "--config.finetune.layerwise=original")
+    assert done.code == 0, done.err
+    report = read_json(tmp_path / "layers/report.json")
+    assert report["layers"] and report["texts"].keys() == {"validation", "other"}
+    (how,) = qmoe_jax.open_checkpoint(tmp_path / "layers").provenance["finetuned"]
+    assert how["settings"]["layerwise"] == "original"
+    assert_fails(run("finetune", *layers, "--config.finetune.layerwise=compressed"), "not empty", "--overwrite")
+    assert_fails(run("finetune", *layers, "--config.finetune.layerwise=x"), "config.finetune.layerwise", "original")
     assert_fails(run("finetune", *flags, f"--output={tmp_path / 'out'}", "--overwrite"), "overlap")

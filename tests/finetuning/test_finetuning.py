@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_model
@@ -13,6 +14,7 @@ from models import random_decoders
 import qmoe_jax
 from qmoe_jax import finetuning, streaming
 from qmoe_jax.checkpoints.in_memory import write_huggingface
+from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.compression.progress import OtherRunError
 from qmoe_jax.finetuning import finetune, parts, teacher
@@ -179,6 +181,44 @@ def test_each_parameter_is_of_the_part_that_its_name_says(name):
 def test_levels_that_crossed_rise_again():
     levels = jnp.array([[[-1.0, 2.0], [3.0, 1.0]]])
     np.testing.assert_array_equal(parts.rising(levels), [[[-1, 2], [2, 2]]])
+
+
+@pytest.mark.parametrize("num_levels", [2, 3, 5, 8])
+def test_levels_that_share_a_ladder_share_it_after_training(num_levels):
+    """Equal steps are trained as steps, and take no more than a field a row; other ladders stay."""
+    rng = np.random.default_rng(0)
+    symbols = rng.integers(0, num_levels + 1, (2, 5, 16)).astype(np.uint8)
+    ladder = np.arange(num_levels) - num_levels // 2
+    ladder = np.where(ladder < 0, ladder, ladder + 1).astype(np.float32)
+    steps = (0.25 + rng.random((2, 5, 1))).astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+    experts = CompressedExperts.from_symbols(symbols, (steps * ladder).astype(ml_dtypes.bfloat16), "gap")
+    trained = parts.trainable({"wi": experts}, None, ["levels"])
+    if num_levels == 5:
+        assert not trained
+        return
+    assert trained["wi"].shape == (2, 5, 1 if num_levels > 3 else num_levels)
+    x = jnp.asarray(rng.standard_normal(16), jnp.float32)
+    output = lambda trained: parts.placed({"wi": experts}, trained)["wi"].expert(0) @ x
+    slope = jax.jacobian(output)(trained)["wi"][:, 0]  # [out, out, levels or 1]
+    weights = np.concatenate([[0], ladder])[symbols[0]]
+    expected = weights @ np.asarray(x)
+    found = np.diagonal(slope)  # [levels or 1, out]
+    found = found[0] if num_levels > 3 else ladder @ found
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.05)  # Levels' slopes are bfloat16.
+    moved = parts.placed({"wi": experts}, {"wi": trained["wi"] * 1.37})["wi"]
+    moved.validate()
+    if num_levels > 3:
+        levels = np.asarray(moved.levels, np.float64)
+        step = levels[:, :, num_levels // 2, None]
+        np.testing.assert_array_equal((step * ladder).astype(ml_dtypes.bfloat16).astype(np.float64), levels)
+
+
+def test_levels_keep_to_the_mantissa_bits_that_they_had():
+    old = np.array([[[-1.5, 0.75]], [[-1.0078125, 1.0]]], ml_dtypes.bfloat16)  # need 1 and 7 bits
+    experts = CompressedExperts.from_symbols(np.ones((2, 1, 4), np.uint8), old, "gap")
+    value = jnp.array([[[-1.26, 0.6]], [[-1.26, 0.999]]])
+    found = parts.with_trained_levels(experts, value).levels.astype(jnp.float32)
+    np.testing.assert_array_equal(found, [[[-1.5, 0.5]], [[-1.2578125, 1.0]]])
 
 
 # --- The teacher -----------------------------------------------------------------------------------------------------

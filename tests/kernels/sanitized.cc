@@ -21,6 +21,7 @@
 
 extern "C" XLA_FFI_Error* QmoeGapDot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* QmoeDictionaryDot(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* QmoeNibblesDot(XLA_FFI_CallFrame*);
 extern "C" void QmoeSetDictionary(const uint64_t*);
 extern "C" void QmoeSetGapCodes(int64_t, int64_t, const uint8_t*, const uint32_t*);
 extern "C" bool QmoeHasInstructionSet(const char*);
@@ -73,7 +74,7 @@ struct Array {
 };
 
 struct Case {
-  int64_t codec;  // 0: dictionary, 1: gap
+  int64_t codec;  // 0: dictionary, 1: gap, 2: nibbles
   std::vector<Array> arguments, results;
 };
 
@@ -100,7 +101,7 @@ bool Run(Case& c, const XLA_FFI_Api& api, std::string_view isa) {
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(rets.size()), ret_types.data(), rets.data()};
   frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, 1, attr_types, names, attrs};
   XLA_FFI_Error* error = nullptr;
-  std::thread([&] { error = c.codec == 0 ? QmoeDictionaryDot(&frame) : QmoeGapDot(&frame); }).join();
+  std::thread([&] { error = (c.codec == 0 ? QmoeDictionaryDot : c.codec == 1 ? QmoeGapDot : QmoeNibblesDot)(&frame); }).join();
   for (std::thread& thread : threads) thread.join();
   threads.clear();
   return error == nullptr;

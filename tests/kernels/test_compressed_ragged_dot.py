@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from qmoe_jax import codecs
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels import compressed_ragged_dot, ragged_dot
 from qmoe_jax.kernels.compressed_ragged_dot import arg_specs, cpu
@@ -32,7 +33,7 @@ CASES = {
 
 # Codec and number of levels.
 TERNARY = ("dictionary", 2)
-KINDS = {"dictionary": TERNARY, "gap": ("gap", 2), "gap of 3 levels": ("gap", 3)}
+KINDS = {"dictionary": TERNARY, "gap": ("gap", 2), "gap of 3 levels": ("gap", 3), "nibbles": ("nibbles", 3)}
 
 
 @pytest.fixture(
@@ -171,12 +172,12 @@ def test_under_shard_map_each_device_has_experts_of_its_own(kind, implementation
     lhs = np.concatenate([lhs for lhs, _, _ in examples])
     group_sizes = np.array([[tokens, 0], [2, 3], [0, 0], [1, 5]], np.int32)
     # Streams differ in length: what is appended to make them equal is no one's.
-    stream = {"dictionary": "codewords", "gap": "words"}[kind[0]]
-    longest = max(rhs.data[stream].size for _, rhs, _ in examples)
+    stream = {"dictionary": "codewords", "gap": "words", "nibbles": "nibbles"}[kind[0]]
+    longest = max(len(rhs.data[stream]) for _, rhs, _ in examples)
     parts = [
         dataclasses.replace(
             rhs,
-            data={**rhs.data, stream: jnp.resize(rhs.data[stream], longest)},
+            data={**rhs.data, stream: jnp.resize(rhs.data[stream], (longest, *rhs.data[stream].shape[1:]))},
             bound=max(rhs.bound for _, rhs, _ in examples),
         )
         for _, rhs, _ in examples
@@ -199,7 +200,7 @@ def test_more_tokens_promised_than_there_are_is_cut_off(kind, implementation):
     np.testing.assert_allclose(found, reference(lhs, weights, [4, 6, 0]), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("codec", ["dictionary", "gap"])
+@pytest.mark.parametrize("codec", codecs.CODECS)
 @pytest.mark.parametrize("out, width", arg_specs.SHAPES)
 def test_default_at_the_published_shapes(out, width, codec):
     rng = np.random.default_rng(0)

@@ -21,10 +21,13 @@ def implementation(request, monkeypatch):
 
 
 # Codes whose steps write bytes, nibbles, and one symbol among zeros.
-@pytest.mark.parametrize(("num_levels", "zeros"), [(4, 0.75), (7, 0.3), (8, 0.55), (13, 0.0), (14, 0.98)])
-def test_equals_the_reference(implementation, num_levels, zeros):
+@pytest.mark.parametrize(
+    ("codec", "num_levels", "zeros"),
+    [("gap", 4, 0.75), ("gap", 7, 0.3), ("gap", 8, 0.55), ("gap", 13, 0.0), ("gap", 14, 0.98), ("nibbles", 15, 0.3)],
+)
+def test_equals_the_reference(implementation, codec, num_levels, zeros):
     sizes = [1, 0, 5]
-    lhs, rhs, weights = example(("gap", num_levels), 7, 3, out=70, width=1100, zeros=zeros)
+    lhs, rhs, weights = example((codec, num_levels), 7, 3, out=70, width=1100, zeros=zeros)
     found, pull = jax.vjp(lambda x: compressed_ragged_dot(x, rhs, jnp.array(sizes), implementation=implementation), lhs)
     np.testing.assert_allclose(found, reference(lhs, weights, sizes), rtol=1e-5, atol=1e-3)
     g = np.random.default_rng(1).standard_normal(found.shape).astype(np.float32)

@@ -13,6 +13,7 @@ namespace {
 // How many codewords ahead memory is fetched: 2 KB, or about 10 us.
 constexpr int64_t kPrefetch = 1024;
 constexpr int64_t kSymbolsPerByte = 2;
+constexpr int kSymbolBits = 2;
 constexpr int64_t kMostLevels = 2;
 
 // The dictionary: 14 pairs of symbols of four bits each (two for the first, two for the second), in the last byte
@@ -50,6 +51,7 @@ struct Dictionary {
   static int64_t Log2RowsPerStream(int64_t) { return 62; }
 
   int64_t MostLevels() const { return kMostLevels; }
+  int64_t Parts() const { return 1; }
   int64_t Size(int64_t expert) const { return row_offsets[expert * (out + 1) + out]; }
 
   Block At(int64_t expert, int64_t first, int64_t row, int64_t rows) const {

@@ -1,5 +1,6 @@
 // Code for each instruction set. A codec's source includes this once, inside its unnamed namespace, where it has
-// defined kSymbolsPerByte, kMostLevels, Block, and the macro QMOE_DECODE: the file with `Decode(block, rows)`, as seen from here.
+// defined kSymbolsPerByte, kSymbolBits (of a byte's first symbol, where it holds two: 2 or 4), kMostLevels, Block, and the
+// macro QMOE_DECODE: the file with `Decode(block, rows)`, as seen from here.
 //
 // That file, multiply_rows.h and multiply_columns.h are included inside a namespace per instruction set, which says
 //

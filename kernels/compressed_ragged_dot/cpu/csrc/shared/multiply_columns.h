@@ -17,7 +17,7 @@ inline void Expand(const Rows& rows, float* weights) {
 #pragma GCC unroll 8
         for (int k = 0; k < kSymbols; ++k) {
           StoreVector(Weights(levels, codes), weights + i + k * kLanesPerBlock + lane);
-          codes = ShiftRight(codes, kSymbolsPerByte == 1 ? 8 : k % 2 == 0 ? 2 : 6);
+          codes = ShiftRight(codes, kSymbolsPerByte == 1 ? 8 : k % 2 == 0 ? kSymbolBits : 8 - kSymbolBits);
         }
       }
     }

@@ -30,7 +30,7 @@ inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
             s = MultiplyAdd(Weights(levels[r], codes[r]), v, s);
           }
         }
-        const int bits = kSymbolsPerByte == 1 ? 8 : k % 2 == 0 ? 2 : 6;
+        const int bits = kSymbolsPerByte == 1 ? 8 : k % 2 == 0 ? kSymbolBits : 8 - kSymbolBits;
         for (int r = 0; r < kRows; ++r) codes[r] = ShiftRight(codes[r], bits);
       }
     }
