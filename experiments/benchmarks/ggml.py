@@ -2,11 +2,13 @@
 
     git clone https://github.com/ggml-org/ggml && cmake -S ggml -B ggml/build && cmake --build ggml/build
     taskset -c 0 python experiments/benchmarks/ggml.py --libraries=ggml/build/src --output=results/ggml_one_core.json
+    taskset -c 0,1 python experiments/benchmarks/ggml.py --libraries=ggml/build/src --output=results/ggml_two_cores.json
 
 ggml is loaded as it was built, and is no part of this project. Its products are nodes of one graph, ours steps of one
-scan: every call meets a matrix that no cache holds. Both sides take turns within each round, and the fastest round
-counts. ggml rounds activations to 8 bits; what that costs is measured on the same products. TQ1_0 (1.69 bits) and TQ2_0
-(2.06) hold every trit, however many are zero; rows are padded to whole blocks of 256 for them.
+scan: every call meets a matrix that no cache holds. Both sides take as many threads as there are cores; they take turns
+within each round, and the fastest round counts. ggml rounds activations to 8 bits; what that costs is measured on the
+same products. TQ1_0 (1.69 bits) and TQ2_0 (2.06) hold every trit, however many are zero; rows are padded to whole
+blocks of 256 for them.
 """
 
 import ctypes

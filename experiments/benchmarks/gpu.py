@@ -4,10 +4,11 @@
     python experiments/benchmarks/gpu.py --output=OUT --dry_run     # what of it a CPU can run, on tiny shapes
 
     stage       seconds   needs              what it does
-    check       180       nvcc               versions, build, bandwidth; each implementation and codec against float64
-    tests       300       pytest             the kernels' tests; compute-sanitizer, where there is one
-    kernels     480       nvcc               six shapes, six loads, cold weights, against cuBLAS bfloat16
-    layers      300                          c2048 with 2048 resident experts; generation of a base128-shaped model
+    check       150       nvcc               versions, build, bandwidth; each implementation and codec against float64
+    tests       270       pytest             the kernels' tests; compute-sanitizer, where there is one
+    kernels     440       nvcc               six shapes, six loads, cold weights, against cuBLAS bfloat16
+    variants    110       nvcc               other ways to cut a product; ncu's counters, where there is one
+    layers      290                          c2048 with 2048 resident experts; derivatives; base128-shaped generation
     rehearsal   240                          hours that compressing base128, large128, c2048 would take; Hessians
 
 No network, and no compiler but nvcc (of the wheels of jax[cuda13], CUDA_HOME or the PATH). Every stage is a process of
@@ -28,7 +29,7 @@ import command_line
 from benchmarks.on_gpu import table
 from qmoe_jax import files, reports
 
-SECONDS = {"check": 180, "tests": 300, "kernels": 480, "layers": 300, "rehearsal": 240}
+SECONDS = {"check": 150, "tests": 270, "kernels": 440, "variants": 110, "layers": 290, "rehearsal": 240}
 GRACE = 20  # seconds beyond its own for a stage to end by itself
 
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the reports.", required=True)
@@ -40,7 +41,7 @@ STAGE = flags.DEFINE_string("stage", None, "Runs one stage in this process: what
 
 def run_stage(name: str, output: pathlib.Path) -> None:
     """Runs one stage here."""
-    from benchmarks.on_gpu import check, kernels, layers, products
+    from benchmarks.on_gpu import check, kernels, layers, products, variants
     from benchmarks.on_gpu.report import Stage
 
     sizes = products.TINY if DRY_RUN.value else products.FULL
@@ -52,6 +53,8 @@ def run_stage(name: str, output: pathlib.Path) -> None:
             check.tests(stage, TESTS.value)
         case "kernels":
             kernels.kernels(stage, sizes)
+        case "variants":
+            variants.variants(stage, sizes)
         case "layers":
             layers.layers(stage, sizes, DRY_RUN.value)
         case "rehearsal":

@@ -21,7 +21,7 @@ from benchmarks.on_gpu import products
 from benchmarks.on_gpu.report import Stage
 from benchmarks.on_gpu.timing import SOURCE, Timing
 from qmoe_jax import codecs
-from qmoe_jax.kernels.compressed_ragged_dot import cuda
+from qmoe_jax.kernels.compressed_ragged_dot import cuda, pallas
 from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS, compressed_ragged_dot
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -63,14 +63,16 @@ def check(stage: Stage, sizes: products.Sizes) -> None:
     stage.put("nvidia_smi", output_of("nvidia-smi", query, "--format=csv"))
     if device.platform == "gpu":
         stage.attempt("build", {"what": "nvcc"}, lambda: build(device))
-        stage.attempt("time", {"what": "an empty kernel, and a copy"}, lambda: bandwidth(sizes))
+        stage.attempt(
+            "time", {"what": "empty kernels, each dependent on the one before, and a copy"}, lambda: bandwidth(sizes)
+        )
     out, width = list(sizes.shapes.values())[-1]
     for codec in codecs.CODECS:
         rhs = products.encoded(out, width, 4, codec)
         weights = np.asarray(rhs.to_dense())
         for implementation in ORDER:
-            for dtype in ("float32", "bfloat16"):
-                for tokens in (1, 6, 64):
+            for dtype in sizes.checked_dtypes:
+                for tokens in sizes.checked_tokens:
                     what = dict(codec=codec, implementation=implementation, dtype=dtype, tokens=tokens)
                     stage.attempt("product", what, functools.partial(right, rhs, weights, **what), least=5)
     stage.complete()
@@ -95,7 +97,7 @@ def build(device) -> dict:
 def bandwidth(sizes: products.Sizes) -> dict:
     timing = Timing(ctypes.CDLL(str(cuda.shared.build(SOURCE))))
     return {
-        "empty_kernel_microseconds": timing.empty_kernel(),
+        "empty_dependent_kernel_microseconds": {f"{n} blocks": timing.empty_kernel(n) for n in (1, 528)},
         "copy_bytes_per_second": timing.copy(max(sizes.cold_bytes, 1 << 20)),
     }
 
@@ -108,7 +110,10 @@ def right(rhs, weights, *, codec, implementation, dtype, tokens) -> dict:
     rng = np.random.default_rng(tokens)
     x = jnp.asarray(rng.standard_normal((4, tokens, width), np.float32), dtype)
     other = np.roll(spread, 1)
-    run = functools.partial(compressed_ragged_dot, implementation=implementation)
+    if implementation == "pallas" and jax.default_backend() == "cpu":  # a dry run
+        run = functools.partial(pallas.multiply, interpret=True)
+    else:
+        run = functools.partial(compressed_ragged_dot, implementation=implementation)
     jitted = jax.jit(run)
 
     def error(found, x, sizes):

@@ -29,16 +29,18 @@ def cublas(tokens: int, out: int, width: int, active: int, matrices: int, by_row
     return {"microseconds": timing().cublas(tokens, out, width, active, matrices, by_rows)}
 
 
-def compressed(rhs: CompressedExperts, tokens: int, active: int, calls: int) -> dict:
-    """Of the custom call of `cuda.multiply`; what XLA does beside it isn't in it."""
+def compressed(rhs: CompressedExperts, tokens: int, active: int, calls: int, config=None) -> dict:
+    """Of the custom call of `cuda.multiply`, with its `config`; what XLA does beside it isn't in it."""
     codec = cuda.CODECS[rhs.codec]
     handler = getattr(library(rhs.codec), codec.FUNCTION)
-    return {"microseconds": timed_call(timing(), handler, rhs, tokens, active, calls), "calls": calls}
+    return {"microseconds": timed_call(timing(), handler, rhs, tokens, active, calls, config), "calls": calls}
 
 
-def timed_call(timing: Timing, handler, rhs: CompressedExperts, tokens: int, active: int, calls: int) -> float:
+def timed_call(
+    timing: Timing, handler, rhs: CompressedExperts, tokens: int, active: int, calls: int, config=None
+) -> float:
     sizes = jnp.asarray(products.group_sizes(calls, rhs.shape[0], tokens, active).ravel())
     x = jnp.ones((tokens, rhs.shape[2]), jnp.bfloat16)
-    multiply = jax.jit(cuda.multiply)
+    multiply = jax.jit(functools.partial(cuda.multiply, config=config))
     target = cuda.CODECS[rhs.codec].TARGET
     return timing.custom_call(target, handler, calls, lambda: jax.block_until_ready(multiply(x, rhs, sizes)))

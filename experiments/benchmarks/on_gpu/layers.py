@@ -1,4 +1,4 @@
-"""Stages 4 and 5: products as JAX runs them, a layer of c2048 with all experts, generation, rehearsals, Hessians."""
+"""Stages 5 and 6: products as JAX runs them, a layer of c2048 with all experts, generation, rehearsals, Hessians."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY_MODEL = ROOT / "experiments/tiny_model/checkpoint_3000"
 
 
 def layers(stage: Stage, sizes: products.Sizes, dry_run: bool) -> None:
-    """Stage 4: products with many experts; a layer's experts, compressed and all there, against a single dense one."""
+    """Stage 5: products with many experts; a layer's experts, compressed and all there, against a single dense one."""
     names = [name for name in IMPLEMENTATIONS if runs_here(name)]
     stage.put("implementations", names)
     for shape, (out, width) in sizes.shapes.items():
@@ -48,7 +48,7 @@ def layers(stage: Stage, sizes: products.Sizes, dry_run: bool) -> None:
         stage.attempt("layer", dict(experts=sizes.layer_experts[-1], batch=batch), run, least=30)
     flags = ["--codecs=gap", "--dtypes=bfloat16"]
     if dry_run:
-        flags += [f"--checkpoint={TINY_MODEL}", "--batches=1", "--new_tokens=4", "--rounds=1"]
+        flags += [f"--checkpoint={TINY_MODEL}", "--batches=1", "--new_tokens=2", "--rounds=1"]
     else:
         flags += ["--preset=switch_base_128", "--new_tokens=128"]  # the paper's number of tokens
     stage.attempt(
@@ -144,13 +144,13 @@ def layer(hidden: int, d_model: int, experts: int, batch: int) -> dict:
 
 
 def rehearse(stage: Stage, dry_run: bool) -> None:
-    """Stage 5: what compressing the published models would take; Hessians in float32 and by three bfloat16 products."""
+    """Stage 6: what compressing the published models would take; Hessians in float32 and by three bfloat16 products."""
     width, tokens = (64, 128) if dry_run else (6144, 8192)
     stage.attempt("hessian", dict(width=width, tokens=tokens), lambda: hessians(width, tokens), least=20)
     for model in MODELS[:1] if dry_run else MODELS:
         flags = [f"--models={model}", "--generation=false"]
         if dry_run:
-            flags += ["--experts=1", "--tokens=16"]
+            flags += ["--experts=1", "--tokens=16", "--method=rtn"]
         run = functools.partial(script, stage, "tools/rehearse.py", f"rehearsal_{model}", *flags)
         stage.attempt("rehearsal", dict(model=model), run, least=60)
     stage.complete()

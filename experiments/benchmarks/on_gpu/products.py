@@ -27,10 +27,12 @@ class Sizes:
     cold_bytes: int  # of the experts that calls go through, at least
     calls: int  # of a program, at most
     layer_experts: tuple[int, ...]
+    checked_tokens: tuple[int, ...] = (1, 6, 64)
+    checked_dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 FULL = Sizes(dict(zip(NAMES, arg_specs.SHAPES, strict=True)), LOADS, 1 << 30, 64, (128, 2048))
-TINY = Sizes({"tiny": (24, 40)}, ((1, 1), (4, 2)), 0, 2, (8,))
+TINY = Sizes({"tiny": (24, 40)}, ((1, 1), (4, 2)), 0, 2, (8,), (6,), ("bfloat16",))
 
 
 def encoded(out: int, width: int, experts: int, codec: str = "gap", seed: int = 0) -> CompressedExperts:

@@ -23,6 +23,8 @@ def summary(folder: pathlib.Path, stages: list[str]) -> str:
         parts.append(_correct(found["check"], found.get("tests", {})))
     if "kernels" in found:
         parts += [_speeds(found["kernels"], "events"), _paper(found)]
+    if "variants" in found:
+        parts += [_variants(found["variants"]), _counters(found["variants"])]
     if "layers" in found:
         parts += [_speeds(found["layers"], "jit"), _derivatives(found["layers"])]
     if "rehearsal" in found:
@@ -109,6 +111,34 @@ def _derivatives(stage):
         if "speed" in r
     ]
     return reports.table(("derivative of tokens", "tokens x experts", "us", "times dense"), rows) if rows else ""
+
+
+def _variants(stage):
+    groups = collections.defaultdict(list)
+    for row in stage.get("variant", []):
+        if "microseconds" in row:
+            groups[row["tokens"], row["experts"]].append(row)
+    rows = []
+    for (tokens, experts), own in groups.items():
+        best = min(own, key=lambda row: row["microseconds"])
+        chosen = next((f"{row['microseconds']:.1f}" for row in own if row["chosen"]), None)
+        how = ", ".join(f"{name} {value}" for name, value in {**best["config"], "segment": best["segment"]}.items())
+        rows.append((f"{tokens} x {experts}", chosen, f"{best['microseconds']:.1f}", how))
+    return reports.table(("c2048 wo, tokens x experts", "chosen, us", "best, us", "which"), rows) if rows else ""
+
+
+# docs/gpu.md: of the loop for one token, without what is before and after it.
+MODEL = {"instructions_a_weight": 60 / 31, "integer_a_weight": 39 / 31, "shared_wavefronts_a_step": 25.0}
+
+
+def _counters(stage):
+    found = [row for row in stage.get("counters", []) if "instructions" in row]
+    rows = [
+        (name.replace("_", " "), f"{model:.2f}", *(f"{row[name]:.2f}" if name in row else None for row in found))
+        for name, model in MODEL.items()
+    ]
+    header = ("c2048 wo, by ncu", "the model", *(f"{row['tokens']} x {row['experts']}" for row in found))
+    return reports.table(header, rows) if found else ""
 
 
 def _paper(found):

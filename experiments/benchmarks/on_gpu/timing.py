@@ -24,9 +24,9 @@ class Timing:
         self.times = np.zeros(REPLAYS, np.float32)
         self.registered: set[str] = set()
 
-    def empty_kernel(self) -> float:
-        """Microseconds of a kernel that does nothing, one of many that follow each other."""
-        return self._median(self.library.TimeEmpty(500, REPLAYS, self._out()))
+    def empty_kernel(self, blocks: int) -> float:
+        """Microseconds of a kernel of so many blocks that depends on the one before it, and does nothing else."""
+        return self._median(self.library.TimeEmpty(blocks, 500, REPLAYS, self._out()))
 
     def copy(self, nbytes: int) -> float:
         """Bytes a second, read and written, of a copy on the device."""
