@@ -299,6 +299,7 @@ class _Run:
             if not isinstance(now[name], CompressedExperts):
                 self.trained[prefix + name] = np.asarray(now[name], ml_dtypes.bfloat16)
         if matrices:
+            self.ours.step()  # For its one group of experts.
             with self.stages("writing"):
                 below = dict(step.kernels)
                 written = {m: now[below[m]] for m in matrices}
@@ -319,7 +320,7 @@ class _Run:
 
     def _let_through(self, layer: Layer, step: Step, params: Flat, shared: Any) -> None:
         x, everyone = self.ours.x[layer.stream], np.arange(len(self.examples))
-        for batch in self._batches(everyone, self.settings.tokens_per_batch):
+        for batch in self._batches(everyone, self.ours.settings.tokens_per_batch):
             rows, inputs = self._inputs(layer, batch, everyone)
             out = np.asarray(forward(step, params, shared, inputs))
             x.put(rows, out)
