@@ -42,6 +42,16 @@ def test_the_reader_of_the_documentation_reads_every_weight(codec, num_levels, z
     np.testing.assert_array_equal(reader[f"read_{codec}"](stored, shape), expected)
 
 
+@pytest.mark.parametrize("classes, shape", [(4, (2, 130, 64)), (2, (1, 70, 96))])
+def test_the_reader_of_the_documentation_knows_classes_of_columns(classes, shape, reader):
+    rng = np.random.default_rng(0)
+    symbols = (rng.integers(1, 3, shape) * (rng.random(shape) > np.linspace(0.4, 0.99, shape[2]))).astype(np.uint8)
+    levels = np.tile([-1.0, 2.0], (*shape[:2], 1))
+    stored = CompressedExperts.from_symbols(symbols, levels, "gap", classes).stored()
+    assert stored["parameters"].shape == (shape[0], classes)
+    np.testing.assert_array_equal(reader["read_gap"](stored, shape), np.array([0, -1, 2])[symbols])
+
+
 def test_the_reader_of_the_documentation_knows_levels_of_a_ladder(reader):
     rng = np.random.default_rng(0)
     scale = np.float32(rng.integers(4, 8, (1, 40, 1)) * 2.0 ** rng.integers(-9, -5, (1, 40, 1)))

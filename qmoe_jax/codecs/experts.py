@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qmoe_jax import codecs
+from qmoe_jax.codecs import gap
 
 MOST_LEVEL = 1e4  # of stored levels; no trained weight comes near
 
@@ -40,16 +42,20 @@ class CompressedExperts:
     bound: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def from_symbols(cls, symbols: np.ndarray | jax.Array, levels: ArrayLike, codec: str = "gap") -> CompressedExperts:
+    def from_symbols(
+        cls, symbols: np.ndarray | jax.Array, levels: ArrayLike, codec: str = "gap", classes: int = 1
+    ) -> CompressedExperts:
         """Compresses a matrix of all experts. Not for use inside `jit`, as sizes depend on the values.
 
         Args:
           symbols: uint8 [experts, out, in]; 0 is zero, k the row's level k - 1.
           levels: float [experts, out, L], L = 2, or 3 to 14 (codec gap), rising; rounded to bfloat16.
           codec: name of the codec.
+          classes: (codec gap) of columns, equally many in each, neighbours together; each gets a code of its own.
 
         Raises:
-          ValueError: an unknown codec, no experts, other shapes or dtypes, symbols above L, or levels as in `validate`.
+          ValueError: an unknown codec, no experts, other shapes or dtypes, symbols above L, columns that can't be in so
+            many classes, or levels as in `validate`.
           TypeError: symbols or levels are no arrays.
         """
         if not isinstance(symbols, np.ndarray | jax.Array):
@@ -60,7 +66,11 @@ class CompressedExperts:
             )
         levels = _real("levels", levels).astype(jnp.bfloat16)
         _check_levels(levels, symbols.shape)
-        return _resident(codecs.get(codec).encode_experts(symbols, levels.shape[-1]), levels, codec, symbols.shape)
+        options = {"classes": classes} if codec == "gap" else {}
+        if classes != 1 and not options:
+            raise ValueError(f"classes: found {classes}, expected 1, as the codec {codec!r} has none.")
+        data = codecs.get(codec).encode_experts(symbols, levels.shape[-1], **options)
+        return _resident(data, levels, codec, symbols.shape)
 
     @classmethod
     def from_trits(
@@ -184,9 +194,9 @@ def concatenate(parts: Sequence[CompressedExperts]) -> CompressedExperts:
         raise ValueError("No experts to concatenate.")
     for i, part in enumerate(parts):
         _experts(f"parts[{i}]", part)
-    kinds = {(part.codec, part.levels.shape[-1], *part.shape[1:]) for part in parts}
+    kinds = {(part.codec, part.levels.shape[-1], *part.shape[1:], _classes(part)) for part in parts}
     if len(kinds) > 1:
-        raise ValueError(f"Experts differ in (codec, levels, out, in): {sorted(kinds)}.")
+        raise ValueError(f"Experts differ in (codec, levels, out, in, classes): {sorted(kinds)}.")
     return CompressedExperts(
         data={name: jnp.concatenate([part.data[name] for part in parts]) for name in parts[0].data},
         levels=jnp.concatenate([part.levels for part in parts]),
@@ -205,7 +215,10 @@ def convert(experts: CompressedExperts, codec: str, experts_per_group: int = 16)
     if _whole("experts_per_group", experts_per_group) < 1:
         raise ValueError(f"experts_per_group: found {experts_per_group}, expected at least 1.")
     groups = np.array_split(np.arange(experts.shape[0]), -(-experts.shape[0] // experts_per_group))
-    return concatenate([CompressedExperts.from_symbols(_symbols(experts, g), experts.levels[g], codec) for g in groups])
+    encode = functools.partial(
+        CompressedExperts.from_symbols, codec=codec, classes=_classes(experts) if codec == "gap" else 1
+    )
+    return concatenate([encode(_symbols(experts, g), experts.levels[g]) for g in groups])
 
 
 def in_codec(value: object, codec: str | None) -> object:
@@ -219,6 +232,10 @@ def _experts(name: str, value: object) -> CompressedExperts:
     if not isinstance(value, CompressedExperts):
         raise TypeError(f"{name}: found {type(value).__name__}, expected CompressedExperts.")
     return value
+
+
+def _classes(experts: CompressedExperts) -> int:
+    return gap.number_of_classes(experts.data) if experts.codec == "gap" else 1
 
 
 def _whole(name: str, value: object) -> int:

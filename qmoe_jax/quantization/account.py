@@ -94,6 +94,7 @@ def group_account(
     error: OutputError,
     codec: str | None,
     calibrated: bool,
+    classes: Mapping[str, int],
 ) -> GroupAccount:
     """Encodes experts, and counts what they came to.
 
@@ -104,12 +105,14 @@ def group_account(
       error: of each expert.
       codec: by name; None: nothing is stored.
       calibrated: experts should have tokens.
+      classes: of columns, of the matrices that have more than one.
     """
     symbols = {m: np.asarray(q.symbols) for m, q in quantized.items()}
     experts = {}
     if codec is not None:
         experts = {
-            m: CompressedExperts.from_symbols(symbols[m], np.asarray(q.levels), codec) for m, q in quantized.items()
+            m: CompressedExperts.from_symbols(symbols[m], np.asarray(q.levels), codec, classes.get(m, 1))
+            for m, q in quantized.items()
         }
     fallback = {}
     for i, (e, count) in enumerate(tokens.items()):

@@ -26,6 +26,7 @@ from qmoe_jax.quantization import grids, shares, statistics
 from qmoe_jax.quantization.account import GroupAccount, LayerAccount, gather_groups, group_account, layer_account
 from qmoe_jax.quantization.asymmetric import match_outputs
 from qmoe_jax.quantization.gptq import Quantized
+from qmoe_jax.quantization.hidden_units import classes_of_columns, in_order_of_use
 from qmoe_jax.quantization.methods import Priced
 from qmoe_jax.quantization.output_error import OutputError, output_error
 from qmoe_jax.quantization.rate_control import RateControl
@@ -91,6 +92,7 @@ class Quantizer:
         self.accounts: dict[str, LayerAccount] = {}
         self._groups: dict[str, list[GroupAccount]] = {}  # by layer
         self._found: dict[str, tuple[float, int | None]] = {}  # Lagrangian and steps of this layer, by matrix name
+        self._classes: dict[str, int] = {}  # of columns, by matrix name; of those that may have several
         self._weights: np.ndarray | None = None  # of this layer's experts; None: all count equally
 
     def begin(self, layer: str, rows: np.ndarray, routed: RoutedRows) -> None:
@@ -108,6 +110,8 @@ class Quantizer:
     def __call__(self, group: ExpertGroup) -> dict[str, Any]:
         if group.start == self.own.start:
             self._found = {}
+        d_ff, d_model = group.kernels[group.expert.last].shape[1:]
+        self._classes = {group.expert.last: classes_of_columns(group.expert, self.codec, d_model, d_ff)}
         tokens = [t[self.calibration[group.stream][t]] for t in group.tokens]
         overloaded: dict[int, int] = {}
         if self.method.calibrated:
@@ -116,6 +120,8 @@ class Quantizer:
             overloaded = {e: len(t) for e, t in enumerate(tokens, group.start) if len(t) > cap}
             tokens = [t[:cap] for t in tokens]
         quantized, peaks = self._quantize_group(group, tokens)
+        if self._classes[group.expert.last] > 1:
+            quantized = in_order_of_use(group.expert, quantized)
         replacement = group.kernels | {m: q.Q.swapaxes(1, 2) for m, q in quantized.items()}
         with self.stages("output error"):
             error = self._output_error(group, replacement)
@@ -124,7 +130,15 @@ class Quantizer:
             starved = {e: n for e, n in counts.items() if self.method.calibrated and n < self.min_tokens}
             largest = dict(zip(counts, peaks, strict=True)) if peaks else {}
             account = group_account(
-                quantized, counts, overloaded, starved, largest, error, self.codec, self.method.calibrated
+                quantized,
+                counts,
+                overloaded,
+                starved,
+                largest,
+                error,
+                self.codec,
+                self.method.calibrated,
+                self._classes,
             )
             self._groups.setdefault(group.layer, []).append(account)
         return replacement
@@ -262,7 +276,9 @@ class Quantizer:
                 if self._weights is not None:
                     tried = np.resize(shares.of_strata(self._weights, few), len(W))
                     importance = importance * tried[:, None]
-                guess, rates, steps = trial(cast(Priced, self.method), W, H, importance, few, self.codec)
+                guess, rates, steps = trial(
+                    cast(Priced, self.method), W, H, importance, few, self.codec, self._classes.get(matrix, 1)
+                )
                 lagrangian = self.control.find(matrix, self.num_experts * math.prod(W.shape[1:]), guess, rates)
                 found = lagrangian, steps(lagrangian)
             lagrangian, number = self.processes.from_first(found)

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.quantization import grids
 from qmoe_jax.quantization.account import entropy
 from qmoe_jax.quantization.equal_steps import MOST_STEPS, narrowed
+from qmoe_jax.quantization.hidden_units import most_used_first
 from qmoe_jax.quantization.methods import Priced
 from qmoe_jax.quantization.rate_control import TRIAL
 from qmoe_jax.quantization.sharding import expert_sharding
@@ -37,7 +39,13 @@ def trial_experts(num_experts: int, weights: int) -> int:
 
 
 def trial(
-    method: Priced, W: jax.Array, H: jax.Array, importance: jax.Array, experts: int, codec: str | None
+    method: Priced,
+    W: jax.Array,
+    H: jax.Array,
+    importance: jax.Array,
+    experts: int,
+    codec: str | None,
+    classes: int = 1,
 ) -> tuple[float, Callable[[Sequence[float]], list[float]], Callable[[float], int | None]]:
     """What a Lagrangian gives, of a few experts.
 
@@ -48,6 +56,7 @@ def trial(
       importance: [group, rows].
       experts: how many.
       codec: by which bits are counted as stored; None: the entropy of the symbols is all that counts.
+      classes: of columns; with several, columns are in order of use.
 
     Returns:
       A first guess; rates(lagrangians), bits per weight at each of as many Lagrangians as a trial has; and, after
@@ -83,7 +92,10 @@ def trial(
             for i, lagrangian in enumerate(lagrangians):
                 wanted[lagrangian] = _steps_in_use(parts[i].symbols)
                 parts[i] = narrowed(parts[i], wanted[lagrangian])
-        return [_rate(part.symbols, part.levels, codec) for part in parts]
+        symbols = [part.symbols for part in parts]
+        if classes > 1:
+            symbols = _in_order_of_use(symbols)
+        return [_rate(s, part.levels, codec, classes) for s, part in zip(symbols, parts, strict=True)]
 
     def steps(lagrangian: float) -> int | None:
         if not chosen:
@@ -102,12 +114,28 @@ def _steps_in_use(symbols: np.ndarray) -> int:
     return next((k for k, share in enumerate(use, start=1) if share < LEAST_USE), MOST_STEPS)
 
 
-def _rate(symbols: np.ndarray, levels: np.ndarray, codec: str | None) -> float:
+def _in_order_of_use(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Symbols [experts, rows, columns] of rows at each Lagrangian, columns sorted by their use in the others' rows.
+
+    By a few rows' own use they would seem more unlike than those of all rows are.
+    """
+    counts = np.stack([np.count_nonzero(part, axis=1) for part in parts])  # [trials, experts, columns]
+    orders = most_used_first(counts.sum(0) - counts)
+    return [np.take_along_axis(part, order[:, None], 2) for part, order in zip(parts, orders, strict=True)]
+
+
+def _rate(symbols: np.ndarray, levels: np.ndarray, codec: str | None, classes: int) -> float:
     """Bits per weight of these rows."""
     if codec is None:
         return float(np.mean([entropy(s) for s in symbols]))
     levels = np.asarray(grids.without_unused(symbols, levels))
-    return 8 * CompressedExperts.from_symbols(symbols, levels, codec).nbytes / symbols.size
+    nbytes = CompressedExperts.from_symbols(symbols, levels, codec, classes).nbytes
+    # A whole matrix has as many blocks as one without classes, of as many more rows.
+    experts, rows, _ = symbols.shape
+    if classes > 1:
+        more = classes * -(-rows // (gap.BLOCK_ROWS * classes)) - -(-rows // gap.BLOCK_ROWS)
+        nbytes -= 4 * experts * more
+    return 8 * nbytes / symbols.size
 
 
 @jax.jit

@@ -46,7 +46,9 @@ def test_dry_run_of_all_stages(tmp_path):
     assert all(
         row.get("right") or "needs a GPU" in row["cannot"] or "decodes the codec" in row["cannot"] for row in check
     )
-    assert "WRONG" not in printed and "projected here" in printed
+    derivatives = json.loads((tmp_path / "layers.json").read_text())["derivative"]
+    assert len(derivatives) == 2 and all(row["speed"] > 0 for row in derivatives)
+    assert "WRONG" not in printed and "derivative of tokens" in printed and "projected here" in printed
     assert (tmp_path / "summary.md").read_text() in printed
 
 

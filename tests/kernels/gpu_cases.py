@@ -68,6 +68,14 @@ def example(tokens, experts, out, width, zeros=0.7, seed=0, codec="dictionary"):
     return lhs, CompressedExperts.from_symbols(symbols, levels, name), weights
 
 
+def with_classes(tokens, experts, out, width, classes):
+    """`example` for codec gap whose columns are ever sparser, in so many classes."""
+    lhs, rhs, weights = example(tokens, experts, out, width, 0.0, codec="gap")
+    zero = np.random.default_rng(1).random((experts, out, width)) < np.linspace(0.3, 0.98, width)
+    symbols = np.where(zero, 0, rhs.symbols()).astype(np.uint8)
+    return lhs, CompressedExperts.from_symbols(symbols, rhs.levels, classes=classes), np.where(zero, 0, weights)
+
+
 def reference(lhs, weights, group_sizes):
     """float64 [tokens, out]: token by token."""
     product = np.zeros((lhs.shape[0], weights.shape[1]))

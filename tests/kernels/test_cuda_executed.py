@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_cases import CASES, CODECS, SHORT, assert_equals_reference, example
+from gpu_cases import CASES, CODECS, SHORT, assert_equals_reference, example, with_classes
 from ptx_machine import build
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
@@ -66,6 +66,17 @@ def test_every_kernel_equals_the_reference(machine, order):
             assert found.dtype == dtype
             assert_equals_reference(found, g, weights.swapaxes(1, 2), sizes)
     assert machine.launched() == {name for name in machine.kernels if "Empty" not in name}
+
+
+def test_columns_in_classes(machine):
+    """Classes of three segments, in parts of a sum that are no larger than a class."""
+    sizes = [1, 9, 21]
+    lhs, rhs, weights = with_classes(32, 3, out=140, width=2688, classes=2)
+    x = jnp.asarray(lhs, jnp.bfloat16)
+    for config in (*CONFIGS[1:4], Config(tiles=True, tokens=16, splits=6)):
+        assert_equals_reference(cuda.multiply(x, rhs, jnp.array(sizes), config=config), x, weights, sizes)
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((32, 140)), jnp.bfloat16)
+    assert_equals_reference(cuda.multiply_transposed(g, rhs, jnp.array(sizes)), g, weights.swapaxes(1, 2), sizes)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in SHORT else pytest.mark.long) for c in CASES])

@@ -16,6 +16,7 @@ from gpu_cases import (
     check_compiled,
     example,
     runs,
+    with_classes,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,13 @@ def test_interpreted_equals_the_reference(codec, case, way, dtype):
     found = pallas.multiply(lhs, rhs, jnp.array(group_sizes), config=WAYS[way], interpret=True)
     assert found.dtype == dtype
     assert_equals_reference(found, lhs, weights, group_sizes)
+
+
+@pytest.mark.parametrize("way", list(WAYS)[:2])
+def test_columns_in_classes(way):
+    lhs, rhs, weights = with_classes(12, 2, out=9, width=1600, classes=2)
+    found = pallas.multiply(lhs, rhs, jnp.array([1, 10]), config=WAYS[way], interpret=True)
+    assert_equals_reference(found, lhs, weights, [1, 10])
 
 
 @pytest.mark.parametrize("codec", CODECS)

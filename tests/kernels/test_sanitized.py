@@ -9,6 +9,7 @@ import subprocess
 import ml_dtypes
 import numpy as np
 import pytest
+from test_classes import example as of_classes
 from test_compressed_ragged_dot import KINDS, example, reference
 
 from qmoe_jax.codecs import gap
@@ -65,6 +66,12 @@ def calls():
             for dtype in (np.float32, ml_dtypes.bfloat16):
                 rounded = lhs.astype(dtype)
                 yield rounded, rhs, np.array(sizes, np.int32), reference(rounded.astype(np.float32), weights, sizes)
+    for classes, out, width in ((4, 70, 192), (2, 9, 1600)):  # Each is multiplied as if it were an expert.
+        _, rhs, weights = of_classes(classes, 2, out, width)
+        weights = weights.reshape(3, out, classes, -1).swapaxes(1, 2).reshape(3 * classes, out, -1)
+        sizes = np.repeat([1, 0, 5], classes)
+        lhs = np.random.default_rng(0).standard_normal((sizes.sum(), width // classes)).astype(np.float32)
+        yield lhs, rhs, sizes.astype(np.int32), reference(lhs, weights, sizes)
 
 
 def described(array: np.ndarray, content: bool = True) -> bytes:

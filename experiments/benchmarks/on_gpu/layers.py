@@ -18,6 +18,7 @@ from qmoe_jax.kernels.compressed_ragged_dot.api import IMPLEMENTATIONS, compress
 
 STEPS = 16  # of a program
 JIT_LOADS = ((1, 1), (8, 8))
+DERIVATIVE_LOADS = ((8, 8), (64, 8))
 MODELS = ("switch_base_128", "switch_large_128", "switch_c_2048")
 TINY_MODEL = ROOT / "experiments/tiny_model/checkpoint_3000"
 
@@ -38,6 +39,10 @@ def layers(stage: Stage, sizes: products.Sizes, dry_run: bool) -> None:
                     few = calls if name in ("cuda", "cpu") else 1  # XLA's loop takes milliseconds
                     run = functools.partial(jit_compressed, out, width, experts, tokens, active, few, name)
                     stage.attempt("jit", {**what, "product": f"{name} gap of {experts}"}, run, least=10)
+        for tokens, active in DERIVATIVE_LOADS:
+            what = dict(shape=shape, tokens=tokens, experts=active)
+            run = functools.partial(derivative, out, width, min(sizes.layer_experts), tokens, active)
+            stage.attempt("derivative", what, run, least=10)
     for batch in (1, 8):
         run = functools.partial(layer, max(out, width), min(out, width), sizes.layer_experts[-1], batch)
         stage.attempt("layer", dict(experts=sizes.layer_experts[-1], batch=batch), run, least=30)
@@ -87,6 +92,26 @@ def jit_dense(out: int, width: int, tokens: int, active: int, calls: int) -> dic
 
     seconds = products.median_seconds(lambda: run(x, W))
     return {"microseconds": seconds / calls * 1e6, "calls": calls}
+
+
+def derivative(out: int, width: int, experts: int, tokens: int, active: int) -> dict:
+    """Microseconds of d lhs [tokens, width] from d out [tokens, out], and of a dense product of that shape."""
+    rhs = products.encoded(out, width, experts)
+    sizes = jnp.asarray(products.group_sizes(1, experts, tokens, active)[0])
+    x, g = jnp.ones((tokens, width), jnp.bfloat16), jnp.ones((tokens, out), jnp.bfloat16)
+    W = jnp.full((active, out, width), 0.01, jnp.bfloat16)
+
+    @jax.jit
+    def compressed(x, g, rhs, sizes):
+        return jax.vjp(lambda x: compressed_ragged_dot(x, rhs, sizes), x)[1](g)[0]
+
+    @jax.jit
+    def dense(g, W):
+        return jnp.einsum("eto,eoi->eti", g, W, preferred_element_type=jnp.bfloat16)
+
+    own = products.median_seconds(lambda: compressed(x, g, rhs, sizes)) * 1e6
+    other = products.median_seconds(lambda: dense(g.reshape(active, -1, out), W)) * 1e6
+    return {"microseconds": own, "dense": other, "speed": other / own}
 
 
 def layer(hidden: int, d_model: int, experts: int, batch: int) -> dict:

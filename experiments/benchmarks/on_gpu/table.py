@@ -24,7 +24,7 @@ def summary(folder: pathlib.Path, stages: list[str]) -> str:
     if "kernels" in found:
         parts += [_speeds(found["kernels"], "events"), _paper(found)]
     if "layers" in found:
-        parts.append(_speeds(found["layers"], "jit"))
+        parts += [_speeds(found["layers"], "jit"), _derivatives(found["layers"])]
     if "rehearsal" in found:
         parts.append(_hours(found["rehearsal"]))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -100,6 +100,15 @@ def _speeds(stage, kind):
     )
     title = {"events": "One product, by events around graphs", "jit": "One product, as JAX runs it"}[kind]
     return f"**{title}; weights that no cache holds, bfloat16**\n\n" + reports.table(header, rows)
+
+
+def _derivatives(stage):
+    rows = [
+        (r["shape"], f"{r['tokens']} x {r['experts']}", f"{r['microseconds']:.1f}", f"{r['speed']:.2f}")
+        for r in stage.get("derivative", [])
+        if "speed" in r
+    ]
+    return reports.table(("derivative of tokens", "tokens x experts", "us", "times dense"), rows) if rows else ""
 
 
 def _paper(found):

@@ -1,7 +1,9 @@
 """The codec `dictionary` in C++: csrc/dictionary.cc."""
 
 import ctypes
+from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from qmoe_jax.codecs import dictionary
@@ -10,6 +12,11 @@ from qmoe_jax.codecs import dictionary
 FUNCTION = "QmoeDictionaryDot"
 TRANSPOSED = "QmoeDictionaryDotTransposed"
 ARRAYS = ("codewords", "row_offsets")
+
+
+def number_of_parts(data: Mapping[str, jax.Array]) -> int:
+    """One: all of an expert's columns at once."""
+    return 1
 
 
 def prepare(library: ctypes.CDLL, num_levels: int) -> None:

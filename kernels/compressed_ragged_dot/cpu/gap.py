@@ -12,6 +12,8 @@ FUNCTION = "QmoeGapDot"
 TRANSPOSED = "QmoeGapDotTransposed"
 ARRAYS = ("words", "word_counts", "starts", "skips", "parameters")
 
+number_of_parts = gap.number_of_classes
+
 
 def prepare(library: ctypes.CDLL, num_levels: int) -> None:
     """Hands over the codes of rows of so many levels."""

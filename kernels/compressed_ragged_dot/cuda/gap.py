@@ -43,7 +43,7 @@ class Config:
       tiles: tensor cores; otherwise values are gathered.
       tokens: of one expert that share a decode, a power of two: 1 to 8 gathered; tiles 16, with bfloat16 32 and 64 too.
       passes: (gathered) rows of a thread, one after another.
-      splits: (tiles) parts in which the sum over the columns is cut, at most segments.
+      splits: (tiles) parts in which the sum over the columns is cut, at most segments, and at least one a class.
     """
 
     tiles: bool
@@ -69,7 +69,16 @@ def heuristic(tokens: int, shape: tuple[int, int, int], dtype: DTypeLike) -> Con
 def multiply(lhs: jax.Array, rhs: CompressedExperts, group_sizes: jax.Array, *, config: Config) -> jax.Array:
     """`api.compressed_ragged_dot` for arrays none of whose axes is zero."""
     segments = rhs.data["starts"].shape[2]
-    splits = _equal(segments, config.splits) if config.tiles else segments
+    classes = gap.number_of_classes(rhs.data)
+    if not config.tiles:
+        splits = segments
+    elif classes == 1:
+        splits = _equal(segments, config.splits)
+    else:  # A block of threads has one table.
+        each = segments // classes
+        splits = classes * max(
+            n for n in range(1, each + 1) if each % n == 0 and n * classes <= max(classes, config.splits)
+        )
     kernel = TILES if config.tiles else FEW
     return _call(kernel, lhs, rhs, group_sizes, (splits, lhs.shape[0], rhs.shape[1]), config.tokens, config.passes)
 

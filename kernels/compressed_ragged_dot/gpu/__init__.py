@@ -6,7 +6,6 @@ from qmoe_jax.kernels.compressed_ragged_dot.gpu import check, dictionary, gap
 from qmoe_jax.kernels.compressed_ragged_dot.gpu.shared import (
     EXPERT,
     FIRST,
-    ITEM_COLUMNS,
     RANK,
     SIZE,
     START,
@@ -24,7 +23,6 @@ __all__ = [
     "CODECS",
     "EXPERT",
     "FIRST",
-    "ITEM_COLUMNS",
     "RANK",
     "SIZE",
     "START",
@@ -42,7 +40,7 @@ __all__ = [
 ]
 
 # Each has
-#     streams(rhs) -> int32 [experts, 2]: where each expert's stream starts, and which table is its own
+#     streams(rhs) -> int32 [experts, 1 + tables]: where each expert's stream starts, and which tables are its own
 #     arrays(rhs): the arrays that kernels take
 #     heuristic(tokens, shape (experts, out, in), dtype of lhs) -> Config
 CODECS: dict[str, ModuleType] = {

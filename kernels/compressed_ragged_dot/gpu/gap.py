@@ -32,7 +32,6 @@ from qmoe_jax.codecs import gap
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot.gpu.shared import Config, dense_tokens
 
-SEGMENT = gap.SEGMENT
 WINDOW = gap.WINDOW
 LOOKUPS = 2  # of 12 bits each: less than the 32 there are
 
@@ -46,11 +45,11 @@ MAX_WEIGHTS = 127
 
 
 def streams(rhs: CompressedExperts) -> jax.Array:
-    """Where each expert's words start, and which row of `table` is its own: int32 [experts, 2]."""
+    """Where each expert's words start, and which row of `table` is that of each class: int32 [experts, 1 + classes]."""
     counts = rhs.data["word_counts"]
     # Whatever the number is, the result is a row of the table.
     slot = gap.table_rows(rhs.data["parameters"], rhs.levels.shape[2])
-    return jnp.stack([jnp.cumsum(counts) - counts, slot], axis=1)
+    return jnp.column_stack([jnp.cumsum(counts) - counts, slot])
 
 
 def arrays(rhs: CompressedExperts) -> tuple[jax.Array, ...]:
@@ -71,9 +70,9 @@ def heuristic(tokens: int, shape: tuple[int, int, int], dtype: DTypeLike) -> Con
     return Config(rows=32, warps=1, tokens=block, dense_tokens=dense_tokens(tokens, shape, dtype))
 
 
-def launches(config: Config, shape: tuple[int, int, int], items: int) -> tuple[int, int, int]:
+def launches(config: Config, rhs: CompressedExperts, items: int) -> tuple[int, int, int]:
     """Segments of a row, blocks of rows, and programs in all: items x segments x blocks, the last one fastest."""
-    segments, blocks = -(-shape[2] // SEGMENT), -(-shape[1] // config.rows)
+    segments, blocks = rhs.data["starts"].shape[2], -(-rhs.shape[1] // config.rows)
     return segments, blocks, items * segments * blocks
 
 

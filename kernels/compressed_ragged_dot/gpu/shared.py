@@ -22,7 +22,7 @@ from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.grouped import group_ends
 
 # Columns of the list of work.
-EXPERT, RANK, START, SIZE, FIRST, TABLE, ITEM_COLUMNS = range(7)
+EXPERT, RANK, START, SIZE, FIRST, TABLE = range(6)
 
 
 def why_not(rhs: CompressedExperts, codecs: Collection[str]) -> str | None:
@@ -76,10 +76,11 @@ def work(group_sizes: jax.Array, tokens: int, block: int, streams: jax.Array) ->
       group_sizes: int32 [experts].
       tokens: rows of lhs; group sizes that promise more are cut off.
       block: most tokens of an item.
-      streams: int32 [experts, 2], where each expert's stream starts, and its table.
+      streams: int32 [experts, 1 + tables], where each expert's stream starts, and its table or tables.
 
     Returns:
-      int32 [items, 6]: expert, its rank among those with tokens, first token, how many, start of the stream, table.
+      int32 [items, 5 + tables]: expert, its rank among those with tokens, first token, how many, start of the stream,
+      tables.
       Items beyond the last have no tokens.
     """
     experts = group_sizes.shape[0]

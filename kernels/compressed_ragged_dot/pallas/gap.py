@@ -23,7 +23,7 @@ from qmoe_jax.kernels.compressed_ragged_dot.gpu.gap import (
 
 
 def multiply_few(launch, lhs, blocks, rhs, items, config):
-    segments, row_blocks, programs = gpu.gap.launches(config, rhs.shape, items.shape[0])
+    segments, row_blocks, programs = gpu.gap.launches(config, rhs, items.shape[0])
     parts = launch(
         functools.partial(_multiply_few, segments=segments, row_blocks=row_blocks, config=config),
         *(lhs, lhs if blocks is None else blocks, *gpu.gap.arrays(rhs), items),
@@ -36,7 +36,7 @@ def multiply_few(launch, lhs, blocks, rhs, items, config):
 
 
 def decode(launch, rhs, items, config):
-    segments, row_blocks, programs = gpu.gap.launches(config, rhs.shape, items.shape[0])
+    segments, row_blocks, programs = gpu.gap.launches(config, rhs, items.shape[0])
     zeros = gpu.zeros(rhs, items)
     return launch(
         functools.partial(_decode, width=rhs.shape[2], segments=segments, row_blocks=row_blocks, config=config),
@@ -115,7 +115,8 @@ def _for_nonzeros(words, starts, skips, levels, table, items, item, segment, row
 
     Where nothing exists, the column is arbitrary and not to be used.
     """
-    expert, slot = items[item, gpu.EXPERT], items[item, gpu.TABLE]
+    of_class = starts.shape[2] // (items.shape[1] - gpu.TABLE)  # segments
+    expert, slot = items[item, gpu.EXPERT], items[item, gpu.TABLE + segment // of_class]
     real = rows < levels.shape[1]
     start = plgpu.load(starts.at[expert, rows, segment], mask=real, other=0)
     skip = plgpu.load(skips.at[expert, rows, segment], mask=real, other=0).astype(jnp.int32)

@@ -51,6 +51,7 @@ struct Dictionary {
   static int64_t Log2RowsPerStream(int64_t) { return 62; }
 
   int64_t MostLevels() const { return kMostLevels; }
+  int64_t Parts() const { return 1; }
   int64_t Size(int64_t expert) const { return row_offsets[expert * (out + 1) + out]; }
 
   Block At(int64_t expert, int64_t first, int64_t row, int64_t rows) const {

@@ -160,8 +160,8 @@ struct Gap {
   const int32_t* word_counts;  // [experts]
   const uint32_t* starts;      // [experts, out, segments]
   const uint8_t* skips;        // [experts, out, segments]
-  const uint8_t* parameters;   // [experts], numbers of codes
-  int64_t out, segments, levels;
+  const uint8_t* parameters;   // [experts, classes], numbers of codes
+  int64_t out, segments, levels, classes;
 
   // Streams of a piece are as long as they can be, up to eight rows.
   static int64_t RowsPerBlock(int64_t most) {
@@ -174,11 +174,13 @@ struct Gap {
   }
 
   int64_t MostLevels() const { return kMostLevels; }
-  int64_t Size(int64_t expert) const { return word_counts[expert]; }
+  // A part is a class of columns. Where its rows begin is counted from the expert's first word.
+  int64_t Parts() const { return classes; }
+  int64_t Size(int64_t part) const { return part % classes == classes - 1 ? word_counts[part / classes] : 0; }
 
-  Block At(int64_t expert, int64_t first, int64_t row, int64_t) const {
-    const Table* table = code_tables[levels].Get(parameters[expert]);
-    const int64_t at = (expert * out + row) * segments;
+  Block At(int64_t part, int64_t first, int64_t row, int64_t) const {
+    const Table* table = code_tables[levels].Get(parameters[part]);
+    const int64_t at = (part / classes * out + row) * segments + part % classes * (segments / classes);
     // Clamped for arrays that nobody checked; with them, results are wrong but nothing else is touched.
     const int64_t first_word = std::clamp<int64_t>(first, 0, words_size);
     return {reinterpret_cast<const uint8_t*>(words), 4 * words_size, 32 * first_word, starts + at, skips + at, segments,
@@ -191,12 +193,15 @@ ffi::ErrorOr<Gap> Checked(ffi::Buffer<ffi::U32> words, ffi::Buffer<ffi::S32> wor
                           ffi::Buffer<ffi::U8> skips, ffi::Buffer<ffi::U8> parameters, ffi::Buffer<ffi::BF16> levels,
                           ffi::Buffer<ffi::S32> group_sizes, int64_t out) {
   const auto shape = starts.dimensions();
-  const auto experts = group_sizes.element_count();
-  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || shape[2] < 1 ||
-      skips.element_count() != starts.element_count() || word_counts.element_count() != experts ||
-      parameters.element_count() != experts || levels.dimensions().size() != 3) {
+  const auto experts = word_counts.element_count();
+  const int64_t classes = experts > 0 ? parameters.element_count() / experts : 1;
+  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || classes < 1 ||
+      shape[2] < classes || shape[2] % classes != 0 || skips.element_count() != starts.element_count() ||
+      parameters.element_count() != experts * classes || group_sizes.element_count() != experts * classes ||
+      levels.dimensions().size() != 3 || levels.dimensions()[0] != shape[0]) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "expected starts and skips [experts, out, segments], word_counts and parameters [experts]"));
+        "expected starts and skips [experts, out, segments], word_counts [experts], parameters and group_sizes "
+        "[experts, classes]"));
   }
   if (words.element_count() < 2) return ffi::Unexpected(ffi::Error::InvalidArgument("expected at least two words"));
   const int64_t levels_per_row = levels.dimensions()[2];
@@ -207,7 +212,7 @@ ffi::ErrorOr<Gap> Checked(ffi::Buffer<ffi::U32> words, ffi::Buffer<ffi::S32> wor
              word_counts.typed_data(), starts.typed_data(),
              skips.typed_data(),       parameters.typed_data(),
              shape[1],                 shape[2],
-             levels_per_row};
+             levels_per_row,           classes};
 }
 
 ffi::Error GapDot(ffi::ThreadPool pool, std::string_view isa, ffi::AnyBuffer lhs, ffi::Buffer<ffi::U32> words,

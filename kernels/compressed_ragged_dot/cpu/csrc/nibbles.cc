@@ -37,6 +37,7 @@ struct Nibbles {
   static int64_t Log2RowsPerStream(int64_t) { return 62; }
 
   int64_t MostLevels() const { return kMostLevels; }
+  int64_t Parts() const { return 1; }
   int64_t Size(int64_t) const { return 0; }
 
   Block At(int64_t expert, int64_t, int64_t row, int64_t) const {

@@ -102,7 +102,7 @@ __device__ __forceinline__ void MultiplyRows(const Matrices& a, const X* lhs, fl
   int row = first_row + threadIdx.x;
   const auto enter = [&](int row) { return Enter(a, item, min(row, a.out - 1), segment); };
   Stream s = enter(row);
-  CopyTable(a, item.expert, reinterpret_cast<uint32_t*>(shared));
+  CopyTable(a, item.expert, segment, reinterpret_cast<uint32_t*>(shared));
   constexpr int kSize = Vector<X>::kSize;
   const X* x = lhs + static_cast<int64_t>(item.start) * a.width + first_column;
   for (int c = threadIdx.x * kSize; c < kSegment; c += kThreads * kSize) {

@@ -98,13 +98,14 @@ ffi::Error WithType(const Launch& l, Kernel kernel) {
 }
 
 ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::BufferR1<ffi::U32> words, ffi::BufferR1<ffi::S32> word_counts,
-               ffi::BufferR3<ffi::U32> starts, ffi::BufferR3<ffi::U8> skips, ffi::BufferR1<ffi::U8> parameters,
+               ffi::BufferR3<ffi::U32> starts, ffi::BufferR3<ffi::U8> skips, ffi::Buffer<ffi::U8> parameters,
                ffi::BufferR3<ffi::BF16> levels, ffi::BufferR2<ffi::U32> tables, ffi::BufferR1<ffi::S32> group_sizes,
                ffi::ResultBufferR3<ffi::F32> parts, ffi::Span<const uint8_t> slots, int32_t segment_columns,
                int32_t log2_block, int32_t passes, int32_t kernel) {
   const int64_t tokens = lhs.dimensions()[0], width = kernel == kTransposed ? parts->dimensions()[2] : lhs.dimensions()[1];
   const int64_t experts = levels.dimensions()[0], out = levels.dimensions()[1], num_levels = levels.dimensions()[2];
   const int64_t num_words = words.dimensions()[0], segments = starts.dimensions()[2], splits = parts->dimensions()[0];
+  const int64_t classes = experts < 1 ? 1 : static_cast<int64_t>(parameters.element_count()) / experts;
   const int64_t length = kernel == kTransposed ? width : out;  // of a row of parts
   const bool is_float = lhs.element_type() == ffi::F32;
   constexpr int64_t kMost = INT32_MAX;
@@ -116,6 +117,8 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::BufferR1<ffi::U32> 
   good = good && num_levels >= 2 && num_levels <= qmoe::kMostLevels && tables.dimensions()[1] == qmoe::kEntries;
   good = good && (is_float || lhs.element_type() == ffi::BF16) && slots.size() == 256;
   good = good && group_sizes.dimensions()[0] == experts && word_counts.dimensions()[0] == experts;
+  good = good && static_cast<int64_t>(parameters.element_count()) == experts * classes && classes >= 1;
+  good = good && segments % classes == 0 && (classes == 1 || segments * segment_columns == width);
   good = good && log2_block >= 0 && log2_block <= 6 && passes >= 1 && passes <= 1 << 16;
   good = good && kernel >= kFew && kernel <= kTransposed && parts->dimensions()[1] == tokens;
   good = good && parts->dimensions()[2] == length && lhs.dimensions()[1] == (kernel == kTransposed ? out : width);
@@ -127,7 +130,8 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::BufferR1<ffi::U32> 
   const int64_t active = tokens < experts ? tokens : experts;
   const int64_t items = active + ((tokens - active) >> log2_block);
   const int64_t blocks = items * splits * (kernel == kTransposed ? segments : row_blocks);
-  if (!covers(splits, split_pieces, pieces) || (kernel == kFew && splits != segments) || blocks > kMost) {
+  const bool one_class = kernel != kTiles || classes == 1 || (split_pieces > 0 && segments / classes % split_pieces == 0);
+  if (!covers(splits, split_pieces, pieces) || (kernel == kFew && splits != segments) || !one_class || blocks > kMost) {
     return ffi::Error::InvalidArgument("qmoe_gap_cuda: parts of the sum that cuda/gap.py does not ask for");
   }
   if (blocks == 0) return ffi::Error::Success();
@@ -147,6 +151,8 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::BufferR1<ffi::U32> 
   l.a.width = narrow(width);
   l.a.segments = narrow(segments);
   l.a.segment_columns = segment_columns;
+  l.a.classes = narrow(classes);
+  l.a.class_segments = narrow(segments / classes);
   std::memcpy(l.a.slots, slots.begin(), sizeof(l.a.slots));
   l.lhs = lhs.untyped_data();
   l.parts = parts->typed_data();
@@ -200,7 +206,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(QmoeGapCuda, Run,
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR3<ffi::U32>>()
                                   .Arg<ffi::BufferR3<ffi::U8>>()
-                                  .Arg<ffi::BufferR1<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::BufferR3<ffi::BF16>>()
                                   .Arg<ffi::BufferR2<ffi::U32>>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()

@@ -42,19 +42,21 @@ struct Matrices {
   const uint32_t* words;      // [num_words], two at least
   const uint32_t* starts;     // [experts, out, segments]
   const uint8_t* skips;       // [experts, out, segments]
-  const uint8_t* parameters;  // [experts]
+  const uint8_t* parameters;  // [experts, classes]
   const uint16_t* levels;     // bfloat16 [experts, out, L]
   const uint32_t* tables;     // [codes, kEntries]
   int num_words;
   int out, width;
   int segments;         // of a row
+  int classes, class_segments;  // of columns; segments of each
   int segment_columns;  // all but the last segment have as many; a multiple of 16
   uint8_t slots[256];   // which table is whose: by what `parameters` says
 };
 
-// The table of an expert, to shared memory.
-__device__ __forceinline__ void CopyTable(const Matrices& a, int expert, uint32_t* to) {
-  const uint4* from = reinterpret_cast<const uint4*>(a.tables + static_cast<int64_t>(a.slots[a.parameters[expert]]) * kEntries);
+// The table of an expert's segment, to shared memory.
+__device__ __forceinline__ void CopyTable(const Matrices& a, int expert, int segment, uint32_t* to) {
+  const int64_t own = static_cast<int64_t>(expert) * a.classes + segment / a.class_segments;
+  const uint4* from = reinterpret_cast<const uint4*>(a.tables + static_cast<int64_t>(a.slots[a.parameters[own]]) * kEntries);
 #pragma unroll
   for (int i = 0; i < kEntries / 4 / kThreads; ++i) {
     reinterpret_cast<uint4*>(to)[i * kThreads + threadIdx.x] = from[i * kThreads + threadIdx.x];

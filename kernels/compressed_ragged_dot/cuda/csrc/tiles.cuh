@@ -111,7 +111,7 @@ constexpr int kTilesBytes = kEntries * sizeof(uint32_t) +
                             (kThreads + kParts<X> * kTokens) * kTileStride * sizeof(uint16_t) +
                             Levels<kLevels, uint16_t>::kSharedBytes;
 
-// parts float32 [splits, tokens, out]: split i is the sum over `split_segments` segments of the rows. Blocks: items x
+// parts float32 [splits, tokens, out]: split i is the sum over `split_segments` segments of the rows, all of a class. Blocks: items x
 // splits x blocks of kThreads rows, the last fastest. Items have up to kTokens tokens, a multiple of 16.
 template <typename X, int kTokens, int kLevels>
 __global__ void __launch_bounds__(kThreads, kTokens == 16 ? 5 : 1)
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kTokens == 16 ? 5 : 1)
   const int columns = min(split_segments * a.segment_columns, a.width - first_column);
   const int row = first_row + threadIdx.x;
   Stream s = Enter(a, item, min(row, a.out - 1), segment);
-  CopyTable(a, item.expert, table);
+  CopyTable(a, item.expert, segment, table);
   const Levels<kLevels, uint16_t> levels(a, static_cast<int64_t>(item.expert) * a.out + min(row, a.out - 1), num_levels,
                                          levels_space);
   __syncthreads();

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   uint16_t* weights = reinterpret_cast<uint16_t*>(table + kEntries);
   X* own_g = reinterpret_cast<X*>(weights + kThreads * kTileStride);
   X* levels_space = own_g + kGradients * kGradientStride;
-  CopyTable(a, item.expert, table);
+  CopyTable(a, item.expert, segment, table);
 
   constexpr int kTiles = kSegment / kTileColumns;
   const int lane = threadIdx.x % 32, warp_column = threadIdx.x / 32 * 16;

@@ -12,6 +12,8 @@
 //   RowsPerBlock(most)            how many rows a piece has, where `most` or a few more do
 //   kStreams                      that are decoded in turns: Decode may touch a multiple of so many
 //   Log2RowsPerStream(rows)       see Rows
+//   Parts()                       of an expert's columns, equal ones, each of which is multiplied as if it were an expert:
+//                                 number expert * Parts() + part in what follows, where experts share their levels
 //   Size(expert)                  how many codes are stored for the expert
 //   At(expert, first, row, rows)  some rows; `first` is the number of the codes of all experts before
 
@@ -154,7 +156,7 @@ void MultiplyPiece(const Call<Codec>& call, int64_t piece) {
   const int64_t row = piece % call.blocks * call.rows_per_block;
   Rows rows;
   rows.count = std::min(call.rows_per_block, call.out - row);
-  rows.levels = call.levels + call.levels_per_row * (active.expert * call.out + row);
+  rows.levels = call.levels + call.levels_per_row * (active.expert / call.codec.Parts() * call.out + row);
   rows.levels_per_row = call.levels_per_row;
   rows.row_bytes = call.row_bytes;
   rows.log2_rows_per_stream = Codec::Log2RowsPerStream(rows.count);
@@ -313,7 +315,7 @@ ffi::Error CompressedRaggedDot(ffi::ThreadPool& pool, const InstructionSet<typen
     return ffi::Error::InvalidArgument("expected lhs [tokens, in], levels [experts, out, L] and a result "
                                        "[tokens, out]");
   }
-  const int64_t tokens = x_shape[0], width = x_shape[1], experts = levels_shape[0], out = y_shape[1];
+  const int64_t tokens = x_shape[0], width = x_shape[1], experts = levels_shape[0] * codec.Parts(), out = y_shape[1];
   const bool is_bfloat16 = lhs.element_type() == ffi::BF16;
   if (y_shape[0] != tokens || levels_shape[1] != out || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
       static_cast<int64_t>(group_sizes.element_count()) != experts ||

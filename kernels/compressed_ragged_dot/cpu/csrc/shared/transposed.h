@@ -84,7 +84,7 @@ void MultiplyTransposedPiece(const TransposedCall<Codec>& call, const Active& pi
 
   for (int64_t row = 0; row < call.out; row += call.rows_per_block) {
     rows.count = std::min(call.rows_per_block, call.out - row);
-    rows.levels = call.levels + call.levels_per_row * (piece.expert * call.out + row);
+    rows.levels = call.levels + call.levels_per_row * (piece.expert / call.codec.Parts() * call.out + row);
     rows.log2_rows_per_stream = Codec::Log2RowsPerStream(rows.count);
     rows.stream_bytes = std::min(rows.count, int64_t{1} << rows.log2_rows_per_stream) * call.row_bytes + 2 * Codec::kSlack;
     rows.symbols = buffer + Codec::kSlack;
@@ -129,12 +129,12 @@ ffi::Error CompressedRaggedDotTransposed(ffi::ThreadPool& pool, const Instructio
   const auto g_shape = g.dimensions(), y_shape = result->dimensions(), levels_shape = levels.dimensions();
   if (g_shape.size() != 2 || y_shape.size() != 2 || levels_shape.size() != 3 || y_shape[0] != g_shape[0] ||
       levels_shape[1] != g_shape[1] || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
-      static_cast<int64_t>(group_sizes.element_count()) != levels_shape[0] ||
+      static_cast<int64_t>(group_sizes.element_count()) != levels_shape[0] * codec.Parts() ||
       result->element_type() != g.element_type() ||
       (g.element_type() != ffi::BF16 && g.element_type() != ffi::F32)) {
     return ffi::Error::InvalidArgument("shapes or dtypes of g, levels, group_sizes and the result differ");
   }
-  const int64_t tokens = g_shape[0], out = g_shape[1], experts = levels_shape[0], width = y_shape[1];
+  const int64_t tokens = g_shape[0], out = g_shape[1], experts = levels_shape[0] * codec.Parts(), width = y_shape[1];
 
   auto call = std::make_shared<TransposedCall<Codec>>();
   call->codec = codec;
