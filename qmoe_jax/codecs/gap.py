@@ -154,7 +154,8 @@ def _encode(
         )
 
     words = np.full(-(-bits // 32) + 1, 0xFFFFFFFF, np.uint32)
-    starts, skips = [], []
+    starts: list[np.ndarray] = []
+    skips: list[np.ndarray] = []
     begin = 0
     for own, slot in zip(chunks, chosen, strict=True):
         placed = []
