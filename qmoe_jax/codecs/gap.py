@@ -74,6 +74,7 @@ __all__ = [
 
 BLOCK_ROWS = 32
 SEGMENT = 512
+MOST_CLASSES = 16
 
 # Weights encoded at once: small enough for the working memory, about two bytes for each, to stay in the cache.
 CHUNK_WEIGHTS = 1_000_000
@@ -88,7 +89,9 @@ def segment_columns(columns: int, segments: int | None = None) -> int:
 
 def may_have_classes(columns: int, classes: int) -> bool:
     """Whether columns can be in so many classes: segments have to be equal, and multiples of 16."""
-    return classes == 1 or columns % (16 * classes * -(-columns // (SEGMENT * classes))) == 0
+    return (
+        classes == 1 or classes <= MOST_CLASSES and columns % (16 * classes * -(-columns // (SEGMENT * classes))) == 0
+    )
 
 
 def number_of_classes(data: Mapping[str, jax.Array | np.ndarray]) -> int:

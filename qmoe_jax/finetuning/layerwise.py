@@ -207,6 +207,13 @@ def gradients(step, params, trained, scale, shared, inputs, target, real):
     return jax.value_and_grad(mean)(trained)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def update(how, slope, state, trained):
+    """A step of the optimizer that `make_optimizer(*how)` gives: what is trained, and its state."""
+    updates, state = make_optimizer(*how).update(slope, state, trained)
+    return optax.apply_updates(trained, updates), state
+
+
 # --- The pass --------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +306,7 @@ class _Run:
             if not isinstance(now[name], CompressedExperts):
                 self.trained[prefix + name] = np.asarray(now[name], ml_dtypes.bfloat16)
         if matrices:
+            self.ours.step()  # For its one group of experts.
             with self.stages("writing"):
                 below = dict(step.kernels)
                 written = {m: now[below[m]] for m in matrices}
@@ -319,7 +327,7 @@ class _Run:
 
     def _let_through(self, layer: Layer, step: Step, params: Flat, shared: Any) -> None:
         x, everyone = self.ours.x[layer.stream], np.arange(len(self.examples))
-        for batch in self._batches(everyone, self.settings.tokens_per_batch):
+        for batch in self._batches(everyone, self.ours.settings.tokens_per_batch):
             rows, inputs = self._inputs(layer, batch, everyone)
             out = np.asarray(forward(step, params, shared, inputs))
             x.put(rows, out)
@@ -347,10 +355,9 @@ class _Run:
         if errors[0] == 0:
             return best, {"before": 0.0, "after": 0.0}
         steps = len(self._batches(self.trained_on, s.tokens_per_batch)) * s.epochs
-        levels = {name for name, value in params.items() if isinstance(value, CompressedExperts)}
-        optimizer = make_optimizer(s, levels, steps)
-        update = jax.jit(lambda slope, state, trained: _updated(optimizer, slope, state, trained))
-        state = optimizer.init(trained)
+        levels = frozenset(name for name, value in params.items() if isinstance(value, CompressedExperts))
+        how = (s, levels, steps)
+        state = make_optimizer(*how).init(trained)
         scale = 1 / errors[0]  # So that clipping means the same for every layer.
         for epoch in range(s.epochs):
             rng = np.random.RandomState([s.seed, epoch])
@@ -358,7 +365,7 @@ class _Run:
             batches = self._batches(order, s.tokens_per_batch)
             for i in rng.permutation(len(batches)):
                 _, slope = gradients(step, params, trained, scale, *batch_of(batches[i], order))
-                trained, state = update(slope, state, trained)
+                trained, state = update(how, slope, state, trained)
             errors.append(error(trained))
             if not np.isfinite(errors[-1]):
                 raise ValueError(
@@ -400,8 +407,3 @@ class _Run:
             values = np.zeros((int(np.prod(shape)), 1), np.float32)
             self.progress.fill(file, OwnRows(values, None, len(values)))
             self.trained[name] = values.reshape(shape).astype(ml_dtypes.bfloat16)
-
-
-def _updated(optimizer, slope, state, trained):
-    updates, state = optimizer.update(slope, state, trained)
-    return optax.apply_updates(trained, updates), state

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
+from models import random_decoders
 
 import qmoe_jax
 from qmoe_jax import finetuning, streaming
+from qmoe_jax.checkpoints.in_memory import write_huggingface
 from qmoe_jax.compression.compress import compress_examples
 from qmoe_jax.compression.progress import Progress
 from qmoe_jax.quantization.settings import QuantizationSettings
@@ -16,15 +17,16 @@ SETTINGS = finetuning.Settings(epochs=2, tokens_per_batch=256, learning_rate=3e-
 
 
 @pytest.fixture(scope="module")
-def compressed(tiny, tmp_path_factory):
-    """(compressed checkpoint, original, documents)"""
-    original = qmoe_jax.open_checkpoint(tiny.checkpoint)
-    task = original.family.task
-    vocabulary = task.vocabulary(tiny.vocabulary)
-    documents = list(task.load(tiny.calibration, vocabulary, tiny_model.NUM_CALIBRATION))
-    output = tmp_path_factory.mktemp("compressed") / "out"
-    compress_examples(original, vocabulary, None, documents[:2], QuantizationSettings("rtn"), MEMORY, output=output)
-    return qmoe_jax.open_checkpoint(output), original, documents
+def compressed(tmp_path_factory):
+    """(compressed checkpoint, original, documents) of a decoder: all of its layers are one program."""
+    folder, config = tmp_path_factory.mktemp("compressed"), random_decoders.CONFIGS["qwen3_moe"]
+    write_huggingface(folder / "model", config, random_decoders.random_params(config))
+    original = qmoe_jax.open_checkpoint(folder / "model")
+    rng = np.random.default_rng(0)
+    documents = [(rng.integers(3, 61, 20).astype(np.int32),) for _ in range(30)]
+    rtn = QuantizationSettings("rtn")
+    compress_examples(original, None, None, documents[:2], rtn, MEMORY, output=folder / "compressed")
+    return qmoe_jax.open_checkpoint(folder / "compressed"), original, documents
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from qmoe_jax.codecs.experts import CompressedExperts
 from qmoe_jax.kernels.compressed_ragged_dot.cpu import dictionary, gap, nibbles
-from qmoe_jax.kernels.grouped import group_ends, varying_as
+from qmoe_jax.kernels.grouped import varying_as
 
 ISAS = ("avx512", "avx2", "portable")
 TARGET = "qmoe_compressed_ragged_dot"  # and _ and the codec's name
@@ -31,8 +31,8 @@ CODECS: dict[str, ModuleType] = {
     "nibbles": nibbles,
 }
 
-# Sizes that csrc/shared/compressed_ragged_dot.h has: the largest block of a token, and a record of an active expert.
-BLOCK, ACTIVE_BYTES, ALIGNMENT = 128, 32, 64
+# Sizes that csrc/shared/compressed_ragged_dot.h has: the largest block of a token, and a record of work.
+BLOCK, ACTIVE_BYTES, ALIGNMENT = 128, 40, 64
 
 
 def why_not(rhs: CompressedExperts) -> str | None:
@@ -69,38 +69,11 @@ def _multiply(lhs, rhs, group_sizes, *, isa):
     experts, out = rhs.levels.shape[:2]
     if tokens == 0 or out == 0 or experts == 0:
         return jnp.zeros((tokens, out), lhs.dtype)
-    parts = CODECS[rhs.codec].number_of_parts(rhs.data)
-    if parts == 1:
-        return _call(lhs, rhs, group_sizes, isa)
-    row, sizes = _rows_of_parts(group_sizes, tokens, parts)
-    x = lhs.astype(jnp.float32).reshape(tokens * parts, width // parts)  # Sums of parts are rounded once, at last.
-    if tokens > 1:
-        x = jnp.zeros_like(x).at[row.reshape(-1)].set(x, unique_indices=True)
-    y = _call(x, rhs, sizes, isa)  # [tokens * parts, out]
-    return jnp.sum(y[row] if tokens > 1 else y[None], axis=1).astype(lhs.dtype)
-
-
-def _rows_of_parts(group_sizes: jax.Array, tokens: int, parts: int) -> tuple[jax.Array, jax.Array]:
-    """Rows sorted by expert, then by part: where each token's are, int32 [tokens, parts]; sizes [experts * parts]."""
-    token = jnp.arange(tokens, dtype=jnp.int32)
-    ends = group_ends(group_sizes, tokens)  # [experts]
-    expert = jnp.searchsorted(ends, token, side="right")
-    start = jnp.append(0, ends)[expert]
-    # Tokens that are nobody's come last, as a group of their own.
-    size = jnp.append(ends, tokens)[expert] - start
-    row = (parts * start + token - start)[:, None] + jnp.arange(parts, dtype=jnp.int32) * size[:, None]
-    return row, jnp.repeat(jnp.diff(ends, prepend=0), parts)
-
-
-def _call(lhs, rhs, group_sizes, isa):
-    tokens, width = lhs.shape
     _prepare(rhs.codec, rhs.levels.shape[2])
-    padded = -(-width // BLOCK) * BLOCK
-    scratch = 4 * tokens * padded + ACTIVE_BYTES * min(group_sizes.size, tokens) + ALIGNMENT
-    results = (
-        jax.ShapeDtypeStruct((tokens, rhs.levels.shape[1]), lhs.dtype),
-        jax.ShapeDtypeStruct((scratch,), jnp.uint8),
-    )
+    parts = CODECS[rhs.codec].number_of_parts(rhs.data)
+    padded = -(-width // (BLOCK * parts)) * BLOCK
+    scratch = 4 * tokens * parts * padded + ACTIVE_BYTES * min(experts, tokens) + ALIGNMENT
+    results = jax.ShapeDtypeStruct((tokens, out), lhs.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)
     call = jax.ffi.ffi_call(f"{TARGET}_{rhs.codec}", results, vmap_method="sequential")
     arrays = [rhs.data[name] for name in CODECS[rhs.codec].ARRAYS]
     result, _ = call(lhs, *arrays, rhs.levels, group_sizes, isa=isa)
@@ -114,19 +87,13 @@ def multiply_transposed(g: jax.Array, rhs: CompressedExperts, group_sizes: jax.A
 
 @functools.partial(jax.jit, static_argnames="isa")
 def _multiply_transposed(g, rhs, group_sizes, *, isa):
-    (tokens, out), width = g.shape, rhs.shape[2]
-    if 0 in (tokens, *rhs.levels.shape[:2], width):
-        return jnp.zeros((tokens, width), g.dtype)
+    result = jax.ShapeDtypeStruct((g.shape[0], rhs.shape[2]), g.dtype)
+    if 0 in (g.shape[0], *rhs.levels.shape[:2], rhs.shape[2]):
+        return jnp.zeros(result.shape, result.dtype)
     _prepare(rhs.codec, rhs.levels.shape[2])
-    parts = CODECS[rhs.codec].number_of_parts(rhs.data)
-    if parts > 1:
-        row, group_sizes = _rows_of_parts(group_sizes, tokens, parts)
-        g = jnp.zeros((tokens * parts, out), g.dtype).at[row].set(g[:, None], unique_indices=True)
-    result = jax.ShapeDtypeStruct((tokens * parts, width // parts), g.dtype)
     call = jax.ffi.ffi_call(f"{TARGET}_{rhs.codec}_transposed", result, vmap_method="sequential")
     arrays = [rhs.data[name] for name in CODECS[rhs.codec].ARRAYS]
-    y = varying_as(call(g, *arrays, rhs.levels, group_sizes, isa=isa), g, group_sizes)
-    return y[row].reshape(tokens, width) if parts > 1 else y
+    return varying_as(call(g, *arrays, rhs.levels, group_sizes, isa=isa), g, group_sizes)
 
 
 def _isa() -> str:

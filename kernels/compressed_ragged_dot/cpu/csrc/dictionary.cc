@@ -54,7 +54,7 @@ struct Dictionary {
   int64_t Parts() const { return 1; }
   int64_t Size(int64_t expert) const { return row_offsets[expert * (out + 1) + out]; }
 
-  Block At(int64_t expert, int64_t first, int64_t row, int64_t rows) const {
+  Block At(int64_t expert, int64_t, int64_t first, int64_t row, int64_t rows) const {
     const int32_t* offsets = row_offsets + expert * (out + 1) + row;
     // Without effect on streams that were checked; with others, results are wrong but nothing else is touched.
     const auto codeword = [&](int64_t offset) {

@@ -20,7 +20,7 @@ constexpr int64_t kMostRun = 64;  // weights of a token
 constexpr int kMostStep = 127;    // weights of a step
 constexpr int kSteps = 5;         // for which 64 bits from any byte on suffice
 // Streams of rows that are decoded in turns. A stream has 1, 2, 4 or 8 rows, so that none runs over the end of a block
-// of the codec, which has 32.
+// of the codec, which has 32; with classes of columns both have more.
 constexpr int kStreams = 6;
 
 // Bytes written before a row: weights of its first token that are the row's before. After: steps of an ended stream.
@@ -163,24 +163,25 @@ struct Gap {
   const uint8_t* parameters;   // [experts, classes], numbers of codes
   int64_t out, segments, levels, classes;
 
-  // Streams of a piece are as long as they can be, up to eight rows.
-  static int64_t RowsPerBlock(int64_t most) {
-    constexpr int64_t kLargest = 8 * kStreams;
-    if (most >= kLargest) return most / kLargest * kLargest;
-    return most >= 4 * kStreams ? 4 * kStreams : most >= 2 * kStreams ? 2 * kStreams : kStreams;
+  // Streams of a piece are as long as they can be, up to eight rows; up to 32 where rows are those of a class.
+  int64_t MostLog2() const { return classes >= 4 ? 5 : classes >= 2 ? 4 : 3; }
+  int64_t Log2RowsPerStream(int64_t rows) const {
+    int64_t log2 = MostLog2();
+    while (log2 > 0 && rows < kStreams << log2) --log2;
+    return log2;
   }
-  static int64_t Log2RowsPerStream(int64_t rows) {
-    return rows >= 8 * kStreams ? 3 : rows >= 4 * kStreams ? 2 : rows >= 2 * kStreams ? 1 : 0;
+  int64_t RowsPerBlock(int64_t most) const {
+    const int64_t log2 = Log2RowsPerStream(most), turn = kStreams << log2;
+    return log2 == MostLog2() ? std::max<int64_t>(1, most / turn) * turn : turn;
   }
 
   int64_t MostLevels() const { return kMostLevels; }
-  // A part is a class of columns. Where its rows begin is counted from the expert's first word.
   int64_t Parts() const { return classes; }
-  int64_t Size(int64_t part) const { return part % classes == classes - 1 ? word_counts[part / classes] : 0; }
+  int64_t Size(int64_t expert) const { return word_counts[expert]; }
 
-  Block At(int64_t part, int64_t first, int64_t row, int64_t) const {
-    const Table* table = code_tables[levels].Get(parameters[part]);
-    const int64_t at = (part / classes * out + row) * segments + part % classes * (segments / classes);
+  Block At(int64_t expert, int64_t part, int64_t first, int64_t row, int64_t) const {
+    const Table* table = code_tables[levels].Get(parameters[expert * classes + part]);
+    const int64_t at = (expert * out + row) * segments + part * (segments / classes);
     // Clamped for arrays that nobody checked; with them, results are wrong but nothing else is touched.
     const int64_t first_word = std::clamp<int64_t>(first, 0, words_size);
     return {reinterpret_cast<const uint8_t*>(words), 4 * words_size, 32 * first_word, starts + at, skips + at, segments,
@@ -195,12 +196,12 @@ ffi::ErrorOr<Gap> Checked(ffi::Buffer<ffi::U32> words, ffi::Buffer<ffi::S32> wor
   const auto shape = starts.dimensions();
   const auto experts = word_counts.element_count();
   const int64_t classes = experts > 0 ? parameters.element_count() / experts : 1;
-  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || classes < 1 ||
+  if (shape.size() != 3 || shape[0] != static_cast<int64_t>(experts) || shape[1] != out || classes < 1 || classes > kMostParts ||
       shape[2] < classes || shape[2] % classes != 0 || skips.element_count() != starts.element_count() ||
-      parameters.element_count() != experts * classes || group_sizes.element_count() != experts * classes ||
+      parameters.element_count() != experts * classes || group_sizes.element_count() != experts ||
       levels.dimensions().size() != 3 || levels.dimensions()[0] != shape[0]) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "expected starts and skips [experts, out, segments], word_counts [experts], parameters and group_sizes "
+        "expected starts and skips [experts, out, segments], word_counts and group_sizes [experts], parameters "
         "[experts, classes]"));
   }
   if (words.element_count() < 2) return ffi::Unexpected(ffi::Error::InvalidArgument("expected at least two words"));

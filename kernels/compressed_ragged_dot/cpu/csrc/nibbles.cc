@@ -40,7 +40,7 @@ struct Nibbles {
   int64_t Parts() const { return 1; }
   int64_t Size(int64_t) const { return 0; }
 
-  Block At(int64_t expert, int64_t, int64_t row, int64_t) const {
+  Block At(int64_t expert, int64_t, int64_t, int64_t row, int64_t) const {
     return {nibbles + (expert * out + row) * row_bytes};
   }
 };

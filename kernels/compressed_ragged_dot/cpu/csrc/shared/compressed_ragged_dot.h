@@ -12,10 +12,9 @@
 //   RowsPerBlock(most)            how many rows a piece has, where `most` or a few more do
 //   kStreams                      that are decoded in turns: Decode may touch a multiple of so many
 //   Log2RowsPerStream(rows)       see Rows
-//   Parts()                       of an expert's columns, equal ones, each of which is multiplied as if it were an expert:
-//                                 number expert * Parts() + part in what follows, where experts share their levels
+//   Parts()                       of an expert's columns, equal ones, at most kMostParts; each is decoded by itself
 //   Size(expert)                  how many codes are stored for the expert
-//   At(expert, first, row, rows)  some rows; `first` is the number of the codes of all experts before
+//   At(expert, part, first, row, rows)  some rows; `first` is the number of the codes of all experts before
 
 #ifndef QMOE_COMPRESSED_RAGGED_DOT_H_
 #define QMOE_COMPRESSED_RAGGED_DOT_H_
@@ -51,6 +50,7 @@ constexpr int64_t kBytesManyTokens = 192 << 10;
 constexpr int64_t kWorkPerThread = 100'000;
 // Pieces that each thread has, at least.
 constexpr int64_t kPiecesPerThread = 8;
+constexpr int64_t kMostParts = 16;
 
 // A block of rows of one expert, and that expert's tokens.
 struct Rows {
@@ -58,11 +58,14 @@ struct Rows {
   int64_t levels_per_row;
   int64_t count;
   uint8_t* symbols;              // written here: streams of rows; within a stream, row follows row
-  int64_t row_bytes;
+  int64_t row_bytes;             // of a part
   int64_t log2_rows_per_stream;  // rows of a stream are a power of two
   int64_t stream_bytes;          // slack included
-  const float* x;    // [tokens, x_stride], padded with zeros
-  int64_t x_stride;  // whole blocks
+  int64_t parts;       // of a row
+  int64_t part_bytes;  // from a part's symbols to those of the next
+  const float* x;      // [tokens, parts, x_stride], each padded with zeros
+  int64_t x_stride;    // whole blocks
+  int64_t token_stride;  // from one token to the next
   int64_t tokens;
   void* y;  // [tokens, y_stride]
   int64_t y_stride;
@@ -84,8 +87,8 @@ struct Columns {
 
 template <typename Block>
 struct InstructionSet {
-  void (*multiply_float32)(const Block&, const Rows&);
-  void (*multiply_bfloat16)(const Block&, const Rows&);
+  void (*multiply_float32)(const Block*, const Rows&);  // a block for each part
+  void (*multiply_bfloat16)(const Block*, const Rows&);
   void (*add_transposed)(const Block&, const Columns&);
 };
 
@@ -108,6 +111,7 @@ inline void Store(float value, uint16_t* to) {  // bfloat16, rounded to nearest 
 // An expert with tokens.
 struct Active {
   int64_t expert;
+  int64_t part;  // (transposed.h)
   int64_t first_code;
   int64_t first_token;
   int64_t tokens;
@@ -120,11 +124,11 @@ struct Call {
   const uint16_t* levels;  // bfloat16 [experts, out, levels_per_row]
   int64_t levels_per_row;
   int64_t out;
-  int64_t width;
+  int64_t width;  // of a part
   int64_t row_bytes;
-  const char* lhs;  // [tokens, width]
+  const char* lhs;  // [tokens, parts, width]
   bool is_bfloat16;
-  int64_t assigned;  // tokens that have an expert
+  int64_t assigned;  // parts of the tokens that have an expert
   float* x;          // [assigned, x_stride]
   int64_t x_stride;
   char* y;  // [tokens, out]
@@ -132,7 +136,7 @@ struct Call {
   int64_t rows_per_block;
   int64_t blocks;  // of an expert
   int64_t pieces;
-  void (*multiply)(const typename Codec::Block&, const Rows&);
+  void (*multiply)(const typename Codec::Block*, const Rows&);
   std::atomic<int64_t> next_token{0};
   std::atomic<int64_t> arranged{0};
   std::atomic<int64_t> next_piece{0};
@@ -156,20 +160,27 @@ void MultiplyPiece(const Call<Codec>& call, int64_t piece) {
   const int64_t row = piece % call.blocks * call.rows_per_block;
   Rows rows;
   rows.count = std::min(call.rows_per_block, call.out - row);
-  rows.levels = call.levels + call.levels_per_row * (active.expert / call.codec.Parts() * call.out + row);
+  rows.levels = call.levels + call.levels_per_row * (active.expert * call.out + row);
   rows.levels_per_row = call.levels_per_row;
   rows.row_bytes = call.row_bytes;
-  rows.log2_rows_per_stream = Codec::Log2RowsPerStream(rows.count);
+  rows.log2_rows_per_stream = call.codec.Log2RowsPerStream(rows.count);
   const int64_t rows_per_stream = std::min(rows.count, int64_t{1} << rows.log2_rows_per_stream);
   rows.stream_bytes = rows_per_stream * call.row_bytes + 2 * Codec::kSlack;
   const int64_t turns = (rows.count - 1) / (Codec::kStreams * rows_per_stream) + 1;
-  rows.symbols = ThreadBuffer(turns * Codec::kStreams * rows.stream_bytes) + Codec::kSlack;
-  rows.x = call.x + active.first_token * call.x_stride;
+  rows.parts = call.codec.Parts();
+  rows.part_bytes = turns * Codec::kStreams * rows.stream_bytes;
+  rows.symbols = ThreadBuffer(rows.parts * rows.part_bytes) + Codec::kSlack;
   rows.x_stride = call.x_stride;
+  rows.token_stride = rows.parts * call.x_stride;
+  rows.x = call.x + active.first_token * rows.token_stride;
   rows.tokens = active.tokens;
   rows.y = call.y + (active.first_token * call.out + row) * (call.is_bfloat16 ? 2 : 4);
   rows.y_stride = call.out;
-  call.multiply(call.codec.At(active.expert, active.first_code, row, rows.count), rows);
+  typename Codec::Block blocks[kMostParts];
+  for (int64_t part = 0; part < rows.parts; ++part) {
+    blocks[part] = call.codec.At(active.expert, part, active.first_code, row, rows.count);
+  }
+  call.multiply(blocks, rows);
 }
 
 // One token, float32 or bfloat16 [width], as blocks of [kSymbols, kLanesPerBlock].
@@ -315,9 +326,10 @@ ffi::Error CompressedRaggedDot(ffi::ThreadPool& pool, const InstructionSet<typen
     return ffi::Error::InvalidArgument("expected lhs [tokens, in], levels [experts, out, L] and a result "
                                        "[tokens, out]");
   }
-  const int64_t tokens = x_shape[0], width = x_shape[1], experts = levels_shape[0] * codec.Parts(), out = y_shape[1];
+  const int64_t tokens = x_shape[0], experts = levels_shape[0], out = y_shape[1];
+  const int64_t parts = codec.Parts(), width = x_shape[1] / parts;
   const bool is_bfloat16 = lhs.element_type() == ffi::BF16;
-  if (y_shape[0] != tokens || levels_shape[1] != out || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
+  if (y_shape[0] != tokens || x_shape[1] != width * parts || levels_shape[1] != out || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
       static_cast<int64_t>(group_sizes.element_count()) != experts ||
       result->element_type() != lhs.element_type() || (!is_bfloat16 && lhs.element_type() != ffi::F32)) {
     return ffi::Error::InvalidArgument("shapes or dtypes of lhs, levels, group_sizes and the result differ");
@@ -339,13 +351,13 @@ ffi::Error CompressedRaggedDot(ffi::ThreadPool& pool, const InstructionSet<typen
 
   // Scratch: first the tokens, then the active experts. ../../__init__.py allots it.
   const int64_t most_active = std::min(experts, tokens);
-  const int64_t needed = most_active * static_cast<int64_t>(sizeof(Active)) + 4 * tokens * call->x_stride + 64;
+  const int64_t needed = most_active * static_cast<int64_t>(sizeof(Active)) + 4 * tokens * parts * call->x_stride + 64;
   if (static_cast<int64_t>(scratch->element_count()) < needed) {
     return ffi::Error::InvalidArgument("scratch is too small");
   }
   const auto aligned = (reinterpret_cast<uintptr_t>(scratch->typed_data()) + 63) / 64 * 64;
   call->x = reinterpret_cast<float*>(aligned);
-  Active* active = reinterpret_cast<Active*>(call->x + tokens * call->x_stride);
+  Active* active = reinterpret_cast<Active*>(call->x + tokens * parts * call->x_stride);
   call->active = active;
 
   // Sizes below zero count as none, and tokens that are not there are not promised to anyone.
@@ -353,25 +365,25 @@ ffi::Error CompressedRaggedDot(ffi::ThreadPool& pool, const InstructionSet<typen
   for (int64_t e = 0; e < experts && assigned < tokens; ++e) {
     const int64_t own = std::clamp<int64_t>(group_sizes.typed_data()[e], 0, tokens - assigned);
     if (own > 0) {
-      active[actives++] = {e, first_code, assigned, own};
+      active[actives++] = {e, 0, first_code, assigned, own};
       assigned += own;
       most_tokens = std::max(most_tokens, own);
     }
     first_code += codec.Size(e);
   }
-  call->assigned = assigned;
+  call->assigned = assigned * parts;
   const int64_t itemsize = is_bfloat16 ? 2 : 4;
   const int64_t unassigned_bytes = (tokens - assigned) * out * itemsize;
   if (unassigned_bytes > 0) std::memset(call->y + assigned * out * itemsize, 0, unassigned_bytes);
   if (assigned == 0 || out == 0) return ffi::Error::Success();
 
-  const int64_t work = assigned * out * width;
+  const int64_t work = assigned * out * parts * width;
   const int64_t threads = std::clamp<int64_t>(work / kWorkPerThread, 1, std::max<int64_t>(1, pool.num_threads()));
   // Enough blocks that all threads end at about the same time.
   const int64_t bytes = most_tokens <= kFewTokens ? Codec::kBytesFewTokens : kBytesManyTokens;
-  const int64_t fitting = bytes / std::max<int64_t>(1, call->row_bytes);
+  const int64_t fitting = bytes / std::max<int64_t>(1, parts * call->row_bytes);
   const int64_t share = threads == 1 ? out : out * actives / (kPiecesPerThread * threads);
-  call->rows_per_block = Codec::RowsPerBlock(std::min(fitting, share));
+  call->rows_per_block = codec.RowsPerBlock(std::min(fitting, share));
   call->blocks = (out + call->rows_per_block - 1) / call->rows_per_block;
   call->pieces = actives * call->blocks;
   WorkTogether(call, pool, std::min(threads, call->pieces));

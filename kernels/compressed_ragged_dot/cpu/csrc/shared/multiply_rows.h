@@ -8,7 +8,7 @@ inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
   Levels levels[kRows];
   Vector sum[kRows][kTokens][kSums];
   const uint8_t* symbols[kRows];
-  const float* x = rows.x + token * rows.x_stride;
+  const float* x = rows.x + token * rows.token_stride;
   for (int r = 0; r < kRows; ++r) {
     LoadLevels(rows.levels + (row + r) * rows.levels_per_row, rows.levels_per_row, &levels[r]);
     symbols[r] = rows.Row(row + r);
@@ -17,23 +17,27 @@ inline void MultiplyTile(const Rows& rows, int64_t row, int64_t token) {
     }
   }
   constexpr int kSymbols = 4 * kSymbolsPerByte;  // of a lane
-  for (int64_t i = 0; i < rows.x_stride; i += kSymbols * kLanesPerBlock) {
-    for (int64_t lane = 0; lane < kLanesPerBlock; lane += kLanes) {
-      Codes codes[kRows];
-      for (int r = 0; r < kRows; ++r) codes[r] = LoadCodes(symbols[r] + i / kSymbolsPerByte + 4 * lane);
+  for (int64_t part = 0; part < rows.parts; ++part) {
+    for (int64_t i = 0; i < rows.x_stride; i += kSymbols * kLanesPerBlock) {
+      for (int64_t lane = 0; lane < kLanesPerBlock; lane += kLanes) {
+        Codes codes[kRows];
+        for (int r = 0; r < kRows; ++r) codes[r] = LoadCodes(symbols[r] + i / kSymbolsPerByte + 4 * lane);
 #pragma GCC unroll 8
-      for (int k = 0; k < kSymbols; ++k) {
-        for (int t = 0; t < kTokens; ++t) {
-          const Vector v = Load(x + t * rows.x_stride + i + k * kLanesPerBlock + lane);
-          for (int r = 0; r < kRows; ++r) {
-            Vector& s = sum[r][t][k % kSums];
-            s = MultiplyAdd(Weights(levels[r], codes[r]), v, s);
+        for (int k = 0; k < kSymbols; ++k) {
+          for (int t = 0; t < kTokens; ++t) {
+            const Vector v = Load(x + t * rows.token_stride + i + k * kLanesPerBlock + lane);
+            for (int r = 0; r < kRows; ++r) {
+              Vector& s = sum[r][t][k % kSums];
+              s = MultiplyAdd(Weights(levels[r], codes[r]), v, s);
+            }
           }
+          const int bits = kSymbolsPerByte == 1 ? 8 : k % 2 == 0 ? kSymbolBits : 8 - kSymbolBits;
+          for (int r = 0; r < kRows; ++r) codes[r] = ShiftRight(codes[r], bits);
         }
-        const int bits = kSymbolsPerByte == 1 ? 8 : k % 2 == 0 ? kSymbolBits : 8 - kSymbolBits;
-        for (int r = 0; r < kRows; ++r) codes[r] = ShiftRight(codes[r], bits);
       }
     }
+    x += rows.x_stride;
+    for (int r = 0; r < kRows; ++r) symbols[r] += rows.part_bytes;
   }
   Output* y = static_cast<Output*>(rows.y) + token * rows.y_stride + row;
   for (int t = 0; t < kTokens; ++t) {
@@ -71,8 +75,9 @@ void MultiplyAll(const Rows& rows) {
 }
 
 template <typename Output>
-void Multiply(const Block& block, const Rows& rows) {
-  Decode(block, rows);
+void Multiply(const Block* blocks, const Rows& rows) {
+  Rows part = rows;
+  for (int64_t p = 0; p < rows.parts; ++p, part.symbols += rows.part_bytes) Decode(blocks[p], part);
   if constexpr (kMostLevels > 3) {
     if (rows.levels_per_row > 3) return MultiplyAll<Output, ManyLevels>(rows);
   }

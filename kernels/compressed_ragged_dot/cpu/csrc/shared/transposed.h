@@ -20,9 +20,11 @@ struct TransposedCall {
   Codec codec;
   const uint16_t* levels;  // bfloat16 [experts, out, levels_per_row]
   int64_t levels_per_row;
-  int64_t out, width, row_bytes, x_stride, rows_per_block;
+  int64_t out;
+  int64_t width;  // of a part
+  int64_t row_bytes, x_stride, rows_per_block;
   const char* g;  // [tokens, out]
-  char* y;        // [tokens, width]
+  char* y;        // [tokens, parts, width]
   bool is_bfloat16;
   std::vector<Active> pieces;
   void (*add)(const typename Codec::Block&, const Columns&);
@@ -63,14 +65,14 @@ void MultiplyTransposedPiece(const TransposedCall<Codec>& call, const Active& pi
 
   // The largest block decides how much memory there is: symbols, weights, g, sums.
   const int64_t most = std::min(call.rows_per_block, call.out);
-  const int64_t most_per_stream = std::min(most, int64_t{1} << Codec::Log2RowsPerStream(most));
+  const int64_t most_per_stream = std::min(most, int64_t{1} << call.codec.Log2RowsPerStream(most));
   const auto symbols_bytes = [&](int64_t count, int64_t per_stream) {
     const int64_t turns = (count - 1) / (Codec::kStreams * per_stream) + 1;
     return turns * Codec::kStreams * (per_stream * call.row_bytes + 2 * Codec::kSlack);
   };
   int64_t most_symbols = symbols_bytes(most, most_per_stream);
   if (const int64_t last = call.out % most; last > 0) {  // Fewer rows may be in other streams.
-    most_symbols = std::max(most_symbols, symbols_bytes(last, std::min(last, int64_t{1} << Codec::Log2RowsPerStream(last))));
+    most_symbols = std::max(most_symbols, symbols_bytes(last, std::min(last, int64_t{1} << call.codec.Log2RowsPerStream(last))));
   }
   most_symbols = (most_symbols + 63) / 64 * 64;
   const int64_t floats = most * call.x_stride + most * piece.tokens + piece.tokens * call.x_stride;
@@ -84,8 +86,8 @@ void MultiplyTransposedPiece(const TransposedCall<Codec>& call, const Active& pi
 
   for (int64_t row = 0; row < call.out; row += call.rows_per_block) {
     rows.count = std::min(call.rows_per_block, call.out - row);
-    rows.levels = call.levels + call.levels_per_row * (piece.expert / call.codec.Parts() * call.out + row);
-    rows.log2_rows_per_stream = Codec::Log2RowsPerStream(rows.count);
+    rows.levels = call.levels + call.levels_per_row * (piece.expert * call.out + row);
+    rows.log2_rows_per_stream = call.codec.Log2RowsPerStream(rows.count);
     rows.stream_bytes = std::min(rows.count, int64_t{1} << rows.log2_rows_per_stream) * call.row_bytes + 2 * Codec::kSlack;
     rows.symbols = buffer + Codec::kSlack;
     for (int64_t t = 0; t < piece.tokens; ++t) {
@@ -96,13 +98,13 @@ void MultiplyTransposedPiece(const TransposedCall<Codec>& call, const Active& pi
         CopyColumn(reinterpret_cast<const float*>(call.g) + at, rows.count, g + t, piece.tokens);
       }
     }
-    call.add(call.codec.At(piece.expert, piece.first_code, row, rows.count), c);
+    call.add(call.codec.At(piece.expert, piece.part, piece.first_code, row, rows.count), c);
   }
 
   constexpr int64_t kSymbols = 4 * Codec::kSymbolsPerByte;
   for (int64_t t = 0; t < piece.tokens; ++t) {
     const float* from = c.sums + t * call.x_stride;
-    const int64_t at = (piece.first_token + t) * call.width;
+    const int64_t at = ((piece.first_token + t) * call.codec.Parts() + piece.part) * call.width;
     if (call.is_bfloat16) {
       StoreArranged<kSymbols>(from, call.width, reinterpret_cast<uint16_t*>(call.y) + at);
     } else {
@@ -127,14 +129,15 @@ ffi::Error CompressedRaggedDotTransposed(ffi::ThreadPool& pool, const Instructio
                                          ffi::Buffer<ffi::S32> group_sizes, ffi::Result<ffi::AnyBuffer> result) {
   if (set == nullptr) return ffi::Error::InvalidArgument("this machine lacks the instruction set named");
   const auto g_shape = g.dimensions(), y_shape = result->dimensions(), levels_shape = levels.dimensions();
+  const int64_t parts = codec.Parts(), width = y_shape.size() == 2 ? y_shape[1] / parts : 0;
   if (g_shape.size() != 2 || y_shape.size() != 2 || levels_shape.size() != 3 || y_shape[0] != g_shape[0] ||
-      levels_shape[1] != g_shape[1] || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
-      static_cast<int64_t>(group_sizes.element_count()) != levels_shape[0] * codec.Parts() ||
+      levels_shape[1] != g_shape[1] || y_shape[1] != width * parts || levels_shape[2] < 2 || levels_shape[2] > codec.MostLevels() ||
+      static_cast<int64_t>(group_sizes.element_count()) != levels_shape[0] ||
       result->element_type() != g.element_type() ||
       (g.element_type() != ffi::BF16 && g.element_type() != ffi::F32)) {
     return ffi::Error::InvalidArgument("shapes or dtypes of g, levels, group_sizes and the result differ");
   }
-  const int64_t tokens = g_shape[0], out = g_shape[1], experts = levels_shape[0] * codec.Parts(), width = y_shape[1];
+  const int64_t tokens = g_shape[0], out = g_shape[1], experts = levels_shape[0];
 
   auto call = std::make_shared<TransposedCall<Codec>>();
   call->codec = codec;
@@ -145,7 +148,7 @@ ffi::Error CompressedRaggedDotTransposed(ffi::ThreadPool& pool, const Instructio
   call->row_bytes = (width + Codec::kSymbolsPerByte - 1) / Codec::kSymbolsPerByte;
   constexpr int64_t kBlock = 4 * Codec::kSymbolsPerByte * kLanesPerBlock;
   call->x_stride = (width + kBlock - 1) / kBlock * kBlock;
-  call->rows_per_block = Codec::RowsPerBlock(std::min(out, kWeightsBytes / (4 * std::max<int64_t>(1, call->x_stride))));
+  call->rows_per_block = codec.RowsPerBlock(std::min(out, kWeightsBytes / (4 * std::max<int64_t>(1, call->x_stride))));
   call->g = static_cast<const char*>(g.untyped_data());
   call->y = static_cast<char*>(result->untyped_data());
   call->is_bfloat16 = g.element_type() == ffi::BF16;
@@ -156,16 +159,18 @@ ffi::Error CompressedRaggedDotTransposed(ffi::ThreadPool& pool, const Instructio
   for (int64_t e = 0; e < experts && assigned < tokens; ++e) {
     const int64_t own = std::clamp<int64_t>(group_sizes.typed_data()[e], 0, tokens - assigned);
     for (int64_t t = 0; t < own; t += kTokensPerPiece) {
-      call->pieces.push_back({e, first_code, assigned + t, std::min(kTokensPerPiece, own - t)});
+      for (int64_t part = 0; part < parts; ++part) {
+        call->pieces.push_back({e, part, first_code, assigned + t, std::min(kTokensPerPiece, own - t)});
+      }
     }
     assigned += own;
     first_code += codec.Size(e);
   }
   const int64_t itemsize = call->is_bfloat16 ? 2 : 4;
-  std::memset(call->y + assigned * width * itemsize, 0, (tokens - assigned) * width * itemsize);
+  std::memset(call->y + assigned * parts * width * itemsize, 0, (tokens - assigned) * parts * width * itemsize);
   if (width == 0 || out == 0) return ffi::Error::Success();
 
-  const int64_t pieces = call->pieces.size(), work = assigned * out * width;
+  const int64_t pieces = call->pieces.size(), work = assigned * out * parts * width;
   const int64_t threads = std::min(pieces, std::clamp<int64_t>(work / kWorkPerThread, 1, std::max<int64_t>(1, pool.num_threads())));
   for (int64_t i = 1; i < threads; ++i) pool.Schedule([call] { WorkTransposed(*call); });
   WorkTransposed(*call);
