@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 import optax
 from flax import traverse_util
+from jax.typing import ArrayLike
 
 from qmoe_jax import reports, resources, streaming
 from qmoe_jax.checkpoints import Checkpoint, CompressedWriter
@@ -184,7 +185,9 @@ def output_of(step: Step, params: Flat, shared: Any, inputs: tuple) -> jax.Array
 forward = functools.partial(jax.jit, static_argnums=0)(output_of)
 
 
-def total_error(step, params, trained, shared, inputs, target, real) -> jax.Array:
+def total_error(
+    step: Step, params: Flat, trained: Flat, shared: Any, inputs: tuple, target: jax.Array, real: jax.Array
+) -> jax.Array:
     """Sum over the tokens that are `real` [rows, length] of |output - target|^2 / |target|^2.
 
     `trained` takes the place of what is called so in `params`.
@@ -200,7 +203,16 @@ measure = functools.partial(jax.jit, static_argnums=0)(total_error)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradients(step, params, trained, scale, shared, inputs, target, real):
+def gradients(
+    step: Step,
+    params: Flat,
+    trained: Flat,
+    scale: ArrayLike,
+    shared: Any,
+    inputs: tuple,
+    target: jax.Array,
+    real: jax.Array,
+) -> tuple[jax.Array, Flat]:
     """Mean error of a batch's tokens times `scale`, and its gradient."""
     tokens = jnp.maximum(jnp.sum(real), 1)
     mean = lambda trained: scale * total_error(step, params, trained, shared, inputs, target, real) / tokens
@@ -208,7 +220,7 @@ def gradients(step, params, trained, scale, shared, inputs, target, real):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def update(how, slope, state, trained):
+def update(how: tuple, slope: Flat, state: Any, trained: Flat) -> tuple[Flat, Any]:
     """A step of the optimizer that `make_optimizer(*how)` gives: what is trained, and its state."""
     updates, state = make_optimizer(*how).update(slope, state, trained)
     return optax.apply_updates(trained, updates), state

@@ -133,7 +133,17 @@ class Pass:
     As a context manager: `resume`, then `advance` for each of `model.layers` that isn't done.
     """
 
-    def __init__(self, checkpoint, examples, settings, quantizer, processes, stages, what, first_measured):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        examples: Sequence[Example],
+        settings: Settings,
+        quantizer: Quantizer | None,
+        processes: Processes | None,
+        stages: resources.Stages | None,
+        what: str,
+        first_measured: int,
+    ):
         self.checkpoint, self.settings = checkpoint, settings
         self.config, self.processes = checkpoint.config, processes or Processes()
         self.stages = stages or resources.Stages()
@@ -215,7 +225,7 @@ class Pass:
         names = {bias: family.expert_parameter(layer.name, bias) for bias in biases}
         while done < self.own.stop:
             with self.stages("reading"):  # What isn't done in the background already.
-                found, start, stop, kernels = next(self.stream, (None, 0, 0, {}))
+                found, start, stop, kernels = next(self.stream, ("nothing", 0, 0, {}))
                 wanted = range(max(start, self.own.start), min(stop, self.own.stop))
                 kernels = {m: _cut(k, start, wanted.start, wanted.stop) for m, k in kernels.items()}
                 for bias, name in names.items():
@@ -243,8 +253,8 @@ class Pass:
                     break
         left = [layer.name for layer in self.model.layers[done:] if layer.expert]
         s = self.settings
-        stream = self.checkpoint.stream(left, s.experts_per_group, s.reading, self.own)
-        self.stream = self.context.enter_context(contextlib.closing(stream))
+        groups = self.checkpoint.stream(left, s.experts_per_group, s.reading, self.own)
+        self.stream = self.context.enter_context(contextlib.closing(groups))
         for layer in self.model.layers[:done]:
             self.bar.update(len(self.documents.batches) + (self.groups_per_layer if layer.expert else 0))
         return done

@@ -65,7 +65,8 @@ def test_every_kernel_equals_the_reference(machine, order):
             found = cuda.multiply_transposed(g, rhs, jnp.array(sizes))
             assert found.dtype == dtype
             assert_equals_reference(found, g, weights.swapaxes(1, 2), sizes)
-    assert machine.launched() == {name for name in machine.kernels if "Empty" not in name}
+    clocks = ("Empty", "AddOne")  # timing.cu's, which have tests of their own
+    assert machine.launched() == {name for name in machine.kernels if not any(clock in name for clock in clocks)}
 
 
 def test_columns_in_classes(machine):

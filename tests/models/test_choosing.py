@@ -150,9 +150,9 @@ def test_a_super_expert_is_found_in_the_pass_that_quantizes_and_kept_at_a_higher
     def keep(name):
         made = CompressedExperts.from_symbols
 
-        def spy(symbols, levels, codec):
+        def spy(symbols, levels, *how):
             stored.setdefault(name, []).append((np.array(symbols), np.array(levels)))
-            return made(symbols, levels, codec)
+            return made(symbols, levels, *how)
 
         monkeypatch.setattr("qmoe_jax.quantization.account.CompressedExperts.from_symbols", spy)
 

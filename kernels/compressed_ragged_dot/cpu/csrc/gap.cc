@@ -82,6 +82,13 @@ class CodeTables {
       longest = std::max<int>(longest, windows[window] >> 4 & 127);
     }
     Fill(windows, longest > 48 / Width(few) ? Symbols::kLast : few, table);
+    if (table->symbols == Symbols::kPairs) {
+      // Few symbols, far apart: the window ends before a step of pairs does.
+      Table* last = new Table;
+      Fill(windows, Symbols::kLast, last);
+      if (Weights(*last) > Weights(*table)) std::swap(table, last);
+      delete last;
+    }
     if (table->symbols == Symbols::kNibbles && longest <= 6) {
       // A step that copies bytes takes about two thirds of the time.
       Table* bytes = new Table;
