@@ -116,7 +116,9 @@ def test_table_7_times_each_amount_of_calibration(reproduce):
 def test_entropy_limit_is_below_every_code(reproduce):
     data, _ = reproduce("--study=entropy_limit")
     for name, bits in data["matrices"].items():
-        assert bits["entropy"] < bits["gap, code alone"] < bits["gap"], name
+        assert bits["gap, code alone"] < bits["gap"], name
+        # Columns of the last matrix are in classes: of all its symbols together the entropy is no limit.
+        assert bits["entropy"] < bits["gap, code alone"] or name.endswith("/wo"), name
         assert bits["entropy"] < bits["dictionary, code alone"] < bits["dictionary"], name
     fitted = {(d["bits"], d["max_pairs"]): d["bits_per_weight"] for d in data["dictionaries"] if d["zeros"] != 0.885}
     made = {(d["bits"], d["max_pairs"]): d["bits_per_weight"] for d in data["dictionaries"] if d["zeros"] == 0.885}
