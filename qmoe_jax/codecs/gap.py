@@ -49,6 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from qmoe_jax.codecs.checks import checked_arrays, checked_symbols
 from qmoe_jax.codecs.gap_codes import LEVELS, PARAMETERS, WINDOW, Code, codes, numbers, window_table
 from qmoe_jax.codecs.packed_levels import pack_levels, place, unpack_levels
 
@@ -112,15 +113,7 @@ def encode_experts(
     Raises ValueError for another dtype, an empty axis, symbols above `num_levels`, a number of levels that is not in
     LEVELS, columns that can't be in so many classes, or a stream of more than 2^32 bits.
     """
-    symbols = np.asarray(symbols)
-    if num_levels not in LEVELS:
-        raise ValueError(f"levels: {num_levels} in a row, expected {LEVELS[0]} to {LEVELS[-1]}.")
-    if symbols.dtype != np.uint8:
-        raise ValueError(f"symbols: dtype {symbols.dtype}, expected uint8.")
-    if symbols.ndim != 3 or 0 in symbols.shape:
-        raise ValueError(f"symbols: shape {list(symbols.shape)}, expected [experts, out, in], none of them zero.")
-    if (largest := int(symbols.max())) > num_levels:
-        raise ValueError(f"symbols: found the value {largest}, expected 0 (zero) to {num_levels} (the last level).")
+    symbols = checked_symbols(symbols, num_levels, LEVELS)
     if classes < 1 or not may_have_classes(symbols.shape[2], classes):
         raise ValueError(f"classes: {symbols.shape[2]} columns can't be in {classes} classes of equal segments.")
     slots = np.arange(len(numbers(num_levels))) if parameters is None else table_rows(np.array(parameters), num_levels)
@@ -412,16 +405,7 @@ def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tup
         "level_words": (np.uint32, (None,)),
         "level_formats": (np.uint8, (experts, 5)),
     }
-    if set(stored) != set(expected):
-        raise ValueError(f"gap codec: found arrays {sorted(stored)}, expected {', '.join(expected)}.")
-    if min(shape) < 1:
-        raise ValueError(f"shape {list(shape)}, expected [experts, out, in], none of them zero.")
-    stored = {name: np.asarray(array) for name, array in stored.items()}
-    for name, (dtype, sizes) in expected.items():
-        a = stored[name]
-        if a.dtype != dtype or a.shape != tuple(a.size if n is None else n for n in sizes):
-            text = "[n]" if None in sizes else str(list(sizes))
-            raise ValueError(f"{name}: {a.dtype} {list(a.shape)}, expected {np.dtype(dtype)} {text}.")
+    stored = checked_arrays("gap", stored, shape, expected)
     levels = unpack_levels(stored["level_words"], stored["level_formats"], out, LEVELS)
     words, counts, parameters = (stored[name] for name in ("words", "word_counts", "parameters"))
     if words.size >= 2**31:

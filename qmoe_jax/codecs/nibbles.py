@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from qmoe_jax.codecs.checks import checked_arrays, checked_symbols
 from qmoe_jax.codecs.packed_levels import pack_levels, unpack_levels
 
 LEVELS = range(2, 16)
@@ -30,15 +31,7 @@ def encode_experts(symbols: jax.Array | np.ndarray, num_levels: int) -> dict[str
     Raises ValueError for another dtype, an empty axis, symbols above `num_levels`, or a number of levels that is not
     in LEVELS.
     """
-    symbols = np.asarray(symbols)
-    if num_levels not in LEVELS:
-        raise ValueError(f"levels: {num_levels} in a row, expected {LEVELS[0]} to {LEVELS[-1]}.")
-    if symbols.dtype != np.uint8:
-        raise ValueError(f"symbols: dtype {symbols.dtype}, expected uint8.")
-    if symbols.ndim != 3 or 0 in symbols.shape:
-        raise ValueError(f"symbols: shape {list(symbols.shape)}, expected [experts, out, in], none of them zero.")
-    if (largest := int(symbols.max())) > num_levels:
-        raise ValueError(f"symbols: found the value {largest}, expected 0 (zero) to {num_levels} (the last level).")
+    symbols = checked_symbols(symbols, num_levels, LEVELS)
     padded = np.pad(symbols, ((0, 0), (0, 0), (0, symbols.shape[2] % 2)))
     return {"nibbles": padded[..., ::2] | padded[..., 1::2] << 4}
 
@@ -63,19 +56,10 @@ def unpack(stored: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> tup
     experts, out, columns = shape
     expected = {
         "nibbles": (np.uint8, (experts, out, -(-columns // 2))),
-        "level_words": (np.uint32, None),
+        "level_words": (np.uint32, (None,)),
         "level_formats": (np.uint8, (experts, 5)),
     }
-    if set(stored) != set(expected):
-        raise ValueError(f"nibbles codec: found arrays {sorted(stored)}, expected {', '.join(expected)}.")
-    if min(shape) < 1:
-        raise ValueError(f"shape {list(shape)}, expected [experts, out, in], none of them zero.")
-    stored = {name: np.asarray(array) for name, array in stored.items()}
-    for name, (dtype, sizes) in expected.items():
-        a = stored[name]
-        if a.dtype != dtype or a.shape != (sizes or (a.size,)):
-            text = "[n]" if sizes is None else str(list(sizes))
-            raise ValueError(f"{name}: {a.dtype} {list(a.shape)}, expected {np.dtype(dtype)} {text}.")
+    stored = checked_arrays("nibbles", stored, shape, expected)
     levels = unpack_levels(stored["level_words"], stored["level_formats"], out, LEVELS)
     nibbles, most = stored["nibbles"], levels.shape[-1]
     bad = ((nibbles & 15 > most) | (nibbles >> 4 > most)).any(-1)
